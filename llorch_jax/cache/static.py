@@ -1,0 +1,155 @@
+"""StaticCache: one preallocated buffer per layer, written in place."""
+
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from llorch_jax.cache.base import (
+    KVCache,
+    KVView,
+    check_new_tokens,
+    check_room,
+    check_rows,
+    cropped,
+)
+from llorch_jax.config import GPT2Config
+from llorch_jax.errors import CacheError, CapacityError
+
+
+@struct.dataclass
+class StaticCache(KVCache):
+    """Keys and values in fixed buffers; slot s of a row holds the token at position s.
+
+    Attributes:
+        keys: L arrays [B, K, S, H].
+        values: L arrays [B, K, S, H].
+        lengths: int32 [B], tokens in each row.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    lengths: jax.Array
+
+    @classmethod
+    def init(cls, config: GPT2Config, *, batch_size: int = 1, capacity: int | None = None, dtype: Any = "float32") -> Self:
+        """An empty cache.
+
+        Args:
+            config: the model's hyperparameters.
+            batch_size: number of rows B.
+            capacity: slots per row S, at most `config.n_positions`, which is the default.
+            dtype: of keys and values as stored: float32, bfloat16 or float16. Attention computes in float32.
+
+        Raises:
+            CacheError: the batch size or dtype is impossible.
+            CapacityError: the capacity is not in 1 .. n_positions.
+        """
+        capacity = config.n_positions if capacity is None else capacity
+        check_sizes(config, batch_size, capacity)
+        shape = (batch_size, config.kv_heads, capacity, config.head_dim)
+        stored = storage_dtype(dtype)
+        return cls(
+            keys=tuple(jnp.zeros(shape, stored) for _ in range(config.n_layer)),
+            values=tuple(jnp.zeros(shape, stored) for _ in range(config.n_layer)),
+            lengths=jnp.zeros(batch_size, jnp.int32),
+        )
+
+    @property
+    def batch_size(self) -> int:
+        return self.keys[0].shape[0]
+
+    @property
+    def capacity(self) -> int:
+        return self.keys[0].shape[2]
+
+    def update(self, layer: int, k: jax.Array, v: jax.Array) -> Self:
+        batch, heads, _, head_dim = self.keys[0].shape
+        check_new_tokens(layer, k, v, (batch, heads, head_dim), len(self.keys))
+        check_room(self.lengths, k.shape[1], self.capacity)
+        return self._update(layer, k, v)
+
+    def _update(self, layer: int, k: jax.Array, v: jax.Array) -> Self:
+        return self.replace(
+            keys=replace_item(self.keys, layer, write_rows(self.keys[layer], k, self.lengths)),
+            values=replace_item(self.values, layer, write_rows(self.values[layer], v, self.lengths)),
+        )
+
+    def read(self, layer: int) -> KVView:
+        return KVView(self.keys[layer], self.values[layer], jnp.arange(self.capacity, dtype=jnp.int32)[None])
+
+    def advance(self, count: Any) -> Self:
+        check_room(self.lengths, count, self.capacity)
+        return self.replace(lengths=self.lengths + jnp.asarray(count, jnp.int32))
+
+    def clear(self) -> Self:
+        return self.replace(lengths=jnp.zeros_like(self.lengths))
+
+    def crop(self, length: Any) -> Self:
+        return self.replace(lengths=cropped(self.lengths, length))
+
+    def select(self, rows: Any) -> Self:
+        index = check_rows(rows, self.batch_size)
+        return jax.tree.map(lambda array: jnp.take(array, index, axis=0), self)
+
+
+def check_sizes(config: GPT2Config, batch_size: int, capacity: int) -> None:
+    """Raises CacheError or CapacityError for an impossible batch size or capacity."""
+    if batch_size < 1:
+        raise CacheError(f"batch_size: expected 1 or more, got {batch_size}")
+    if not 1 <= capacity <= config.n_positions:
+        raise CapacityError(f"capacity: expected 1 .. n_positions={config.n_positions}, got {capacity}")
+
+
+def storage_dtype(dtype: Any) -> jnp.dtype:
+    """The dtype that keys and values are stored in."""
+    names = ("float32", "bfloat16", "float16")
+    try:
+        stored = jnp.dtype(dtype)
+    except TypeError:
+        stored = None
+    if stored is None or stored.name not in names:
+        raise CacheError(f"dtype: expected one of {', '.join(names)}; got {dtype!r}")
+    return stored
+
+
+def replace_item(items: tuple, index: int, item: Any) -> tuple:
+    """The tuple with one item replaced."""
+    return (*items[:index], item, *items[index + 1 :])
+
+
+def write_rows(buffer: jax.Array, new: jax.Array, starts: jax.Array) -> jax.Array:
+    """Writes each row's new tokens into its slots from `starts` on.
+
+    Where fewer than T slots are left, the tokens that fit are written and the others, which must be padding, dropped.
+
+    Args:
+        buffer: [B, K, S, H].
+        new: [B, T, K, H].
+        starts: int32 [B].
+    """
+    new = new.astype(buffer.dtype).transpose(0, 2, 1, 3)  # [B, K, T, H]
+    if new.shape[2] > buffer.shape[2]:
+        new = new[:, :, : buffer.shape[2]]
+
+    def write(row: Any, filled: jax.Array) -> jax.Array:
+        block = lax.dynamic_slice_in_dim(new, row, 1)
+        if new.shape[2] > 1:
+            return _write_clipped(filled, block, row, starts[row])
+        return lax.dynamic_update_slice(filled, block, (row, 0, starts[row], 0))
+
+    if buffer.shape[0] == 1:
+        return write(0, buffer)
+    return lax.fori_loop(0, buffer.shape[0], write, buffer)
+
+
+def _write_clipped(buffer: jax.Array, block: jax.Array, row: Any, start: jax.Array) -> jax.Array:
+    """`dynamic_update_slice` of block [1, K, T, H] that drops what lies past the end instead of moving the start."""
+    _, heads, count, head_dim = block.shape
+    first = jnp.minimum(start, buffer.shape[2] - count)
+    shift = start - first  # > 0 only where padding reaches past the end
+    old = lax.dynamic_slice(buffer, (row, 0, first, 0), (1, heads, count, head_dim))
+    kept = jnp.arange(count)[None, None, :, None] < shift
+    return lax.dynamic_update_slice(buffer, jnp.where(kept, old, jnp.roll(block, shift, axis=2)), (row, 0, first, 0))

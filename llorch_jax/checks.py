@@ -1,0 +1,90 @@
+"""Checks on the host, before a jitted call: inside one, JAX clamps bad ids and positions silently."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llorch_jax.cache.base import KVCache, check_room, is_concrete
+from llorch_jax.config import GPT2Config
+from llorch_jax.errors import CapacityError, TokenError
+
+
+def check_tokens(config: GPT2Config, tokens: Any) -> jax.Array:
+    """Token ids as int32 [B, T]; their values are checked where they are known, that is outside a traced function.
+
+    Raises:
+        TokenError: they are empty, misshapen, not integers, or outside the vocabulary.
+    """
+    if not isinstance(tokens, jax.Array):
+        try:
+            tokens = np.asarray(tokens)
+        except ValueError as error:
+            raise TokenError(f"tokens: expected rows of equal length [B, T]; pad them and pass lengths ({error})") from None
+    if tokens.ndim != 2 or 0 in tokens.shape:
+        raise TokenError(f"tokens: expected at least one token per row, shape [B, T], got shape {list(tokens.shape)}")
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise TokenError(f"tokens: expected integer ids, got dtype {tokens.dtype}")
+    if is_concrete(tokens):
+        known = np.asarray(tokens)
+        bad = np.argwhere((known < 0) | (known >= config.vocab_size))
+        if len(bad):
+            row, column = bad[0]
+            raise TokenError(
+                f"tokens[{row}, {column}]: expected an id in 0 .. {config.vocab_size - 1}, got {known[row, column]}"
+            )
+    return jnp.asarray(tokens, jnp.int32)
+
+
+def check_lengths(lengths: Any, tokens: jax.Array) -> jax.Array:
+    """Prompt lengths as int32 [B], each in 1 .. T of `tokens` [B, T]; None means that every row is full.
+
+    Raises:
+        TokenError: they do not fit the tokens.
+    """
+    batch, count = tokens.shape
+    if lengths is None:
+        return jnp.full(batch, count, jnp.int32)
+    shape, dtype = jnp.shape(lengths), jnp.result_type(lengths)
+    if shape != (batch,) or not jnp.issubdtype(dtype, jnp.integer):
+        raise TokenError(f"lengths: expected integers of shape [{batch}], got {dtype} of shape {list(shape)}")
+    if is_concrete(lengths):
+        known = np.asarray(lengths)
+        if known.min() < 1 or known.max() > count:
+            raise TokenError(f"lengths: expected 1 .. {count} tokens in every row, got {known.tolist()}")
+    return jnp.asarray(lengths, jnp.int32)
+
+
+def check_append(config: GPT2Config, tokens: Any, cache: KVCache | None, count: Any = None) -> jax.Array:
+    """Checked tokens int32 [B, T] that fit the context and the cache.
+
+    Args:
+        config: the model's hyperparameters.
+        tokens: ids [B, T].
+        cache: what they are appended to, or None.
+        count: how many positions they and what follows take, int or int32 [B]; None means T.
+
+    Raises:
+        TokenError: as `check_tokens`.
+        CapacityError: they do not fit the context or the cache.
+    """
+    tokens = check_tokens(config, tokens)
+    count = tokens.shape[1] if count is None else count
+    if cache is None:
+        check_context(config, np.zeros(tokens.shape[0], np.int32), count)
+        return tokens
+    if cache.batch_size != tokens.shape[0]:
+        raise TokenError(f"tokens: expected as many rows as the cache has, {cache.batch_size}, got {tokens.shape[0]}")
+    check_context(config, cache.lengths, count)
+    check_room(cache.lengths, count, cache.capacity)
+    return tokens
+
+
+def check_context(config: GPT2Config, lengths: Any, count: Any) -> None:
+    """Raises CapacityError where `lengths` + `count` tokens exceed the model's context."""
+    if not is_concrete(lengths, count):
+        return
+    longest = int(np.max(np.asarray(lengths) + np.asarray(count)))
+    if longest > config.n_positions:
+        raise CapacityError(f"tokens: expected at most n_positions={config.n_positions} per row, got {longest}")

@@ -1,0 +1,199 @@
+"""GPT2Config: the hyperparameters of a GPT-2 (or GPT-BigCode) model, hashable and therefore usable as jit-static."""
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llorch_jax.errors import ConfigError
+
+ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu", "quick_gelu", "gelu_pytorch_tanh")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GPT2Config:
+    """Hyperparameters under Hugging Face's field names; the defaults are GPT-2 small's, without special ids.
+
+    Attributes:
+        vocab_size: number of token ids V.
+        n_positions: longest context; there is one learned position embedding per position.
+        n_embd: width D of the residual stream.
+        n_layer: number of blocks L.
+        n_head: number of query heads N; must divide `n_embd`.
+        num_kv_heads: key/value heads K; None means `n_head` (multi-head), 1 is multi-query, between is grouped-query.
+        n_inner: width of the feed-forward layer; None means 4 * `n_embd`.
+        activation_function: one of `ACTIVATIONS`.
+        layer_norm_epsilon: added to the variance in layer norms.
+        scale_attn_weights: divide attention scores by sqrt(head_dim).
+        scale_attn_by_inverse_layer_idx: divide the scores of layer i by i + 1 as well.
+        reorder_and_upcast_attn: compute scores in float32; scores always are float32 here, so it changes nothing.
+        tie_word_embeddings: the output projection is the token embedding.
+        sliding_window: attend to this many newest tokens only, the current one included; None attends to all.
+        bos_token_id, eos_token_id: special ids, or None.
+
+    Raises:
+        ConfigError: a value is impossible or contradicts another; the message names the field.
+    """
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    num_kv_heads: int | None = None
+    n_inner: int | None = None
+    activation_function: str = "gelu_new"
+    layer_norm_epsilon: float = 1e-5
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    reorder_and_upcast_attn: bool = False
+    tie_word_embeddings: bool = True
+    sliding_window: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+            _require_count(name, getattr(self, name))
+        for name in ("num_kv_heads", "n_inner", "sliding_window"):
+            if getattr(self, name) is not None:
+                _require_count(name, getattr(self, name))
+        for name in _BOOLEANS:
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}: expected true or false, got {getattr(self, name)!r}")
+        if self.n_embd % self.n_head:
+            raise ConfigError(f"n_head: expected a divisor of n_embd={self.n_embd}, got {self.n_head}")
+        if self.n_head % self.kv_heads:
+            raise ConfigError(f"num_kv_heads: expected a divisor of n_head={self.n_head}, got {self.num_kv_heads}")
+        if self.activation_function not in ACTIVATIONS:
+            expected = ", ".join(ACTIVATIONS)
+            raise ConfigError(f"activation_function: expected one of {expected}; got {self.activation_function!r}")
+        epsilon = self.layer_norm_epsilon
+        if type(epsilon) not in (int, float) or not 0 < epsilon < 1:
+            raise ConfigError(f"layer_norm_epsilon: expected a number between 0 and 1, got {epsilon!r}")
+        for name in _SPECIAL_IDS:
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or not 0 <= value < self.vocab_size):
+                raise ConfigError(f"{name}: expected null or an id below vocab_size={self.vocab_size}, got {value!r}")
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads K."""
+        return self.n_head if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width H of one head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def inner_dim(self) -> int:
+        """Width of the feed-forward layer."""
+        return 4 * self.n_embd if self.n_inner is None else self.n_inner
+
+    def attention_scale(self, layer: int) -> float:
+        """What the scores of `layer` are multiplied by."""
+        scale = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
+        return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
+
+    @classmethod
+    def from_hf_dict(cls, fields: Mapping[str, Any]) -> "GPT2Config":
+        """The configuration that a Hugging Face `config.json` of a gpt2 or gpt_bigcode model describes.
+
+        Args:
+            fields: the parsed JSON. Training-only and bookkeeping fields (dropout, initializer_range, ...) are ignored.
+
+        Raises:
+            ConfigError: a field is unknown, asks for something GPT-2 inference does not have, or contradicts another.
+        """
+        return cls(**_translate(dict(fields)))
+
+    @classmethod
+    def from_preset(cls, name: str) -> "GPT2Config":
+        """A configuration by name: gpt2, gpt2-medium, gpt2-large, gpt2-xl or distilgpt2.
+
+        Raises:
+            ConfigError: there is no preset of that name.
+        """
+        presets = {path.stem: path for path in _preset_folder().glob("*.toml")}
+        if name not in presets:
+            raise ConfigError(f"preset: expected one of {', '.join(sorted(presets))}; got {name!r}")
+        return cls.from_hf_dict(tomllib.loads(presets[name].read_text())["model"])
+
+
+_BOOLEANS = (
+    "scale_attn_weights",
+    "scale_attn_by_inverse_layer_idx",
+    "reorder_and_upcast_attn",
+    "tie_word_embeddings",
+)
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id")
+_MODEL_TYPES = ("gpt2", "gpt_bigcode", "llorch_gpt2")
+_OWN_FIELDS = frozenset(field.name for field in dataclasses.fields(GPT2Config))
+
+# Fields of transformers' configurations that say nothing about inference in float32.
+_IGNORED = frozenset(
+    """
+    _name_or_path architectures attention_softmax_in_fp32 attn_pdrop auto_map bad_words_ids begin_suppress_tokens
+    chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample dtype early_stopping embd_pdrop
+    encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task forced_bos_token_id
+    forced_eos_token_id gradient_checkpointing id2label inference_runner initializer_range is_decoder
+    is_encoder_decoder label2id length_penalty max_batch_size max_length max_sequence_length min_length
+    no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences output_attentions
+    output_hidden_states output_past output_scores pad_key_length pad_token_id predict_special_tokens prefix
+    problem_type remove_invalid_values repetition_penalty resid_pdrop return_dict return_dict_in_generate
+    scale_attention_softmax_in_fp32 sep_token_id summary_activation summary_first_dropout summary_proj_to_labels
+    summary_type summary_use_proj suppress_tokens task_specific_params temperature tf_legacy_loss
+    tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p
+    use_bfloat16 use_cache validate_runner_input
+    """.split()
+)
+_UNSUPPORTED = {"add_cross_attention": False, "cross_attention_hidden_size": None, "quantization_config": None}
+
+
+def _translate(fields: dict[str, Any]) -> dict[str, Any]:
+    """Constructor arguments from Hugging Face fields."""
+    family = fields.pop("model_type", "gpt2")
+    if family not in _MODEL_TYPES:
+        raise ConfigError(f"model_type: expected one of {', '.join(_MODEL_TYPES)}; got {family!r}")
+    if family == "gpt_bigcode":
+        fields.setdefault("activation_function", "gelu_pytorch_tanh")
+    for name, only in _UNSUPPORTED.items():
+        if fields.pop(name, only) != only:
+            raise ConfigError(f"{name}: not supported; expected it to be absent or {only!r}")
+    if fields.pop("pruned_heads", None):
+        raise ConfigError("pruned_heads: not supported; expected it to be absent or empty")
+    _merge(fields, "n_positions", fields.pop("n_ctx", None), "n_ctx")
+    if "multi_query" in fields or family == "gpt_bigcode":
+        multi_query = fields.pop("multi_query", True)
+        heads = 1 if multi_query else fields.get("n_head", GPT2Config.n_head)
+        _merge(fields, "num_kv_heads", heads, "multi_query")
+    if fields.get("vocab_size", GPT2Config.vocab_size) > 50256:  # as transformers: GPT-2's <|endoftext|> where none is named
+        fields = {**dict.fromkeys(_SPECIAL_IDS, 50256), **fields}
+    own = {name: value for name, value in fields.items() if name in _OWN_FIELDS}
+    unknown = sorted(fields.keys() - _OWN_FIELDS - _IGNORED)
+    if unknown:
+        raise ConfigError(f"{unknown[0]}: unknown setting; known are {', '.join(sorted(_OWN_FIELDS))}")
+    return own
+
+
+def _merge(fields: dict[str, Any], name: str, value: Any, source: str) -> None:
+    """Sets `fields[name]` from an alias, which must agree where both are given."""
+    if value is None:
+        return
+    if fields.get(name) is not None and fields[name] != value:
+        raise ConfigError(f"{source}: contradicts {name}={fields[name]!r}, got {value!r}")
+    fields[name] = value
+
+
+def _require_count(name: str, value: Any) -> None:
+    if type(value) is not int or value < 1:
+        raise ConfigError(f"{name}: expected a positive integer, got {value!r}")
+
+
+def _preset_folder() -> Path:
+    """`configs/`, beside the package in a checkout and inside it in an installed wheel."""
+    package = Path(__file__).parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"

@@ -1,0 +1,163 @@
+"""The GPT-2 forward pass (Radford et al. 2019): embeddings, pre-norm blocks, final norm, logits.
+
+Activations are feature-major, [D, M] with M = B * T columns, so that every dense layer is `W[out, in] @ x`: see
+`params`. Public functions take and return the usual [B, T, ...].
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar, overload
+
+import jax
+import jax.numpy as jnp
+
+from llorch_jax.attention import EXACT, attend
+from llorch_jax.cache.base import KVCache, KVView
+from llorch_jax.checks import check_append
+from llorch_jax.config import GPT2Config
+from llorch_jax.params import BlockParams, Dense, Norm, Params
+
+Cache = TypeVar("Cache", bound=KVCache)
+MaybeCache = TypeVar("MaybeCache", bound=KVCache | None)
+Probe = Callable[[str, int, jax.Array], None]  # is shown (name, layer, value) while the pass is traced
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
+
+
+@overload
+def forward(params: Params, config: GPT2Config, tokens: Any, cache: None = None) -> jax.Array: ...
+@overload
+def forward(params: Params, config: GPT2Config, tokens: Any, cache: Cache) -> tuple[jax.Array, Cache]: ...
+def forward(params: Params, config: GPT2Config, tokens: Any, cache: KVCache | None = None) -> Any:
+    """Logits of every token, in float32.
+
+    Args:
+        params: of a model of this configuration.
+        config: the model's hyperparameters.
+        tokens: int32 [B, T].
+        cache: where given, the tokens follow those that the cache holds. The cache itself stays valid; the next one
+            is returned. Use `prefill` or `decode_step` to update a cache in place.
+
+    Returns:
+        float32 [B, T, V]; with a cache, a pair of that and the cache with T more tokens per row.
+
+    Raises:
+        TokenError: the tokens are empty, misshapen, not integers, or outside the vocabulary.
+        CapacityError: they do not fit the context or the cache.
+    """
+    tokens = check_append(config, tokens, cache)
+    logits, cache_after = _forward(params, config, tokens, cache)
+    return logits if cache is None else (logits, cache_after)
+
+
+@partial(jax.jit, static_argnames="config")
+def _forward(params: Params, config: GPT2Config, tokens: jax.Array, cache: KVCache | None) -> Any:
+    x, cache_after = hidden_states(params, config, tokens, cache)
+    if cache_after is not None:
+        cache_after = cache_after.advance(tokens.shape[1])
+    return output_logits(params, x, tokens.shape), cache_after
+
+
+def ignore(name: str, layer: int, value: jax.Array) -> None:
+    """The probe that records nothing."""
+
+
+def hidden_states(
+    params: Params, config: GPT2Config, tokens: jax.Array, cache: MaybeCache, probe: Probe = ignore
+) -> tuple[jax.Array, MaybeCache]:
+    """The final hidden states, and the cache with these tokens written but not yet counted by `advance`.
+
+    Args:
+        params: of a model of this configuration.
+        config: the model's hyperparameters.
+        tokens: int32 [B, T], checked; padding may follow each row's last token.
+        cache: of earlier tokens, or None.
+        probe: is shown intermediate values.
+
+    Returns:
+        float32 [D, B * T], normed; and the cache.
+    """
+    batch, count = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), tokens.shape)
+    if cache is not None:
+        positions = positions + cache.lengths[:, None]
+    x = embed(params, tokens, positions)
+    for layer, block in enumerate(params.blocks):
+        with jax.named_scope(f"block_{layer}"):
+            x, cache = _block(block, config, layer, x, positions, cache, probe)
+    return layer_norm(params.ln_f, x, config.layer_norm_epsilon), cache
+
+
+def embed(params: Params, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+    """Token plus position embeddings, [D, M]. Positions of padding may lie past the last one: any row serves."""
+    words = params.wte.at[tokens.reshape(-1)].get(mode="clip")
+    places = params.wpe.at[positions.reshape(-1)].get(mode="clip")
+    return (words.astype(jnp.float32) + places.astype(jnp.float32)).T
+
+
+def output_logits(params: Params, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Logits float32 [*shape, V] of hidden states [D, M], M the product of `shape`."""
+    projection = params.output_projection
+    logits = jnp.matmul(projection, x, precision=EXACT, preferred_element_type=jnp.float32)  # [V, M]
+    return logits.T.reshape(*shape, projection.shape[0])
+
+
+def _block(
+    params: BlockParams, config: GPT2Config, layer: int, x: jax.Array, positions: jax.Array, cache: MaybeCache, probe: Probe
+) -> tuple[jax.Array, MaybeCache]:
+    """One pre-norm block on x [D, M]."""
+    shape = positions.shape
+
+    def show(name: str, value: jax.Array) -> None:
+        probe(name, layer, value.T.reshape(*shape, -1))
+
+    normed = layer_norm(params.ln_1, x, config.layer_norm_epsilon)
+    show("ln_1", normed)
+    attended, cache = _attention(params, config, layer, normed, positions, cache, probe)
+    show("attn_out", attended)
+    x = x + attended
+    hidden = dense(params.fc, layer_norm(params.ln_2, x, config.layer_norm_epsilon))
+    fed = dense(params.mlp_proj, _ACTIVATIONS[config.activation_function](hidden))
+    show("mlp_out", fed)
+    x = x + fed
+    show("block_out", x)
+    return x, cache
+
+
+def _attention(
+    params: BlockParams, config: GPT2Config, layer: int, x: jax.Array, positions: jax.Array, cache: MaybeCache, probe: Probe
+) -> tuple[jax.Array, MaybeCache]:
+    """Self-attention on normed x [D, M], over the cache and these tokens."""
+    heads, kv_heads = config.n_head, config.kv_heads
+    qkv = dense(params.qkv, x).reshape(heads + 2 * kv_heads, config.head_dim, *positions.shape)
+    qkv = qkv.transpose(2, 3, 0, 1)  # [B, T, N + 2K, H]
+    q, k, v = jnp.split(qkv, (heads, heads + kv_heads), axis=2)
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        probe(name, layer, value)
+    if cache is None:
+        view = KVView(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), positions[:1])
+    else:
+        cache, view = cache.append(layer, k, v)
+    start = 0 if cache is None else None
+    out = attend(q, view, positions, config.attention_scale(layer), config.sliding_window, start)
+    return dense(params.attn_proj, out.transpose(2, 3, 0, 1).reshape(config.n_embd, -1)), cache
+
+
+def dense(params: Dense, x: jax.Array) -> jax.Array:
+    """`weight @ x + bias` on x [in, M], in float32."""
+    out = jnp.matmul(params.weight, x, precision=EXACT, preferred_element_type=jnp.float32)
+    return out + params.bias[:, None]
+
+
+def layer_norm(params: Norm, x: jax.Array, epsilon: float) -> jax.Array:
+    """Layer norm (Ba et al. 2016) of each column of x [D, M], with the biased variance."""
+    centred = x - jnp.mean(x, axis=0, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axis=0, keepdims=True)
+    return centred * jax.lax.rsqrt(variance + epsilon) * params.weight[:, None] + params.bias[:, None]
