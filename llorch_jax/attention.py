@@ -10,20 +10,24 @@ BLOCK = 128  # queries per block
 EXACT = jax.lax.Precision.HIGHEST  # float32 products in full precision on every backend
 
 
-def allowed_slots(positions: jax.Array, slot_positions: jax.Array, window: int | None) -> jax.Array:
+def allowed_slots(positions: jax.Array, view: KVView, window: int | None) -> jax.Array:
     """Which slots a query may look at: filled, not after the query and, with a window, among the newest.
 
     Args:
         positions: of the queries, int32 [B, T].
-        slot_positions: int32 [B, S] or [1, S], negative where a slot is empty.
-        window: how many tokens back, the query's own included; None for all.
+        view: what the cache holds; it may have a window of its own, with sinks.
+        window: of the model: how many tokens back, the query's own included; None for all.
 
     Returns:
         bool [B, T, S].
     """
-    query, slot = positions[:, :, None], slot_positions[:, None, :]
+    query, slot = positions[:, :, None], view.positions[:, None, :]
     allowed = (slot >= 0) & (slot <= query)
-    return allowed if window is None else allowed & (slot > query - window)
+    if window is not None:
+        allowed &= slot > query - window
+    if view.window is not None:
+        allowed &= (slot > query - view.window) | (slot < view.sinks)
+    return allowed
 
 
 def attention_scores(q: jax.Array, k: jax.Array, scale: float) -> jax.Array:
@@ -67,18 +71,41 @@ def attend(
         float32 [B, T, N, H].
     """
     count, slots = q.shape[1], view.k.shape[2]
+    if count == 1:
+        return _attend_single(q, view, positions, scale, window)
     blocks = []
     for first in range(0, count, BLOCK):
         last = min(first + BLOCK, count)
         end = slots if start is None else min(start + last, slots)
-        seen = KVView(view.k[:, :, :end], view.v[:, :, :end], view.positions[:, :end])
+        seen = view._replace(k=view.k[:, :, :end], v=view.v[:, :, :end], positions=view.positions[:, :end])
         blocks.append(_attend_block(q[:, first:last], seen, positions[:, first:last], scale, window))
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
 
 
 def _attend_block(q: jax.Array, view: KVView, positions: jax.Array, scale: float, window: int | None) -> jax.Array:
     scores = attention_scores(q, view.k, scale)
-    allowed = allowed_slots(positions, view.positions, window)[:, None, None]
+    allowed = allowed_slots(positions, view, window)[:, None, None]
     weights = jax.nn.softmax(jnp.where(allowed, scores, MASKED), axis=-1)
     out = jnp.einsum("BKGTS,BKSH->BTKGH", weights, view.v.astype(jnp.float32), precision=EXACT)
     return out.reshape(q.shape)
+
+
+def _attend_single(q: jax.Array, view: KVView, positions: jax.Array, scale: float, window: int | None) -> jax.Array:
+    """One query per row. On a CPU one small product per head is up to three times as fast as a batched one."""
+    batch, slots = q.shape[0], view.k.shape[2]
+    allowed = jnp.broadcast_to(allowed_slots(positions, view, window)[:, 0], (batch, slots))
+    rows = (q[:, 0], view.k, view.v, allowed)
+    if batch == 1:
+        return _attend_row(*(array[0] for array in rows), scale)[None, None]
+    return jax.lax.map(lambda row: _attend_row(*row, scale), rows)[:, None]
+
+
+def _attend_row(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array, scale: float) -> jax.Array:
+    """Attention of the queries [N, H] of one token over k and v [K, S, H] where allowed, bool [S]: float32 [N, H]."""
+    groups = q.reshape(k.shape[0], -1, q.shape[1])  # [K, N / K, H]
+    out = []
+    for queries, keys, values in zip(groups, k.astype(jnp.float32), v.astype(jnp.float32), strict=True):
+        scores = jnp.matmul(keys, queries.T, precision=EXACT) * scale  # [S, N / K]
+        weights = jax.nn.softmax(jnp.where(allowed[:, None], scores, MASKED), axis=0)
+        out.append(jnp.matmul(weights.T, values, precision=EXACT))
+    return jnp.concatenate(out)

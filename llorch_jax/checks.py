@@ -1,14 +1,16 @@
 """Checks on the host, before a jitted call: inside one, JAX clamps bad ids and positions silently."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llorch_jax.cache.base import KVCache, check_room, is_concrete
+from llorch_jax.cache.base import KVCache, is_concrete
 from llorch_jax.config import GPT2Config
 from llorch_jax.errors import CapacityError, TokenError
+
+MaybeCache = TypeVar("MaybeCache", bound=KVCache | None)
 
 
 def check_tokens(config: GPT2Config, tokens: Any) -> jax.Array:
@@ -21,7 +23,9 @@ def check_tokens(config: GPT2Config, tokens: Any) -> jax.Array:
         try:
             tokens = np.asarray(tokens)
         except ValueError as error:
-            raise TokenError(f"tokens: expected rows of equal length [B, T]; pad them and pass lengths ({error})") from None
+            raise TokenError(
+                f"tokens: expected rows of equal length [B, T]; pad them and pass lengths ({error})"
+            ) from None
     if tokens.ndim != 2 or 0 in tokens.shape:
         raise TokenError(f"tokens: expected at least one token per row, shape [B, T], got shape {list(tokens.shape)}")
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
@@ -56,29 +60,33 @@ def check_lengths(lengths: Any, tokens: jax.Array) -> jax.Array:
     return jnp.asarray(lengths, jnp.int32)
 
 
-def check_append(config: GPT2Config, tokens: Any, cache: KVCache | None, count: Any = None) -> jax.Array:
-    """Checked tokens int32 [B, T] that fit the context and the cache.
+def check_append(
+    config: GPT2Config, tokens: Any, cache: MaybeCache, count: Any = None, later: int = 0
+) -> tuple[jax.Array, MaybeCache]:
+    """Checked tokens int32 [B, T], and the cache with room reserved for them.
 
     Args:
         config: the model's hyperparameters.
         tokens: ids [B, T].
         cache: what they are appended to, or None.
-        count: how many positions they and what follows take, int or int32 [B]; None means T.
+        count: int32 [B], how many tokens of each row are real; None means T.
+        later: how many tokens per row will follow these, for which there must be room in the end.
 
     Raises:
         TokenError: as `check_tokens`.
         CapacityError: they do not fit the context or the cache.
     """
     tokens = check_tokens(config, tokens)
-    count = tokens.shape[1] if count is None else count
+    batch, columns = tokens.shape
+    count = np.full(batch, columns, np.int32) if count is None else count
     if cache is None:
-        check_context(config, np.zeros(tokens.shape[0], np.int32), count)
-        return tokens
-    if cache.batch_size != tokens.shape[0]:
-        raise TokenError(f"tokens: expected as many rows as the cache has, {cache.batch_size}, got {tokens.shape[0]}")
-    check_context(config, cache.lengths, count)
-    check_room(cache.lengths, count, cache.capacity)
-    return tokens
+        check_context(config, np.zeros(batch, np.int32), count + later)
+        return tokens, cache
+    if cache.batch_size != batch:
+        raise TokenError(f"tokens: expected as many rows as the cache has, {cache.batch_size}, got {batch}")
+    check_context(config, cache.lengths, count + later)
+    cache.check_room(count + later)
+    return tokens, cache.reserve(count)
 
 
 def check_context(config: GPT2Config, lengths: Any, count: Any) -> None:

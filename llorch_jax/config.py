@@ -30,6 +30,8 @@ class GPT2Config:
         reorder_and_upcast_attn: compute scores in float32; scores always are float32 here, so it changes nothing.
         tie_word_embeddings: the output projection is the token embedding.
         sliding_window: attend to this many newest tokens only, the current one included; None attends to all.
+        kv_sharing: for each block the block whose keys and values it attends to, itself or an earlier one; None means
+            that every block has its own (cross-layer attention, Brandon et al. 2024, 2405.12981).
         bos_token_id, eos_token_id: special ids, or None.
 
     Raises:
@@ -50,6 +52,7 @@ class GPT2Config:
     reorder_and_upcast_attn: bool = False
     tie_word_embeddings: bool = True
     sliding_window: int | None = None
+    kv_sharing: tuple[int, ...] | None = None
     bos_token_id: int | None = None
     eos_token_id: int | None = None
 
@@ -72,10 +75,36 @@ class GPT2Config:
         epsilon = self.layer_norm_epsilon
         if type(epsilon) not in (int, float) or not 0 < epsilon < 1:
             raise ConfigError(f"layer_norm_epsilon: expected a number between 0 and 1, got {epsilon!r}")
+        self._check_sharing()
         for name in _SPECIAL_IDS:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or not 0 <= value < self.vocab_size):
                 raise ConfigError(f"{name}: expected null or an id below vocab_size={self.vocab_size}, got {value!r}")
+
+    def _check_sharing(self) -> None:
+        if self.kv_sharing is None:
+            return
+        if not isinstance(self.kv_sharing, tuple) or len(self.kv_sharing) != self.n_layer:
+            raise ConfigError(f"kv_sharing: expected a tuple of n_layer={self.n_layer} blocks, got {self.kv_sharing!r}")
+        for block, source in enumerate(self.kv_sharing):
+            if type(source) is not int or not 0 <= source <= block or self.kv_sharing[source] != source:
+                raise ConfigError(
+                    f"kv_sharing[{block}]: expected {block} or an earlier block that has keys and values of its own, "
+                    f"got {source!r}"
+                )
+
+    @property
+    def cache_layers(self) -> int:
+        """Number of blocks that have keys and values of their own."""
+        return self.n_layer if self.kv_sharing is None else len(set(self.kv_sharing))
+
+    def cache_layer(self, block: int) -> int:
+        """The cache layer, 0 .. cache_layers - 1, that a block attends to."""
+        return block if self.kv_sharing is None else sorted(set(self.kv_sharing)).index(self.kv_sharing[block])
+
+    def owns_cache_layer(self, block: int) -> bool:
+        """Whether a block has keys and values of its own."""
+        return self.kv_sharing is None or self.kv_sharing[block] == block
 
     @property
     def kv_heads(self) -> int:
@@ -135,19 +164,19 @@ _OWN_FIELDS = frozenset(field.name for field in dataclasses.fields(GPT2Config))
 # Fields of transformers' configurations that say nothing about inference in float32.
 _IGNORED = frozenset(
     """
-    _name_or_path architectures attention_softmax_in_fp32 attn_pdrop auto_map bad_words_ids begin_suppress_tokens
-    chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample dtype early_stopping embd_pdrop
-    encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task forced_bos_token_id
-    forced_eos_token_id gradient_checkpointing id2label inference_runner initializer_range is_decoder
-    is_encoder_decoder label2id length_penalty max_batch_size max_length max_sequence_length min_length
-    no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences output_attentions
-    output_hidden_states output_past output_scores pad_key_length pad_token_id predict_special_tokens prefix
-    problem_type remove_invalid_values repetition_penalty resid_pdrop return_dict return_dict_in_generate
-    scale_attention_softmax_in_fp32 sep_token_id summary_activation summary_first_dropout summary_proj_to_labels
-    summary_type summary_use_proj suppress_tokens task_specific_params temperature tf_legacy_loss
-    tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p
-    use_bfloat16 use_cache validate_runner_input
-    """.split()
+    _attn_implementation_autoset _name_or_path _num_labels architectures attention_softmax_in_fp32 attn_pdrop
+    auto_map bad_words_ids begin_suppress_tokens chunk_size_feed_forward decoder_start_token_id diversity_penalty
+    do_sample dtype early_stopping embd_pdrop encoder_no_repeat_ngram_size exponential_decay_length_penalty
+    finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label inference_runner
+    initializer_range is_decoder is_encoder_decoder label2id length_penalty max_batch_size max_length
+    max_sequence_length min_length n_special no_repeat_ngram_size num_beam_groups num_beams num_labels
+    num_return_sequences output_attentions output_hidden_states output_past output_scores pad_key_length
+    pad_token_id predict_special_tokens prefix problem_type remove_invalid_values repetition_penalty resid_pdrop
+    return_dict return_dict_in_generate scale_attention_softmax_in_fp32 sep_token_id summary_activation
+    summary_first_dropout summary_proj_to_labels summary_type summary_use_proj suppress_tokens task_specific_params
+    temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
+    transformers_version typical_p use_bfloat16 use_cache validate_runner_input
+    """.split()  # noqa: SIM905 (a list of 70 strings would take a screen)
 )
 _UNSUPPORTED = {"add_cross_attention": False, "cross_attention_hidden_size": None, "quantization_config": None}
 
@@ -164,12 +193,18 @@ def _translate(fields: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"{name}: not supported; expected it to be absent or {only!r}")
     if fields.pop("pruned_heads", None):
         raise ConfigError("pruned_heads: not supported; expected it to be absent or empty")
+    if isinstance(fields.get("kv_sharing"), list):
+        fields["kv_sharing"] = tuple(fields["kv_sharing"])
     _merge(fields, "n_positions", fields.pop("n_ctx", None), "n_ctx")
     if "multi_query" in fields or family == "gpt_bigcode":
         multi_query = fields.pop("multi_query", True)
+        if not isinstance(multi_query, bool):
+            raise ConfigError(f"multi_query: expected true or false, got {multi_query!r}")
         heads = 1 if multi_query else fields.get("n_head", GPT2Config.n_head)
         _merge(fields, "num_kv_heads", heads, "multi_query")
-    if fields.get("vocab_size", GPT2Config.vocab_size) > 50256:  # as transformers: GPT-2's <|endoftext|> where none is named
+    _merge(fields, "num_kv_heads", fields.pop("num_key_value_heads", None), "num_key_value_heads")
+    vocab_size = fields.get("vocab_size", GPT2Config.vocab_size)
+    if type(vocab_size) is int and vocab_size > 50256:  # as transformers: GPT-2's <|endoftext|> where none is named
         fields = {**dict.fromkeys(_SPECIAL_IDS, 50256), **fields}
     own = {name: value for name, value in fields.items() if name in _OWN_FIELDS}
     unknown = sorted(fields.keys() - _OWN_FIELDS - _IGNORED)

@@ -52,7 +52,7 @@ def forward(params: Params, config: GPT2Config, tokens: Any, cache: KVCache | No
         TokenError: the tokens are empty, misshapen, not integers, or outside the vocabulary.
         CapacityError: they do not fit the context or the cache.
     """
-    tokens = check_append(config, tokens, cache)
+    tokens, cache = check_append(config, tokens, cache)
     logits, cache_after = _forward(params, config, tokens, cache)
     return logits if cache is None else (logits, cache_after)
 
@@ -70,7 +70,12 @@ def ignore(name: str, layer: int, value: jax.Array) -> None:
 
 
 def hidden_states(
-    params: Params, config: GPT2Config, tokens: jax.Array, cache: MaybeCache, probe: Probe = ignore
+    params: Params,
+    config: GPT2Config,
+    tokens: jax.Array,
+    cache: MaybeCache,
+    count: jax.Array | None = None,
+    probe: Probe = ignore,
 ) -> tuple[jax.Array, MaybeCache]:
     """The final hidden states, and the cache with these tokens written but not yet counted by `advance`.
 
@@ -78,21 +83,43 @@ def hidden_states(
         params: of a model of this configuration.
         config: the model's hyperparameters.
         tokens: int32 [B, T], checked; padding may follow each row's last token.
-        cache: of earlier tokens, or None.
+        cache: of earlier tokens, with room reserved, or None.
+        count: int32 [B], how many tokens of each row are real; None means all.
         probe: is shown intermediate values.
 
     Returns:
         float32 [D, B * T], normed; and the cache.
     """
-    batch, count = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), tokens.shape)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     if cache is not None:
         positions = positions + cache.lengths[:, None]
     x = embed(params, tokens, positions)
+    keeper = _KeyValues(config, cache, positions, count)
     for layer, block in enumerate(params.blocks):
         with jax.named_scope(f"block_{layer}"):
-            x, cache = _block(block, config, layer, x, positions, cache, probe)
-    return layer_norm(params.ln_f, x, config.layer_norm_epsilon), cache
+            x = _block(block, config, layer, x, keeper, probe)
+    return layer_norm(params.ln_f, x, config.layer_norm_epsilon), keeper.cache
+
+
+class _KeyValues:
+    """The keys and values that the blocks of one forward pass look at; it lives only while the pass is traced."""
+
+    def __init__(self, config: GPT2Config, cache: Any, positions: jax.Array, count: jax.Array | None) -> None:
+        self.config, self.cache, self.positions, self.count = config, cache, positions, count
+        self.start = 0 if cache is None else None  # the static position of the first token, where it is known
+        self.views: dict[int, KVView] = {}
+
+    def view(self, block: int, k: jax.Array, v: jax.Array) -> KVView:
+        """What the queries of a block look at, after adding its k and v [B, T, K, H] if it has its own."""
+        layer = self.config.cache_layer(block)
+        if not self.config.owns_cache_layer(block):
+            return self.views[layer]
+        if self.cache is None:
+            view = KVView(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), self.positions[:1])
+        else:
+            self.cache, view = self.cache.append(layer, k, v, self.count)
+        self.views[layer] = view
+        return view
 
 
 def embed(params: Params, tokens: jax.Array, positions: jax.Array) -> jax.Array:
@@ -110,17 +137,17 @@ def output_logits(params: Params, x: jax.Array, shape: tuple[int, ...]) -> jax.A
 
 
 def _block(
-    params: BlockParams, config: GPT2Config, layer: int, x: jax.Array, positions: jax.Array, cache: MaybeCache, probe: Probe
-) -> tuple[jax.Array, MaybeCache]:
+    params: BlockParams, config: GPT2Config, layer: int, x: jax.Array, keeper: "_KeyValues", probe: Probe
+) -> jax.Array:
     """One pre-norm block on x [D, M]."""
-    shape = positions.shape
+    shape = keeper.positions.shape
 
     def show(name: str, value: jax.Array) -> None:
         probe(name, layer, value.T.reshape(*shape, -1))
 
     normed = layer_norm(params.ln_1, x, config.layer_norm_epsilon)
     show("ln_1", normed)
-    attended, cache = _attention(params, config, layer, normed, positions, cache, probe)
+    attended = _attention(params, config, layer, normed, keeper, probe)
     show("attn_out", attended)
     x = x + attended
     hidden = dense(params.fc, layer_norm(params.ln_2, x, config.layer_norm_epsilon))
@@ -128,26 +155,23 @@ def _block(
     show("mlp_out", fed)
     x = x + fed
     show("block_out", x)
-    return x, cache
+    return x
 
 
 def _attention(
-    params: BlockParams, config: GPT2Config, layer: int, x: jax.Array, positions: jax.Array, cache: MaybeCache, probe: Probe
-) -> tuple[jax.Array, MaybeCache]:
+    params: BlockParams, config: GPT2Config, layer: int, x: jax.Array, keeper: "_KeyValues", probe: Probe
+) -> jax.Array:
     """Self-attention on normed x [D, M], over the cache and these tokens."""
     heads, kv_heads = config.n_head, config.kv_heads
-    qkv = dense(params.qkv, x).reshape(heads + 2 * kv_heads, config.head_dim, *positions.shape)
+    qkv = dense(params.qkv, x).reshape(heads + 2 * kv_heads, config.head_dim, *keeper.positions.shape)
     qkv = qkv.transpose(2, 3, 0, 1)  # [B, T, N + 2K, H]
     q, k, v = jnp.split(qkv, (heads, heads + kv_heads), axis=2)
     for name, value in (("q", q), ("k", k), ("v", v)):
         probe(name, layer, value)
-    if cache is None:
-        view = KVView(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), positions[:1])
-    else:
-        cache, view = cache.append(layer, k, v)
-    start = 0 if cache is None else None
-    out = attend(q, view, positions, config.attention_scale(layer), config.sliding_window, start)
-    return dense(params.attn_proj, out.transpose(2, 3, 0, 1).reshape(config.n_embd, -1)), cache
+    view = keeper.view(layer, k, v)
+    scale = config.attention_scale(layer)
+    out = attend(q, view, keeper.positions, scale, config.sliding_window, keeper.start)
+    return dense(params.attn_proj, out.transpose(2, 3, 0, 1).reshape(config.n_embd, -1))
 
 
 def dense(params: Dense, x: jax.Array) -> jax.Array:

@@ -20,21 +20,29 @@ class KVView(NamedTuple):
         positions: int32 [B, S] or [1, S], the position of the token in each slot; negative where a slot is empty.
             A slot whose position lies after a query's is masked by causality, so stale slots past the end may keep
             any later position.
+        window: a query looks at this many newest tokens only, its own included; None for all that are there.
+        sinks: the first so many positions are looked at in spite of the window.
     """
 
     k: jax.Array
     v: jax.Array
     positions: jax.Array
+    window: int | None = None
+    sinks: int = 0
 
 
 class KVCache(abc.ABC):
     """An immutable KV cache: every operation returns a new cache and leaves this one as it was.
 
     Rows are independent sequences. Row b holds `lengths[b]` tokens; the next token of the row gets position
-    `lengths[b]`. A forward pass calls `append` once per layer and then `advance` once.
+    `lengths[b]`. A forward pass calls `reserve` once on the host, then, in `jit`, `append` once per layer that owns
+    keys and values, and then `advance` once.
 
     Concrete caches are `flax.struct` dataclasses. Outside `jit` an operation copies the arrays it changes. Inside a
     jitted function that donates the cache, as `decode_step` does, the same operations write in place.
+
+    A `layer` here is the number of a cache layer, 0 .. config.cache_layers - 1. It is the number of the block unless
+    blocks share keys and values (`GPT2Config.kv_sharing`).
     """
 
     lengths: Any  # int32 [B]; a field of every concrete cache
@@ -52,42 +60,69 @@ class KVCache(abc.ABC):
     @property
     @abc.abstractmethod
     def capacity(self) -> int:
-        """The largest number of tokens that a row can hold."""
+        """The largest number of tokens that a row can ever hold."""
 
+    @property
     @abc.abstractmethod
-    def update(self, layer: int, k: jax.Array, v: jax.Array) -> Self:
+    def layout(self) -> tuple[int, int, int]:
+        """Number of cache layers, kv heads K and head_dim H."""
+
+    def update(self, layer: int, k: jax.Array, v: jax.Array, count: Any = None) -> Self:
         """Writes T new tokens of one layer behind each row's end; `advance` makes them part of the row.
 
         Args:
-            layer: which layer, 0 .. L - 1.
+            layer: which cache layer.
             k: keys [B, T, K, H].
             v: values [B, T, K, H].
+            count: int32 [B], how many of each row's T tokens are real, the others being padding behind them; None
+                means all.
 
         Raises:
             CacheError: layer or shapes do not fit.
-            CapacityError: a row has no room for T tokens (checked outside `jit` only).
+            CapacityError: a row has no room for the tokens (checked outside `jit` only).
         """
+        check_new_tokens(layer, k, v, self.batch_size, self.layout)
+        return self.reserve(k.shape[1] if count is None else count)._write(layer, k, v, count)
+
+    def append(self, layer: int, k: jax.Array, v: jax.Array, count: Any = None) -> tuple[Self, KVView]:
+        """`update` without checks, and what the queries of these T tokens may look at."""
+        cache = self._write(layer, k, v, count)
+        return cache, cache.read(layer)
+
+    @abc.abstractmethod
+    def _write(self, layer: int, k: jax.Array, v: jax.Array, count: Any) -> Self:
+        """`update` without its checks."""
 
     @abc.abstractmethod
     def read(self, layer: int) -> KVView:
         """Everything that one layer holds, tokens just written by `update` included."""
 
-    def append(self, layer: int, k: jax.Array, v: jax.Array) -> tuple[Self, KVView]:
-        """`update`, and what the queries of these T tokens may look at."""
-        cache = self._update(layer, k, v)
-        return cache, cache.read(layer)
-
-    @abc.abstractmethod
-    def _update(self, layer: int, k: jax.Array, v: jax.Array) -> Self:
-        """`update` without its checks of capacity."""
-
     @abc.abstractmethod
     def advance(self, count: Any) -> Self:
         """Lengthens every row by `count` tokens, an int or int32 [B], that `update` has written in all layers."""
 
-    @abc.abstractmethod
+    def check_room(self, count: Any) -> None:
+        """Raises CapacityError where a row can never have room for `count` (int or int32 [B]) more tokens."""
+        check_room(self.lengths, count, self.capacity)
+
+    def reserve(self, count: Any) -> Self:
+        """A cache that can be given `count` (int or int32 [B]) more tokens per row in `jit`. Call it on the host.
+
+        Layouts that allocate as they grow do so here; the others only check.
+
+        Raises:
+            CapacityError: there is no room for them.
+        """
+        self.check_room(count)
+        return self
+
+    def room(self) -> int:
+        """How many tokens every row can be given in `jit` before `reserve` must be called again. Host only."""
+        return self.capacity - int(np.max(np.asarray(self.lengths)))
+
     def clear(self) -> Self:
         """The same cache with no token in it."""
+        return self.crop(0)
 
     @abc.abstractmethod
     def crop(self, length: Any) -> Self:
@@ -121,17 +156,37 @@ def check_room(lengths: Any, count: Any, capacity: int) -> None:
         )
 
 
-def check_new_tokens(layer: int, k: jax.Array, v: jax.Array, expected: tuple[int, int, int], layers: int) -> None:
-    """Raises CacheError unless k and v are [B, T, K, H] with `expected` = (B, K, H) and the layer exists."""
+def check_new_tokens(layer: int, k: jax.Array, v: jax.Array, batch_size: int, layout: tuple[int, int, int]) -> None:
+    """Raises CacheError unless the layer exists and k and v are [B, T, K, H] as the cache's `layout` says."""
+    layers, *heads = layout
     if not 0 <= layer < layers:
         raise CacheError(f"layer: expected 0 .. {layers - 1}, got {layer}")
-    batch, heads, head_dim = expected
     for name, array in (("k", k), ("v", v)):
-        shape = tuple(array.shape)
-        if len(shape) != 4 or (shape[0], *shape[2:]) != expected or shape[1] < 1:
-            raise CacheError(f"{name}: expected shape [{batch}, T, {heads}, {head_dim}], got {list(shape)}")
+        shape = list(array.shape)
+        if len(shape) != 4 or shape[0] != batch_size or shape[1] < 1 or shape[2:] != heads:
+            raise CacheError(f"{name}: expected shape [{batch_size}, T, {heads[0]}, {heads[1]}], got {shape}")
     if k.shape != v.shape:
         raise CacheError(f"v: expected as many tokens as k, {k.shape[1]}, got {v.shape[1]}")
+
+
+def check_sizes(config: GPT2Config, batch_size: int, capacity: int) -> None:
+    """Raises CacheError or CapacityError for an impossible batch size or capacity."""
+    if batch_size < 1:
+        raise CacheError(f"batch_size: expected 1 or more, got {batch_size}")
+    if not 1 <= capacity <= config.n_positions:
+        raise CapacityError(f"capacity: expected 1 .. n_positions={config.n_positions}, got {capacity}")
+
+
+def storage_dtype(dtype: Any) -> jnp.dtype:
+    """The dtype that keys and values are stored in: float32, bfloat16 or float16."""
+    names = ("float32", "bfloat16", "float16")
+    try:
+        stored = jnp.dtype(dtype)
+    except TypeError:
+        stored = None
+    if stored is None or stored.name not in names:
+        raise CacheError(f"dtype: expected one of {', '.join(names)}; got {dtype!r}")
+    return stored
 
 
 def check_rows(rows: Any, batch_size: int) -> jax.Array:
@@ -150,3 +205,8 @@ def cropped(lengths: jax.Array, length: Any) -> jax.Array:
     if is_concrete(length) and np.any(np.asarray(length) < 0):
         raise CacheError(f"crop: expected a length of 0 or more, got {length}")
     return jnp.minimum(lengths, jnp.asarray(length, jnp.int32))
+
+
+def replace_item(items: tuple, index: int, item: Any) -> tuple:
+    """The tuple with one item replaced."""
+    return (*items[:index], item, *items[index + 1 :])

@@ -10,13 +10,13 @@ from jax import lax
 from llorch_jax.cache.base import (
     KVCache,
     KVView,
-    check_new_tokens,
-    check_room,
     check_rows,
+    check_sizes,
     cropped,
+    replace_item,
+    storage_dtype,
 )
 from llorch_jax.config import GPT2Config
-from llorch_jax.errors import CacheError, CapacityError
 
 
 @struct.dataclass
@@ -34,7 +34,9 @@ class StaticCache(KVCache):
     lengths: jax.Array
 
     @classmethod
-    def init(cls, config: GPT2Config, *, batch_size: int = 1, capacity: int | None = None, dtype: Any = "float32") -> Self:
+    def init(
+        cls, config: GPT2Config, *, batch_size: int = 1, capacity: int | None = None, dtype: Any = "float32"
+    ) -> Self:
         """An empty cache.
 
         Args:
@@ -52,8 +54,8 @@ class StaticCache(KVCache):
         shape = (batch_size, config.kv_heads, capacity, config.head_dim)
         stored = storage_dtype(dtype)
         return cls(
-            keys=tuple(jnp.zeros(shape, stored) for _ in range(config.n_layer)),
-            values=tuple(jnp.zeros(shape, stored) for _ in range(config.n_layer)),
+            keys=tuple(jnp.zeros(shape, stored) for _ in range(config.cache_layers)),
+            values=tuple(jnp.zeros(shape, stored) for _ in range(config.cache_layers)),
             lengths=jnp.zeros(batch_size, jnp.int32),
         )
 
@@ -65,13 +67,13 @@ class StaticCache(KVCache):
     def capacity(self) -> int:
         return self.keys[0].shape[2]
 
-    def update(self, layer: int, k: jax.Array, v: jax.Array) -> Self:
-        batch, heads, _, head_dim = self.keys[0].shape
-        check_new_tokens(layer, k, v, (batch, heads, head_dim), len(self.keys))
-        check_room(self.lengths, k.shape[1], self.capacity)
-        return self._update(layer, k, v)
+    @property
+    def layout(self) -> tuple[int, int, int]:
+        _, heads, _, head_dim = self.keys[0].shape
+        return len(self.keys), heads, head_dim
 
-    def _update(self, layer: int, k: jax.Array, v: jax.Array) -> Self:
+    def _write(self, layer: int, k: jax.Array, v: jax.Array, count: Any) -> Self:
+        # Padding needs no care here: it lands behind the row's end, where the next token overwrites it.
         return self.replace(
             keys=replace_item(self.keys, layer, write_rows(self.keys[layer], k, self.lengths)),
             values=replace_item(self.values, layer, write_rows(self.values[layer], v, self.lengths)),
@@ -81,11 +83,8 @@ class StaticCache(KVCache):
         return KVView(self.keys[layer], self.values[layer], jnp.arange(self.capacity, dtype=jnp.int32)[None])
 
     def advance(self, count: Any) -> Self:
-        check_room(self.lengths, count, self.capacity)
+        self.check_room(count)
         return self.replace(lengths=self.lengths + jnp.asarray(count, jnp.int32))
-
-    def clear(self) -> Self:
-        return self.replace(lengths=jnp.zeros_like(self.lengths))
 
     def crop(self, length: Any) -> Self:
         return self.replace(lengths=cropped(self.lengths, length))
@@ -93,31 +92,6 @@ class StaticCache(KVCache):
     def select(self, rows: Any) -> Self:
         index = check_rows(rows, self.batch_size)
         return jax.tree.map(lambda array: jnp.take(array, index, axis=0), self)
-
-
-def check_sizes(config: GPT2Config, batch_size: int, capacity: int) -> None:
-    """Raises CacheError or CapacityError for an impossible batch size or capacity."""
-    if batch_size < 1:
-        raise CacheError(f"batch_size: expected 1 or more, got {batch_size}")
-    if not 1 <= capacity <= config.n_positions:
-        raise CapacityError(f"capacity: expected 1 .. n_positions={config.n_positions}, got {capacity}")
-
-
-def storage_dtype(dtype: Any) -> jnp.dtype:
-    """The dtype that keys and values are stored in."""
-    names = ("float32", "bfloat16", "float16")
-    try:
-        stored = jnp.dtype(dtype)
-    except TypeError:
-        stored = None
-    if stored is None or stored.name not in names:
-        raise CacheError(f"dtype: expected one of {', '.join(names)}; got {dtype!r}")
-    return stored
-
-
-def replace_item(items: tuple, index: int, item: Any) -> tuple:
-    """The tuple with one item replaced."""
-    return (*items[:index], item, *items[index + 1 :])
 
 
 def write_rows(buffer: jax.Array, new: jax.Array, starts: jax.Array) -> jax.Array:

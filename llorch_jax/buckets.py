@@ -1,0 +1,15 @@
+"""Sizes that shapes are rounded up to, so that requests of many lengths share few compiled programs."""
+
+SMALLEST = 16
+
+
+def bucket(size: int, limit: int | None = None) -> int:
+    """The next of 16, 24, 32, 48, 64, 96, 128, ... that is at least `size`, or `limit` where that is less.
+
+    Steps of a power of two and one and a half times it waste at most a half, on average a fifth.
+    """
+    power = SMALLEST
+    while power < size:
+        power *= 2
+    rounded = power * 3 // 4 if power > SMALLEST and size <= power * 3 // 4 else power
+    return rounded if limit is None else min(rounded, limit)

@@ -1,0 +1,347 @@
+"""Prefill, decode step and generation loops: token arrays in, token arrays out, all compiled.
+
+Everything here owns the cache that it is given: the cache is donated to XLA, which writes the next one into the same
+buffers, and must not be used again. `forward` is the variant that leaves its cache valid.
+
+The loop inside `generate_tokens` and the one behind `stream_tokens` run the same `_next_state`.
+"""
+
+from collections.abc import Generator, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from llorch_jax.buckets import bucket
+from llorch_jax.cache.base import KVCache
+from llorch_jax.cache.static import StaticCache
+from llorch_jax.checks import check_append, check_lengths, check_tokens
+from llorch_jax.config import GPT2Config
+from llorch_jax.errors import CapacityError, TokenError
+from llorch_jax.model import hidden_states, output_logits
+from llorch_jax.params import Params
+from llorch_jax.sampling import Greedy, Sampler, SamplerError
+
+Cache = TypeVar("Cache", bound=KVCache)
+
+
+@struct.dataclass
+class DecodeState:
+    """What goes from one decode step to the next.
+
+    Attributes:
+        token: int32 [B], sampled but not in the cache yet.
+        finished: bool [B], rows that have produced an end-of-text id.
+        cache: of all tokens before `token`.
+    """
+
+    token: jax.Array
+    finished: jax.Array
+    cache: Any
+
+
+@struct.dataclass
+class Policy:
+    """How the next token is chosen, and when a row ends.
+
+    Attributes:
+        sampler: from logits to ids.
+        keys: one per row [B]; the key of a token is this one folded with the token's position.
+        eos_ids: int32 [E], ids that end a row; may be empty.
+    """
+
+    sampler: Any
+    keys: jax.Array
+    eos_ids: jax.Array
+
+
+def prefill(
+    params: Params, config: GPT2Config, tokens: Any, cache: Cache, lengths: Any = None
+) -> tuple[jax.Array, Cache]:
+    """Appends prompts to a cache. The cache given is donated: use the returned one.
+
+    Args:
+        params: of a model of this configuration.
+        config: the model's hyperparameters.
+        tokens: int32 [B, T]; rows shorter than T are padded on the right with any id.
+        cache: empty, or holding earlier tokens that these follow.
+        lengths: int32 [B], how many tokens of each row are real; None means all T.
+
+    Returns:
+        Logits float32 [B, V] of each row's last token, and the cache.
+
+    Raises:
+        TokenError: tokens or lengths are empty, misshapen, not integers, or out of range.
+        CapacityError: a prompt does not fit the context or the cache; the cache is untouched then.
+    """
+    tokens = check_tokens(config, tokens)
+    lengths = check_lengths(lengths, tokens)
+    tokens, cache = check_append(config, tokens, cache, lengths)
+    return _prefill(params, config, _pad_to_bucket(tokens, config), lengths, cache)
+
+
+def decode_step(params: Params, config: GPT2Config, token: Any, cache: Cache) -> tuple[jax.Array, Cache]:
+    """Appends one token per row to a cache. The cache given is donated: use the returned one.
+
+    Args:
+        params: of a model of this configuration.
+        config: the model's hyperparameters.
+        token: int32 [B].
+        cache: of the tokens before.
+
+    Returns:
+        Logits float32 [B, V] of these tokens, and the cache.
+
+    Raises:
+        TokenError: the tokens are misshapen, not integers, or outside the vocabulary.
+        CapacityError: a row of the cache is full; the cache is untouched then.
+    """
+    if jnp.ndim(token) != 1:
+        raise TokenError(f"token: expected one id per row, shape [B], got shape {list(jnp.shape(token))}")
+    tokens, cache = check_append(config, jnp.asarray(token)[:, None], cache)
+    return _decode_step(params, config, tokens[:, 0], cache)
+
+
+def generate_tokens(
+    params: Params,
+    config: GPT2Config,
+    prompt_tokens: Any,
+    max_new_tokens: int = 32,
+    cache: KVCache | None = None,
+    lengths: Any = None,
+    sampler: Sampler | None = None,
+    key: jax.Array | None = None,
+    eos_id: int | Sequence[int] | None = None,
+) -> tuple[jax.Array, KVCache]:
+    """Continues a batch of prompts, in one compiled loop.
+
+    Args:
+        params: of a model of this configuration.
+        config: the model's hyperparameters.
+        prompt_tokens: int32 [B, T]; rows shorter than T are padded on the right with any id.
+        max_new_tokens: how many tokens each row gets at most, 1 or more.
+        cache: to append to, donated; None makes a `StaticCache` of the size needed.
+        lengths: int32 [B], how many prompt tokens of each row are real; None means all T.
+        sampler: `Greedy()` by default.
+        key: one key for the batch, which is folded with each row's number, or one key per row [B]. With the same key
+            come the same tokens, here and in `stream_tokens`.
+        eos_id: id or ids that end a row.
+
+    Returns:
+        int32 [B, max_new_tokens], filled up with the (first) end-of-text id behind a row's end; and the cache, which
+        holds the prompt and all new tokens of a row but its last.
+
+    Raises:
+        TokenError, CapacityError: as `prefill`; the prompt and all new tokens but the last must fit.
+        SamplerError: a random sampler got no key.
+    """
+    tokens, lengths, cache, policy = _prepare(
+        config, prompt_tokens, max_new_tokens, cache, lengths, sampler, key, eos_id
+    )
+    logits, cache = _prefill(params, config, tokens, lengths, cache)
+    state = _first_state(policy, logits, cache)
+    out, state = _generate(params, config, policy, state, max_new_tokens)
+    return out[:, :max_new_tokens], state.cache
+
+
+def stream_tokens(
+    params: Params,
+    config: GPT2Config,
+    prompt_tokens: Any,
+    max_new_tokens: int = 32,
+    cache: KVCache | None = None,
+    lengths: Any = None,
+    sampler: Sampler | None = None,
+    key: jax.Array | None = None,
+    eos_id: int | Sequence[int] | None = None,
+) -> Generator[np.ndarray, None, KVCache]:
+    """The tokens of `generate_tokens`, one step at a time, as soon as each is there.
+
+    Arguments and errors are those of `generate_tokens`; errors come at the call, before the first step.
+
+    Yields:
+        int32 [B]; the (first) end-of-text id in rows that have ended. Stops when all rows have.
+
+    Returns:
+        The cache, as the generator's return value.
+    """
+    tokens, lengths, cache, policy = _prepare(
+        config, prompt_tokens, max_new_tokens, cache, lengths, sampler, key, eos_id
+    )
+    return _stream(params, config, tokens, lengths, cache, policy, max_new_tokens)
+
+
+def compile_count() -> int:
+    """How many variants of prefill, decode step and generation loop have been compiled in this process."""
+    return sum(function._cache_size() for function in (_prefill, _decode_step, _first_state, _step, _loop))
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def _prefill(
+    params: Params, config: GPT2Config, tokens: jax.Array, lengths: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    batch, count = tokens.shape
+    x, cache = hidden_states(params, config, tokens, cache, lengths)
+    last = jnp.take_along_axis(x.reshape(-1, batch, count), (lengths - 1)[None, :, None], axis=2)[..., 0]
+    return output_logits(params, last, (batch,)), cache.advance(lengths)
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def _decode_step(params: Params, config: GPT2Config, token: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    return _feed(params, config, token, cache, jnp.ones_like(token))
+
+
+def _feed(
+    params: Params, config: GPT2Config, token: jax.Array, cache: Cache, count: jax.Array
+) -> tuple[jax.Array, Cache]:
+    """Logits [B, V] of one more token per row; rows with count 0 are computed but not lengthened."""
+    x, cache = hidden_states(params, config, token[:, None], cache, count)
+    return output_logits(params, x, token.shape), cache.advance(count)
+
+
+def _choose(policy: Policy, logits: jax.Array, finished: jax.Array, cache: Cache) -> DecodeState:
+    """The state after sampling from logits [B, V]: finished rows get the end-of-text id again."""
+    keys = jax.vmap(jax.random.fold_in)(policy.keys, cache.lengths)
+    token = policy.sampler(logits, keys)
+    if policy.eos_ids.size == 0:
+        return DecodeState(token, finished, cache)
+    token = jnp.where(finished, policy.eos_ids[0], token)
+    return DecodeState(token, finished | jnp.isin(token, policy.eos_ids), cache)
+
+
+def _next_state(params: Params, config: GPT2Config, policy: Policy, state: DecodeState) -> DecodeState:
+    """One decode step: feed the last token, sample the next."""
+    count = 1 - state.finished.astype(jnp.int32)
+    logits, cache = _feed(params, config, state.token, state.cache, count)
+    return _choose(policy, logits, state.finished, cache)
+
+
+@partial(jax.jit, donate_argnames="cache")
+def _first_state(policy: Policy, logits: jax.Array, cache: Cache) -> DecodeState:
+    return _choose(policy, logits, jnp.zeros(logits.shape[0], bool), cache)
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="state")
+def _step(params: Params, config: GPT2Config, policy: Policy, state: DecodeState) -> DecodeState:
+    return _next_state(params, config, policy, state)
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames=("out", "state"))
+def _loop(
+    params: Params, config: GPT2Config, policy: Policy, out: jax.Array, state: DecodeState, span: jax.Array
+) -> tuple[jax.Array, DecodeState]:
+    """Fills the columns `span[0]` up to `span[1]` of out [B, size], or fewer where all rows end before."""
+
+    def unfinished(carry: tuple) -> jax.Array:
+        count, _, state = carry
+        return (count < span[1]) & ~jnp.all(state.finished)
+
+    def step(carry: tuple) -> tuple:
+        count, out, state = carry
+        state = _next_state(params, config, policy, state)
+        return count + 1, jax.lax.dynamic_update_slice(out, state.token[:, None], (0, count)), state
+
+    _, out, state = jax.lax.while_loop(unfinished, step, (span[0], out, state))
+    return out, state
+
+
+def _generate(
+    params: Params, config: GPT2Config, policy: Policy, state: DecodeState, limit: int
+) -> tuple[jax.Array, DecodeState]:
+    """Tokens int32 [B, bucket(limit)] of which the first `limit` count, and the last state.
+
+    The loop runs in segments as long as the cache has room; between them a cache that grows may do so.
+    """
+    filler = policy.eos_ids[0] if policy.eos_ids.size else jnp.int32(0)
+    out = jnp.full((state.token.shape[0], bucket(limit)), filler).at[:, 0].set(state.token)
+    count = 1
+    while count < limit and not (policy.eos_ids.size and bool(jnp.all(state.finished))):
+        state = _with_room(state)
+        until = min(limit, count + state.cache.room())
+        out, state = _loop(params, config, policy, out, state, jnp.asarray([count, until], jnp.int32))
+        count = until
+    return out, state
+
+
+def _with_room(state: DecodeState) -> DecodeState:
+    """The state, its cache with room for one more token in every row."""
+    return state.replace(cache=state.cache.reserve(1))
+
+
+def _stream(
+    params: Params,
+    config: GPT2Config,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    cache: KVCache,
+    policy: Policy,
+    max_new_tokens: int,
+) -> Generator[np.ndarray, None, KVCache]:
+    logits, cache = _prefill(params, config, tokens, lengths, cache)
+    state, room = _first_state(policy, logits, cache), 0
+    for remaining in reversed(range(max_new_tokens)):
+        token, finished = np.array(state.token), bool(np.all(state.finished))
+        yield token
+        if finished or remaining == 0:
+            break
+        if room == 0:
+            state = _with_room(state)
+            room = state.cache.room()
+        state, room = _step(params, config, policy, state), room - 1
+    return state.cache
+
+
+def _prepare(
+    config: GPT2Config,
+    prompt_tokens: Any,
+    max_new_tokens: int,
+    cache: KVCache | None,
+    lengths: Any,
+    sampler: Sampler | None,
+    key: jax.Array | None,
+    eos_id: int | Sequence[int] | None,
+) -> tuple[jax.Array, jax.Array, KVCache, Policy]:
+    """Checked and padded tokens [B, T], lengths [B], the cache and the policy of a generation."""
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise CapacityError(f"max_new_tokens: expected a whole number from 1 up, got {max_new_tokens!r}")
+    tokens = check_tokens(config, prompt_tokens)
+    lengths = check_lengths(lengths, tokens)
+    tokens, cache = check_append(config, tokens, cache, lengths, later=max_new_tokens - 1)
+    if cache is None:
+        capacity = bucket(tokens.shape[1] + max_new_tokens - 1, config.n_positions)
+        cache = StaticCache.init(config, batch_size=tokens.shape[0], capacity=capacity)
+    sampler = Greedy() if sampler is None else sampler
+    policy = Policy(sampler, _row_keys(sampler, key, tokens.shape[0]), _eos_ids(config, eos_id))
+    return _pad_to_bucket(tokens, config), lengths, cache, policy
+
+
+def _pad_to_bucket(tokens: jax.Array, config: GPT2Config) -> jax.Array:
+    count = tokens.shape[1]
+    return jnp.pad(tokens, ((0, 0), (0, bucket(count, config.n_positions) - count)))
+
+
+def _row_keys(sampler: Sampler, key: jax.Array | None, batch: int) -> jax.Array:
+    """One key per row [B]."""
+    if key is None:
+        if sampler.needs_key:
+            raise SamplerError("key: expected a jax.random.key for a sampler that draws, got None")
+        key = jax.random.key(0)
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise SamplerError(f"key: expected a jax.random.key, got an array of dtype {key.dtype}")
+    if key.shape == (batch,):
+        return key
+    if key.shape != ():
+        raise SamplerError(f"key: expected one key or {batch}, one per row, got shape {list(key.shape)}")
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+
+
+def _eos_ids(config: GPT2Config, eos_id: int | Sequence[int] | None) -> jax.Array:
+    """The ids that end a row, int32 [E]."""
+    ids = [] if eos_id is None else np.atleast_1d(np.asarray(eos_id)).tolist()
+    for value in ids:
+        if type(value) is not int or not 0 <= value < config.vocab_size:
+            raise TokenError(f"eos_id: expected ids in 0 .. {config.vocab_size - 1}, got {value!r}")
+    return jnp.asarray(ids, jnp.int32)
