@@ -96,12 +96,13 @@ def _attend_single(q: jax.Array, view: KVView, positions: jax.Array, scale: floa
     allowed = jnp.broadcast_to(allowed_slots(positions, view, window)[:, 0], (batch, slots))
     rows = (q[:, 0], view.k, view.v, allowed)
     if batch == 1:
-        return _attend_row(*(array[0] for array in rows), scale)[None, None]
-    return jax.lax.map(lambda row: _attend_row(*row, scale), rows)[:, None]
+        return _attend_row(jax.tree.map(lambda array: array[0], rows), scale)[None, None]
+    return jax.lax.map(lambda row: _attend_row(row, scale), rows)[:, None]
 
 
-def _attend_row(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array, scale: float) -> jax.Array:
-    """Attention of the queries [N, H] of one token over k and v [K, S, H] where allowed, bool [S]: float32 [N, H]."""
+def _attend_row(row: tuple[jax.Array, ...], scale: float) -> jax.Array:
+    """float32 [N, H] from the queries [N, H] of one token, k and v [K, S, H], and where it may look, bool [S]."""
+    q, k, v, allowed = row
     groups = q.reshape(k.shape[0], -1, q.shape[1])  # [K, N / K, H]
     out = []
     for queries, keys, values in zip(groups, k.astype(jnp.float32), v.astype(jnp.float32), strict=True):

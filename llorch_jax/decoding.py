@@ -6,6 +6,7 @@ buffers, and must not be used again. `forward` is the variant that leaves its ca
 The loop inside `generate_tokens` and the one behind `stream_tokens` run the same `_next_state`.
 """
 
+import dataclasses
 from collections.abc import Generator, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -176,7 +177,8 @@ def stream_tokens(
 
 def compile_count() -> int:
     """How many variants of prefill, decode step and generation loop have been compiled in this process."""
-    return sum(function._cache_size() for function in (_prefill, _decode_step, _first_state, _step, _loop))
+    compiled: tuple[Any, ...] = (_prefill, _decode_step, _first_state, _step, _loop)
+    return sum(function._cache_size() for function in compiled)
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
@@ -268,7 +270,7 @@ def _generate(
 
 def _with_room(state: DecodeState) -> DecodeState:
     """The state, its cache with room for one more token in every row."""
-    return state.replace(cache=state.cache.reserve(1))
+    return dataclasses.replace(state, cache=state.cache.reserve(1))
 
 
 def _stream(

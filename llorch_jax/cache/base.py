@@ -1,7 +1,7 @@
 """What every KV cache has in common: the protocol that the model and the decoding loops know, and host-side checks."""
 
 import abc
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ class KVCache(abc.ABC):
     `lengths[b]`. A forward pass calls `reserve` once on the host, then, in `jit`, `append` once per layer that owns
     keys and values, and then `advance` once.
 
-    Concrete caches are `flax.struct` dataclasses. Outside `jit` an operation copies the arrays it changes. Inside a
+    Concrete caches are `flax.struct` dataclasses with a factory `init(config, *, batch_size, ...)`. Outside `jit` an operation copies the arrays it changes. Inside a
     jitted function that donates the cache, as `decode_step` does, the same operations write in place.
 
     A `layer` here is the number of a cache layer, 0 .. config.cache_layers - 1. It is the number of the block unless
@@ -47,10 +47,9 @@ class KVCache(abc.ABC):
 
     lengths: Any  # int32 [B]; a field of every concrete cache
 
-    @classmethod
-    @abc.abstractmethod
-    def init(cls, config: GPT2Config, **settings: Any) -> Self:
-        """An empty cache for models of this configuration."""
+    if TYPE_CHECKING:  # flax.struct.dataclass adds it to the concrete classes
+
+        def replace(self, **changes: Any) -> Self: ...
 
     @property
     @abc.abstractmethod
@@ -143,7 +142,7 @@ def is_concrete(*values: Any) -> bool:
 
 
 def check_room(lengths: Any, count: Any, capacity: int) -> None:
-    """Raises CapacityError where a row of `lengths` int32 [B] has no room for `count` (int or int32 [B]) more tokens."""
+    """Raises CapacityError where a row of `lengths` has no room for `count` more tokens; both int32 [B], or count an int."""
     if not is_concrete(lengths, count):
         return
     lengths = np.asarray(lengths)
