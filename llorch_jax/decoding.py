@@ -18,13 +18,13 @@ from flax import struct
 
 from llorch_jax.buckets import bucket
 from llorch_jax.cache.base import KVCache
-from llorch_jax.cache.static import StaticCache
 from llorch_jax.checks import check_append, check_lengths, check_tokens
 from llorch_jax.config import GPT2Config
-from llorch_jax.errors import CapacityError, TokenError
+from llorch_jax.errors import TokenError
 from llorch_jax.model import hidden_states, output_logits
 from llorch_jax.params import Params
-from llorch_jax.sampling import Greedy, Sampler, SamplerError
+from llorch_jax.request import Policy, Request, pad_to_bucket, prepare
+from llorch_jax.sampling import Sampler
 
 Cache = TypeVar("Cache", bound=KVCache)
 
@@ -35,28 +35,28 @@ class DecodeState:
 
     Attributes:
         token: int32 [B], sampled but not in the cache yet.
+        logprob: float32 [B], of `token` under the model, before the sampler's transforms.
         finished: bool [B], rows that have produced an end-of-text id.
         cache: of all tokens before `token`.
     """
 
     token: jax.Array
+    logprob: jax.Array
     finished: jax.Array
     cache: Any
 
 
 @struct.dataclass
-class Policy:
-    """How the next token is chosen, and when a row ends.
+class Generated:
+    """New tokens and their log-probabilities.
 
     Attributes:
-        sampler: from logits to ids.
-        keys: one per row [B]; the key of a token is this one folded with the token's position.
-        eos_ids: int32 [E], ids that end a row; may be empty.
+        tokens: int32 [B, N].
+        logprobs: float32 [B, N].
     """
 
-    sampler: Any
-    keys: jax.Array
-    eos_ids: jax.Array
+    tokens: jax.Array
+    logprobs: jax.Array
 
 
 def prefill(
@@ -81,7 +81,7 @@ def prefill(
     tokens = check_tokens(config, tokens)
     lengths = check_lengths(lengths, tokens)
     tokens, cache = check_append(config, tokens, cache, lengths)
-    return _prefill(params, config, _pad_to_bucket(tokens, config), lengths, cache)
+    return _prefill(params, config, pad_to_bucket(tokens, config), lengths, cache)
 
 
 def decode_step(params: Params, config: GPT2Config, token: Any, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -139,13 +139,9 @@ def generate_tokens(
         TokenError, CapacityError: as `prefill`; the prompt and all new tokens but the last must fit.
         SamplerError: a random sampler got no key.
     """
-    tokens, lengths, cache, policy = _prepare(
-        config, prompt_tokens, max_new_tokens, cache, lengths, sampler, key, eos_id
-    )
-    logits, cache = _prefill(params, config, tokens, lengths, cache)
-    state = _first_state(policy, logits, cache)
-    out, state = _generate(params, config, policy, state, max_new_tokens)
-    return out[:, :max_new_tokens], state.cache
+    request = prepare(config, prompt_tokens, max_new_tokens, cache, lengths, sampler, key, eos_id)
+    generated, cache_after = run(params, config, request)
+    return generated.tokens, cache_after
 
 
 def stream_tokens(
@@ -169,10 +165,8 @@ def stream_tokens(
     Returns:
         The cache, as the generator's return value.
     """
-    tokens, lengths, cache, policy = _prepare(
-        config, prompt_tokens, max_new_tokens, cache, lengths, sampler, key, eos_id
-    )
-    return _stream(params, config, tokens, lengths, cache, policy, max_new_tokens)
+    request = prepare(config, prompt_tokens, max_new_tokens, cache, lengths, sampler, key, eos_id)
+    return _tokens_of(stream(params, config, request))
 
 
 def compile_count() -> int:
@@ -208,10 +202,11 @@ def _choose(policy: Policy, logits: jax.Array, finished: jax.Array, cache: Cache
     """The state after sampling from logits [B, V]: finished rows get the end-of-text id again."""
     keys = jax.vmap(jax.random.fold_in)(policy.keys, cache.lengths)
     token = policy.sampler(logits, keys)
-    if policy.eos_ids.size == 0:
-        return DecodeState(token, finished, cache)
-    token = jnp.where(finished, policy.eos_ids[0], token)
-    return DecodeState(token, finished | jnp.isin(token, policy.eos_ids), cache)
+    if policy.eos_ids.size:
+        token = jnp.where(finished, policy.eos_ids[0], token)
+        finished = finished | jnp.isin(token, policy.eos_ids)
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
+    return DecodeState(token, chosen - jax.nn.logsumexp(logits, axis=-1), finished, cache)
 
 
 def _next_state(params: Params, config: GPT2Config, policy: Policy, state: DecodeState) -> DecodeState:
@@ -233,9 +228,9 @@ def _step(params: Params, config: GPT2Config, policy: Policy, state: DecodeState
 
 @partial(jax.jit, static_argnames="config", donate_argnames=("out", "state"))
 def _loop(
-    params: Params, config: GPT2Config, policy: Policy, out: jax.Array, state: DecodeState, span: jax.Array
-) -> tuple[jax.Array, DecodeState]:
-    """Fills the columns `span[0]` up to `span[1]` of out [B, size], or fewer where all rows end before."""
+    params: Params, config: GPT2Config, policy: Policy, out: Generated, state: DecodeState, span: jax.Array
+) -> tuple[Generated, DecodeState]:
+    """Fills the columns `span[0]` up to `span[1]` of out, or fewer where all rows end before."""
 
     def unfinished(carry: tuple) -> jax.Array:
         count, _, state = carry
@@ -244,28 +239,45 @@ def _loop(
     def step(carry: tuple) -> tuple:
         count, out, state = carry
         state = _next_state(params, config, policy, state)
-        return count + 1, jax.lax.dynamic_update_slice(out, state.token[:, None], (0, count)), state
+        return count + 1, _put(out, state, count), state
 
     _, out, state = jax.lax.while_loop(unfinished, step, (span[0], out, state))
     return out, state
 
 
-def _generate(
-    params: Params, config: GPT2Config, policy: Policy, state: DecodeState, limit: int
-) -> tuple[jax.Array, DecodeState]:
-    """Tokens int32 [B, bucket(limit)] of which the first `limit` count, and the last state.
+def _put(out: Generated, state: DecodeState, column: Any) -> Generated:
+    """Writes a state's tokens and log-probabilities into one column."""
+    return Generated(
+        jax.lax.dynamic_update_slice(out.tokens, state.token[:, None], (0, column)),
+        jax.lax.dynamic_update_slice(out.logprobs, state.logprob[:, None], (0, column)),
+    )
+
+
+def run(params: Params, config: GPT2Config, request: Request) -> tuple[Generated, KVCache]:
+    """Tokens and log-probabilities [B, max_new_tokens] of a prepared request, and the cache after it."""
+    logits, cache = _prefill(params, config, request.tokens, request.lengths, request.cache)
+    return generate_from(params, config, request, logits, cache)
+
+
+def generate_from(
+    params: Params, config: GPT2Config, request: Request, logits: jax.Array, cache: KVCache
+) -> tuple[Generated, KVCache]:
+    """`run` after the prefill, whose logits [B, V] and cache are given.
 
     The loop runs in segments as long as the cache has room; between them a cache that grows may do so.
     """
+    policy, limit = request.policy, request.max_new_tokens
+    state = _first_state(policy, logits, cache)
+    shape = (state.token.shape[0], bucket(limit))
     filler = policy.eos_ids[0] if policy.eos_ids.size else jnp.int32(0)
-    out = jnp.full((state.token.shape[0], bucket(limit)), filler).at[:, 0].set(state.token)
+    out = _put(Generated(jnp.full(shape, filler), jnp.zeros(shape, jnp.float32)), state, 0)
     count = 1
     while count < limit and not (policy.eos_ids.size and bool(jnp.all(state.finished))):
         state = _with_room(state)
         until = min(limit, count + state.cache.room())
         out, state = _loop(params, config, policy, out, state, jnp.asarray([count, until], jnp.int32))
         count = until
-    return out, state
+    return jax.tree.map(lambda array: array[:, :limit], out), state.cache
 
 
 def _with_room(state: DecodeState) -> DecodeState:
@@ -273,77 +285,26 @@ def _with_room(state: DecodeState) -> DecodeState:
     return dataclasses.replace(state, cache=state.cache.reserve(1))
 
 
-def _stream(
-    params: Params,
-    config: GPT2Config,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    cache: KVCache,
-    policy: Policy,
-    max_new_tokens: int,
-) -> Generator[np.ndarray, None, KVCache]:
-    logits, cache = _prefill(params, config, tokens, lengths, cache)
-    state, room = _first_state(policy, logits, cache), 0
-    for remaining in reversed(range(max_new_tokens)):
-        token, finished = np.array(state.token), bool(np.all(state.finished))
-        yield token
+def stream(params: Params, config: GPT2Config, request: Request) -> Generator[DecodeState, None, KVCache]:
+    """The states of a prepared request after each step. A state is donated by the next step: read it at once."""
+    logits, cache = _prefill(params, config, request.tokens, request.lengths, request.cache)
+    state, room = _first_state(request.policy, logits, cache), 0
+    for remaining in reversed(range(request.max_new_tokens)):
+        finished = bool(np.all(state.finished))
+        yield state
         if finished or remaining == 0:
             break
         if room == 0:
             state = _with_room(state)
             room = state.cache.room()
-        state, room = _step(params, config, policy, state), room - 1
+        state, room = _step(params, config, request.policy, state), room - 1
     return state.cache
 
 
-def _prepare(
-    config: GPT2Config,
-    prompt_tokens: Any,
-    max_new_tokens: int,
-    cache: KVCache | None,
-    lengths: Any,
-    sampler: Sampler | None,
-    key: jax.Array | None,
-    eos_id: int | Sequence[int] | None,
-) -> tuple[jax.Array, jax.Array, KVCache, Policy]:
-    """Checked and padded tokens [B, T], lengths [B], the cache and the policy of a generation."""
-    if type(max_new_tokens) is not int or max_new_tokens < 1:
-        raise CapacityError(f"max_new_tokens: expected a whole number from 1 up, got {max_new_tokens!r}")
-    tokens = check_tokens(config, prompt_tokens)
-    lengths = check_lengths(lengths, tokens)
-    tokens, cache = check_append(config, tokens, cache, lengths, later=max_new_tokens - 1)
-    if cache is None:
-        capacity = bucket(tokens.shape[1] + max_new_tokens - 1, config.n_positions)
-        cache = StaticCache.init(config, batch_size=tokens.shape[0], capacity=capacity)
-    sampler = Greedy() if sampler is None else sampler
-    policy = Policy(sampler, _row_keys(sampler, key, tokens.shape[0]), _eos_ids(config, eos_id))
-    return _pad_to_bucket(tokens, config), lengths, cache, policy
-
-
-def _pad_to_bucket(tokens: jax.Array, config: GPT2Config) -> jax.Array:
-    count = tokens.shape[1]
-    return jnp.pad(tokens, ((0, 0), (0, bucket(count, config.n_positions) - count)))
-
-
-def _row_keys(sampler: Sampler, key: jax.Array | None, batch: int) -> jax.Array:
-    """One key per row [B]."""
-    if key is None:
-        if sampler.needs_key:
-            raise SamplerError("key: expected a jax.random.key for a sampler that draws, got None")
-        key = jax.random.key(0)
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        raise SamplerError(f"key: expected a jax.random.key, got an array of dtype {key.dtype}")
-    if key.shape == (batch,):
-        return key
-    if key.shape != ():
-        raise SamplerError(f"key: expected one key or {batch}, one per row, got shape {list(key.shape)}")
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
-
-
-def _eos_ids(config: GPT2Config, eos_id: int | Sequence[int] | None) -> jax.Array:
-    """The ids that end a row, int32 [E]."""
-    ids = [] if eos_id is None else np.atleast_1d(np.asarray(eos_id)).tolist()
-    for value in ids:
-        if type(value) is not int or not 0 <= value < config.vocab_size:
-            raise TokenError(f"eos_id: expected ids in 0 .. {config.vocab_size - 1}, got {value!r}")
-    return jnp.asarray(ids, jnp.int32)
+def _tokens_of(states: Generator[DecodeState, None, KVCache]) -> Generator[np.ndarray, None, KVCache]:
+    while True:
+        try:
+            state = next(states)
+        except StopIteration as end:
+            return end.value
+        yield np.array(state.token)

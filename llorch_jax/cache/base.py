@@ -38,8 +38,9 @@ class KVCache(abc.ABC):
     `lengths[b]`. A forward pass calls `reserve` once on the host, then, in `jit`, `append` once per layer that owns
     keys and values, and then `advance` once.
 
-    Concrete caches are `flax.struct` dataclasses with a factory `init(config, *, batch_size, ...)`. Outside `jit` an operation copies the arrays it changes. Inside a
-    jitted function that donates the cache, as `decode_step` does, the same operations write in place.
+    Concrete caches are `flax.struct` dataclasses with a factory `init(config, *, batch_size, ...)`. Outside `jit` an
+    operation copies the arrays it changes. Inside a jitted function that donates the cache, as `decode_step` does, the
+    same operations write in place.
 
     A `layer` here is the number of a cache layer, 0 .. config.cache_layers - 1. It is the number of the block unless
     blocks share keys and values (`GPT2Config.kv_sharing`).
@@ -142,7 +143,7 @@ def is_concrete(*values: Any) -> bool:
 
 
 def check_room(lengths: Any, count: Any, capacity: int) -> None:
-    """Raises CapacityError where a row of `lengths` has no room for `count` more tokens; both int32 [B], or count an int."""
+    """Raises CapacityError where a row of `lengths` int32 [B] has no room for `count`, int or int32 [B], more."""
     if not is_concrete(lengths, count):
         return
     lengths = np.asarray(lengths)
