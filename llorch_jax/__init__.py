@@ -1,0 +1,55 @@
+"""GPT-2 inference as pure functions in JAX, with the KV cache as an immutable pytree."""
+
+from llorch_jax.cache import KVCache, StaticCache
+from llorch_jax.checkpoint import Model, convert, load, save_model
+from llorch_jax.config import GPT2Config
+from llorch_jax.decoding import compile_count, decode_step, generate_tokens, prefill, stream_tokens
+from llorch_jax.errors import CacheError, CapacityError, CheckpointError, ConfigError, LlorchError, TokenError
+from llorch_jax.generation import Generation, ModelError, Piece, generate, stream
+from llorch_jax.model import forward
+from llorch_jax.params import BlockParams, Params, count_params, init_params, param_shapes
+from llorch_jax.probes import intermediates
+from llorch_jax.sampling import Greedy, SamplerError, Sampling
+from llorch_jax.scoring import Score, score
+from llorch_jax.tokenizer import Tokenizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockParams",
+    "CacheError",
+    "CapacityError",
+    "CheckpointError",
+    "ConfigError",
+    "GPT2Config",
+    "Generation",
+    "Greedy",
+    "KVCache",
+    "LlorchError",
+    "Model",
+    "ModelError",
+    "Params",
+    "Piece",
+    "SamplerError",
+    "Sampling",
+    "Score",
+    "StaticCache",
+    "TokenError",
+    "Tokenizer",
+    "compile_count",
+    "convert",
+    "count_params",
+    "decode_step",
+    "forward",
+    "generate",
+    "generate_tokens",
+    "init_params",
+    "intermediates",
+    "load",
+    "param_shapes",
+    "prefill",
+    "save_model",
+    "score",
+    "stream",
+    "stream_tokens",
+]

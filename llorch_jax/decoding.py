@@ -140,7 +140,8 @@ def generate_tokens(
         SamplerError: a random sampler got no key.
     """
     request = prepare(config, prompt_tokens, max_new_tokens, cache, lengths, sampler, key, eos_id)
-    generated, cache_after = run(params, config, request)
+    logits, cache_after = first_logits(params, config, request)
+    generated, cache_after = generate_from(params, config, request, logits, cache_after)
     return generated.tokens, cache_after
 
 
@@ -166,7 +167,7 @@ def stream_tokens(
         The cache, as the generator's return value.
     """
     request = prepare(config, prompt_tokens, max_new_tokens, cache, lengths, sampler, key, eos_id)
-    return _tokens_of(stream(params, config, request))
+    return _tokens_of(stream_states(params, config, request))
 
 
 def compile_count() -> int:
@@ -253,16 +254,15 @@ def _put(out: Generated, state: DecodeState, column: Any) -> Generated:
     )
 
 
-def run(params: Params, config: GPT2Config, request: Request) -> tuple[Generated, KVCache]:
-    """Tokens and log-probabilities [B, max_new_tokens] of a prepared request, and the cache after it."""
-    logits, cache = _prefill(params, config, request.tokens, request.lengths, request.cache)
-    return generate_from(params, config, request, logits, cache)
+def first_logits(params: Params, config: GPT2Config, request: Request) -> tuple[jax.Array, KVCache]:
+    """The prefill of a prepared request: logits float32 [B, V] of each row's last token, and the cache."""
+    return _prefill(params, config, request.tokens, request.lengths, request.cache)
 
 
 def generate_from(
     params: Params, config: GPT2Config, request: Request, logits: jax.Array, cache: KVCache
 ) -> tuple[Generated, KVCache]:
-    """`run` after the prefill, whose logits [B, V] and cache are given.
+    """Tokens and log-probabilities [B, max_new_tokens] of a prepared request after its prefill, and the cache.
 
     The loop runs in segments as long as the cache has room; between them a cache that grows may do so.
     """
@@ -285,9 +285,9 @@ def _with_room(state: DecodeState) -> DecodeState:
     return dataclasses.replace(state, cache=state.cache.reserve(1))
 
 
-def stream(params: Params, config: GPT2Config, request: Request) -> Generator[DecodeState, None, KVCache]:
+def stream_states(params: Params, config: GPT2Config, request: Request) -> Generator[DecodeState, None, KVCache]:
     """The states of a prepared request after each step. A state is donated by the next step: read it at once."""
-    logits, cache = _prefill(params, config, request.tokens, request.lengths, request.cache)
+    logits, cache = first_logits(params, config, request)
     state, room = _first_state(request.policy, logits, cache), 0
     for remaining in reversed(range(request.max_new_tokens)):
         finished = bool(np.all(state.finished))

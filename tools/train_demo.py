@@ -1,16 +1,18 @@
 """Trains the demo model that ships in llorch_jax/assets/demo, with the package's own forward pass.
 
-    python tools/train_demo.py train TALES.txt[.xz] HELDOUT.txt WORK_DIR --steps 6000   # resumes where WORK_DIR left off
-    python tools/train_demo.py export WORK_DIR HELDOUT.txt MODEL_DIR                     # float16, Hugging Face layout
+    python tools/train_demo.py train TALES.txt[.xz] HELDOUT.txt WORK_DIR --steps 3600   # resumes where it left off
+    python tools/train_demo.py export WORK_DIR HELDOUT.txt MODEL_DIR                    # float16, with a model card
 
-Needs the `train` extra (optax, tqdm, matplotlib). A blank line in the corpus separates stories. Weights of the blocks are
-trained by Muon (Jordan et al. 2024), embeddings, norms and biases by AdamW, with a warm-up, a constant and a linearly
-falling part of the learning rate, so that a run can be prolonged by naming more steps before it starts to fall.
+Needs the `train` extra (optax, tqdm, matplotlib). A blank line in the corpus separates stories. Weights of the blocks
+are trained by Muon (Jordan et al. 2024), embeddings, norms and biases by AdamW, with a warm-up, a constant and a
+linearly falling learning rate, so that a run can be prolonged or cut short by naming another number of steps before
+the rate starts to fall.
 """
 
 import argparse
 import json
 import lzma
+import math
 import os
 import time
 from functools import partial
@@ -21,14 +23,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tokenizers
 from flax import serialization
 from optax import contrib
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
+from llorch_jax.checkpoint import load, save_model
 from llorch_jax.config import GPT2Config
 from llorch_jax.model import hidden_states, output_logits
 from llorch_jax.params import Params, count_params, init_params
+from llorch_jax.scoring import score
+from llorch_jax.tokenizer import Tokenizer
 
 END = "<|endoftext|>"
 LENGTH, BATCH = 512, 8
@@ -41,14 +47,15 @@ CONFIG = GPT2Config(
 
 def read(path: Path) -> list[str]:
     """The stories of a corpus file."""
-    text = lzma.open(path, "rt", encoding="utf-8").read() if path.suffix == ".xz" else path.read_text("utf-8")
+    data = path.read_bytes()
+    text = (lzma.decompress(data) if path.suffix == ".xz" else data).decode("utf-8")
     return [story.strip() for story in text.split("\n\n") if story.strip()]
 
 
-def train_tokenizer(stories: list[str], path: Path) -> Tokenizer:
+def train_tokenizer(stories: list[str], path: Path) -> tokenizers.Tokenizer:
     """A byte-level BPE whose id 0 ends a story; kept in `path`."""
     if not path.exists():
-        tokenizer = Tokenizer(models.BPE())
+        tokenizer = tokenizers.Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
@@ -56,10 +63,10 @@ def train_tokenizer(stories: list[str], path: Path) -> Tokenizer:
         )
         tokenizer.train_from_iterator(stories, trainer)
         tokenizer.save(str(path))
-    return Tokenizer.from_file(str(path))
+    return tokenizers.Tokenizer.from_file(str(path))
 
 
-def encode(tokenizer: Tokenizer, stories: list[str]) -> np.ndarray:
+def encode(tokenizer: tokenizers.Tokenizer, stories: list[str]) -> np.ndarray:
     """All stories as one row of ids, each behind the end-of-text id."""
     return np.concatenate([[0, *encoding.ids] for encoding in tokenizer.encode_batch(stories)]).astype(np.int32)
 
@@ -82,7 +89,7 @@ def loss_of(params: Params, windows: jax.Array) -> jax.Array:
 
 
 def make_optimizer() -> optax.GradientTransformation:
-    """Muon for the blocks' matrices, AdamW for the rest; learning rates are multiplied by the schedule in `train_step`."""
+    """Muon for the blocks' matrices, AdamW for the rest; `train_step` multiplies their updates by the schedule."""
 
     def dimensions(params: Params) -> Any:
         kinds = jax.tree.map(lambda array: None, params)
@@ -128,18 +135,24 @@ def save(folder: Path, content: dict[str, Any]) -> None:
     os.replace(partial_file, folder / "checkpoint.msgpack")
 
 
+def restore(folder: Path) -> dict[str, Any]:
+    """The checkpoint in a folder, or a fresh start."""
+    params = init_params(CONFIG, jax.random.key(0))
+    content = {"params": params, "state": make_optimizer().init(params), "step": 0}
+    if (folder / "checkpoint.msgpack").exists():
+        content = serialization.from_bytes(content, (folder / "checkpoint.msgpack").read_bytes())
+    return {**content, **jax.tree.map(jnp.asarray, {name: content[name] for name in ("params", "state")})}
+
+
 def train(arguments: argparse.Namespace) -> None:
     folder = arguments.work
     folder.mkdir(parents=True, exist_ok=True)
     stories, heldout = read(arguments.corpus), read(arguments.heldout)
     tokenizer = train_tokenizer(stories, folder / "tokenizer.json")
     ids, heldout_ids = encode(tokenizer, stories), encode(tokenizer, heldout)
-    params = init_params(CONFIG, jax.random.key(0))
+    content = restore(folder)
+    params, state = content["params"], content["state"]
     print(f"{count_params(params):,} parameters, {len(ids):,} training tokens, {len(heldout_ids):,} held out")
-    content = {"params": params, "state": make_optimizer().init(params), "step": 0}
-    if (folder / "checkpoint.msgpack").exists():
-        content = serialization.from_bytes(content, (folder / "checkpoint.msgpack").read_bytes())
-    params, state = jax.tree.map(jnp.asarray, (content["params"], content["state"]))
     evaluate, started, running = jax.jit(loss_of), time.time(), None
     bar = tqdm(range(content["step"], arguments.steps), initial=content["step"], total=arguments.steps, mininterval=5)
     for step in bar:
@@ -154,6 +167,26 @@ def train(arguments: argparse.Namespace) -> None:
                 log.write(json.dumps(record) + "\n")
             save(folder, {"params": params, "state": state, "step": step + 1})
             plot(folder)
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Writes the model in float16, scores the held-out stories with what was written, and adds the model card."""
+    content, folder = restore(arguments.work), arguments.model
+    tokenizer = Tokenizer.from_directory(arguments.work)
+    save_model(folder, CONFIG, content["params"], tokenizer, dtype="float16")
+    model = load(folder)
+    scores = [score(model, story) for story in read(arguments.heldout)]
+    bits = -sum(s.total for s in scores) / math.log(2) / sum(s.num_bytes for s in scores)
+    card = (Path(__file__).parent / "demo_card.md").read_text("utf-8")
+    facts = {
+        "parameters": f"{count_params(content['params']):,}",
+        "steps": f"{content['step']:,}",
+        "tokens": f"{content['step'] * BATCH * LENGTH:,}",
+        "bits_per_byte": f"{bits:.3f}",
+        "heldout_bytes": f"{sum(s.num_bytes for s in scores):,}",
+    }
+    (folder / "README.md").write_text(card.format(**facts), encoding="utf-8")
+    print(f"{bits:.4f} bits per byte on the held-out text")
 
 
 def plot(folder: Path) -> None:
@@ -183,6 +216,11 @@ def main() -> None:
     run.add_argument("--steps", type=int, default=6000)
     run.add_argument("--every", type=int, default=200, help="steps between checkpoints")
     run.set_defaults(call=train)
+    write = commands.add_parser("export")
+    write.add_argument("work", type=Path)
+    write.add_argument("heldout", type=Path)
+    write.add_argument("model", type=Path)
+    write.set_defaults(call=export)
     arguments = parser.parse_args()
     arguments.call(arguments)
 

@@ -1,0 +1,179 @@
+"""The command line: llorch-jax generate, score, inspect, validate, convert. No logic, only words in and out."""
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from llorch_jax.cache import StaticCache
+from llorch_jax.checkpoint import Model, convert, load, load_config, locate
+from llorch_jax.config import GPT2Config
+from llorch_jax.errors import LlorchError
+from llorch_jax.generation import Generation, generate, stream
+from llorch_jax.params import count_params, nbytes, param_shapes
+from llorch_jax.probes import Verdict, compare, intermediates, load_reference
+from llorch_jax.scoring import score
+from llorch_jax.terminal import enable_compilation_cache, messages, show_bytes, show_timings, waiting
+from llorch_jax.timing import Timings
+
+app = typer.Typer(
+    help="GPT-2 inference in JAX.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="demo, a directory in Hugging Face's layout, or a hub id.")
+]
+ModelArgument = Annotated[str, typer.Argument(help="demo, a directory in Hugging Face's layout, or a hub id.")]
+
+
+def main() -> None:
+    """Runs the command line. Exit codes: 0 done, 1 bad input or a failed validation, 2 wrong usage, 130 interrupted."""
+    enable_compilation_cache()
+    try:
+        app()
+    except LlorchError as error:
+        messages.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(1)
+
+
+@app.command(name="generate")
+def generate_command(
+    prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
+    model: ModelOption = "demo",
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="At most so many tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Draw from so many most likely tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the tokens that reach this probability.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print each piece when it is there.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    timings: Annotated[bool, typer.Option("--timings", help="Print where the time went, on standard error.")] = False,
+) -> None:
+    """Continue a text."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    loaded, load_seconds = _load(model)
+    settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    if stream and not as_json:
+        spent = _stream_to_stdout(loaded, text, max_new_tokens, settings)
+    else:
+        with waiting("compiling and generating"):
+            out = generate(loaded, text, max_new_tokens, **settings)
+        print(_as_json(text, out) if as_json else text + out.text)
+        spent = out.timings
+    if timings:
+        show_timings(load_seconds, spent)
+
+
+@app.command(name="score")
+def score_command(
+    text: Annotated[str, typer.Argument(help="The text; - reads it from standard input.")],
+    model: ModelOption = "demo",
+    stride: Annotated[int | None, typer.Option(help="How far windows over a long text move on.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with every token.")] = False,
+) -> None:
+    """How likely a model finds a text: perplexity and bits per byte."""
+    loaded, _ = _load(model)
+    with waiting("compiling and scoring"):
+        result = score(loaded, sys.stdin.read() if text == "-" else text, stride=stride)
+    summary = {"perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte, "logprob": result.total}
+    if as_json:
+        print(json.dumps({**summary, **dataclasses.asdict(result)}))
+    else:
+        print(*(f"{name} {value:.4f}" for name, value in summary.items()), sep="\n")
+
+
+@app.command(name="inspect")
+def inspect_command(model: ModelArgument = "demo") -> None:
+    """Show a model's configuration and the bytes of its parameters and cache, without loading the weights."""
+    _, directory = locate(model)
+    config = load_config(directory)
+    table = Table("setting", "value", title=model)
+    for field in dataclasses.fields(config):
+        table.add_row(field.name, str(getattr(config, field.name)))
+    Console().print(table)
+    shapes = param_shapes(config)
+    print(f"parameters: {count_params(shapes):,}; {show_bytes(nbytes(shapes))} in float32")
+    print(f"static cache: {show_bytes(_cache_bytes(config))} per sequence of {config.n_positions} tokens in float32")
+
+
+@app.command(name="validate")
+def validate_command(
+    model: ModelArgument,
+    reference: Annotated[Path, typer.Option("--reference", "-r", help=".npz file of reference arrays.")],
+) -> None:
+    """Compare a model with reference arrays at twelve points; exits with 1 where one differs."""
+    arrays, temperature = load_reference(reference)
+    loaded, _ = _load(model)
+    new_tokens = arrays["12_greedy"].shape[-1] if "12_greedy" in arrays else 1
+    with waiting("compiling and running"):
+        captured = intermediates(
+            loaded.params, loaded.config, arrays["tokens"], temperature=temperature, new_tokens=new_tokens
+        )
+    verdicts = compare(captured, arrays)
+    Console().print(_verdict_table(verdicts))
+    if not all(verdict.passed for verdict in verdicts):
+        raise typer.Exit(1)
+
+
+@app.command(name="convert")
+def convert_command(
+    model: ModelArgument,
+    directory: Annotated[Path, typer.Argument(help="Where to write config.json, model.safetensors, tokenizer.")],
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+) -> None:
+    """Write a model as a directory in Hugging Face's layout."""
+    with waiting("converting"):
+        convert(model, directory, dtype=dtype)
+    print(f"wrote {directory}")
+
+
+def _load(source: str) -> tuple[Model, float]:
+    """The model, and how many seconds loading took."""
+    start = time.perf_counter()
+    with waiting(f"loading {source}") as progress:
+        model = load(source, progress=progress)
+    return model, time.perf_counter() - start
+
+
+def _stream_to_stdout(model: Model, prompt: str, max_new_tokens: int, settings: dict[str, Any]) -> Timings:
+    pieces = stream(model, prompt, max_new_tokens, **settings)
+    with waiting("compiling"):
+        piece = next(pieces)
+    print(prompt, piece.text, sep="", end="", flush=True)
+    for piece in pieces:
+        print(piece.text, end="", flush=True)
+    print()
+    return piece.timings
+
+
+def _as_json(prompt: str, out: Generation) -> str:
+    fields = dataclasses.asdict(out)
+    fields["timings"]["ms_per_token"] = out.timings.ms_per_token
+    return json.dumps({"prompt": prompt, **fields}, ensure_ascii=False)
+
+
+def _cache_bytes(config: GPT2Config) -> int:
+    return nbytes(jax.eval_shape(lambda: StaticCache.init(config)))
+
+
+def _verdict_table(verdicts: list[Verdict]) -> Table:
+    table = Table("point", "what", "largest error", "allowed", "verdict")
+    for verdict in verdicts:
+        point = verdict.point
+        outcome = "pass" if verdict.passed else f"FAIL {verdict.note}".rstrip()
+        table.add_row(str(point.number), point.what, f"{verdict.error:.2e}", f"{point.tolerance:.0e}", outcome)
+    return table
+
+
+if __name__ == "__main__":
+    main()
