@@ -50,9 +50,11 @@ def check_lengths(lengths: Any, tokens: jax.Array) -> jax.Array:
     batch, count = tokens.shape
     if lengths is None:
         return jnp.full(batch, count, jnp.int32)
-    shape, dtype = jnp.shape(lengths), jnp.result_type(lengths)
-    if shape != (batch,) or not jnp.issubdtype(dtype, jnp.integer):
-        raise TokenError(f"lengths: expected integers of shape [{batch}], got {dtype} of shape {list(shape)}")
+    lengths = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
+    if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise TokenError(
+            f"lengths: expected integers of shape [{batch}], got {lengths.dtype} of shape {list(lengths.shape)}"
+        )
     if is_concrete(lengths):
         known = np.asarray(lengths)
         if known.min() < 1 or known.max() > count:

@@ -100,9 +100,10 @@ def decode_step(params: Params, config: GPT2Config, token: Any, cache: Cache) ->
         TokenError: the tokens are misshapen, not integers, or outside the vocabulary.
         CapacityError: a row of the cache is full; the cache is untouched then.
     """
-    if jnp.ndim(token) != 1:
-        raise TokenError(f"token: expected one id per row, shape [B], got shape {list(jnp.shape(token))}")
-    tokens, cache = check_append(config, jnp.asarray(token)[:, None], cache)
+    token = token if isinstance(token, jax.Array) else np.asarray(token)
+    if token.ndim != 1:
+        raise TokenError(f"token: expected one id per row, shape [B], got shape {list(token.shape)}")
+    tokens, cache = check_append(config, token[:, None], cache)
     return _decode_step(params, config, tokens[:, 0], cache)
 
 
