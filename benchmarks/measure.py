@@ -1,0 +1,95 @@
+"""What every benchmark shares: repeated timing, the machine's limits, models with random weights, JSON reports."""
+
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import llorch_jax as lj
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Repeated measurements of one thing: median, smallest and largest, in the unit of the field that holds it."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> "Sample":
+        """The summary of some values."""
+        return cls(statistics.median(values), min(values), max(values))
+
+    def __str__(self) -> str:
+        return f"{self.median:8.2f}  ({self.low:.2f} .. {self.high:.2f})"
+
+
+def timed(run: Callable[[], Any], repeats: int, warmup: int = 1) -> Sample:
+    """Milliseconds of a call, until its results are there."""
+    for _ in range(warmup):
+        jax.block_until_ready(run())
+    values = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        values.append(1000 * (time.perf_counter() - start))
+    return Sample.of(values)
+
+
+def read_bandwidth(repeats: int = 7, rows: int = 8192) -> float:
+    """GB/s at which XLA streams 512 MiB of float32 through matrix-vector products: the floor of a decode step."""
+    matrices = [jnp.ones((rows, rows)) for _ in range(2)]
+    product = jax.jit(lambda matrices, vector: [matrix @ vector for matrix in matrices])
+    sample = timed(partial(product, matrices, jnp.ones(rows)), repeats)
+    return 2 * 4 * rows**2 / sample.median / 1e6
+
+
+def gemm_peak(repeats: int = 7, size: int = 2048) -> float:
+    """GFLOP/s of a square float32 product: the floor of a prefill."""
+    matrix = jnp.ones((size, size))
+    sample = timed(partial(jax.jit(jnp.matmul), matrix, matrix), repeats)
+    return 2 * size**3 / sample.median / 1e6
+
+
+def random_model(preset: str) -> tuple[lj.GPT2Config, lj.Params]:
+    """A preset with random weights."""
+    config = lj.GPT2Config.from_preset(preset)
+    params = jax.jit(partial(lj.init_params, config))(jax.random.key(0))
+    return config, jax.block_until_ready(params)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("jax", "jaxlib", "llorch-jax")},
+    }
+
+
+def write_json(path: Path | None, report: dict[str, Any]) -> None:
+    """The report as JSON, in a file or, without a path, not at all."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=2, default=dataclasses.asdict) + "\n")
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
