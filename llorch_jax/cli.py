@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Annotated, Any
 import jax
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from llorch_jax.cache import StaticCache
 from llorch_jax.checkpoint import Model, convert, load, load_config, locate
 from llorch_jax.config import GPT2Config
-from llorch_jax.errors import LlorchError
+from llorch_jax.errors import LlorchError, TokenError
 from llorch_jax.generation import Generation, generate, stream
 from llorch_jax.params import count_params, nbytes, param_shapes
 from llorch_jax.probes import Verdict, compare, intermediates, load_reference
@@ -44,6 +46,8 @@ def main() -> None:
     except LlorchError as error:
         messages.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)
+    finally:
+        _flush()
 
 
 @app.command(name="generate")
@@ -60,7 +64,7 @@ def generate_command(
     timings: Annotated[bool, typer.Option("--timings", help="Print where the time went, on standard error.")] = False,
 ) -> None:
     """Continue a text."""
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _text(prompt)
     loaded, load_seconds = _load(model)
     settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     if stream and not as_json:
@@ -82,9 +86,10 @@ def score_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with every token.")] = False,
 ) -> None:
     """How likely a model finds a text: perplexity and bits per byte."""
+    given = _text(text)
     loaded, _ = _load(model)
     with waiting("compiling and scoring"):
-        result = score(loaded, sys.stdin.read() if text == "-" else text, stride=stride)
+        result = score(loaded, given, stride=stride)
     summary = {"perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte, "logprob": result.total}
     if as_json:
         print(json.dumps({**summary, **dataclasses.asdict(result)}))
@@ -97,7 +102,7 @@ def inspect_command(model: ModelArgument = "demo") -> None:
     """Show a model's configuration and the bytes of its parameters and cache, without loading the weights."""
     _, directory = locate(model)
     config = load_config(directory)
-    table = Table("setting", "value", title=model)
+    table = Table("setting", "value", title=escape(model))
     for field in dataclasses.fields(config):
         table.add_row(field.name, str(getattr(config, field.name)))
     Console().print(table)
@@ -114,7 +119,8 @@ def validate_command(
     """Compare a model with reference arrays at twelve points; exits with 1 where one differs."""
     arrays, temperature = load_reference(reference)
     loaded, _ = _load(model)
-    new_tokens = arrays["12_greedy"].shape[-1] if "12_greedy" in arrays else 1
+    greedy = arrays.get("12_greedy")
+    new_tokens = greedy.shape[-1] if greedy is not None and greedy.size and greedy.ndim else 1
     with waiting("compiling and running"):
         captured = intermediates(
             loaded.params, loaded.config, arrays["tokens"], temperature=temperature, new_tokens=new_tokens
@@ -135,6 +141,24 @@ def convert_command(
     with waiting("converting"):
         convert(model, directory, dtype=dtype)
     print(f"wrote {directory}")
+
+
+def _flush() -> None:
+    """Writes out what `print` has kept back. Who reads may have gone, as `head` does: no reason for a traceback."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's own flush at exit
+
+
+def _text(argument: str) -> str:
+    """The argument, or what standard input holds where it is a dash."""
+    if argument != "-":
+        return argument
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise TokenError(f"standard input: expected {error.encoding} text ({error.reason})") from None
 
 
 def _load(source: str) -> tuple[Model, float]:

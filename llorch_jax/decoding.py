@@ -7,7 +7,7 @@ The loop inside `generate_tokens` and the one behind `stream_tokens` run the sam
 """
 
 import dataclasses
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ from llorch_jax.config import GPT2Config
 from llorch_jax.errors import TokenError
 from llorch_jax.model import hidden_states, output_logits
 from llorch_jax.params import Params
-from llorch_jax.request import Policy, Request, pad_to_bucket, prepare
+from llorch_jax.request import Policy, Reencode, Request, following, pad_to_bucket, prepare
 from llorch_jax.sampling import Sampler
 
 Cache = TypeVar("Cache", bound=KVCache)
@@ -117,6 +117,7 @@ def generate_tokens(
     sampler: Sampler | None = None,
     key: jax.Array | None = None,
     eos_id: int | Sequence[int] | None = None,
+    overflow: str | Reencode = "error",
 ) -> tuple[jax.Array, KVCache]:
     """Continues a batch of prompts, in one compiled loop.
 
@@ -131,16 +132,19 @@ def generate_tokens(
         key: one key for the batch, which is folded with each row's number, or one key per row [B]. With the same key
             come the same tokens, here and in `stream_tokens`.
         eos_id: id or ids that end a row.
+        overflow: what happens where a text outgrows the context. "error" raises before anything is computed;
+            "reencode", or a `Reencode` with settings, keeps the first and newest tokens and encodes them anew, as often
+            as needed, in the same memory.
 
     Returns:
         int32 [B, max_new_tokens], filled up with the (first) end-of-text id behind a row's end; and the cache, which
-        holds the prompt and all new tokens of a row but its last.
+        holds the prompt and all new tokens of a row but its last (after a re-encoding: those kept and the later ones).
 
     Raises:
         TokenError, CapacityError: as `prefill`; the prompt and all new tokens but the last must fit.
         SamplerError: a random sampler got no key.
     """
-    request = prepare(config, prompt_tokens, max_new_tokens, cache, lengths, sampler, key, eos_id)
+    request = prepare(config, prompt_tokens, max_new_tokens, cache, lengths, sampler, key, eos_id, overflow)
     logits, cache_after = first_logits(params, config, request)
     generated, cache_after = generate_from(params, config, request, logits, cache_after)
     return generated.tokens, cache_after
@@ -156,6 +160,7 @@ def stream_tokens(
     sampler: Sampler | None = None,
     key: jax.Array | None = None,
     eos_id: int | Sequence[int] | None = None,
+    overflow: str | Reencode = "error",
 ) -> Generator[np.ndarray, None, KVCache]:
     """The tokens of `generate_tokens`, one step at a time, as soon as each is there.
 
@@ -167,7 +172,7 @@ def stream_tokens(
     Returns:
         The cache, as the generator's return value.
     """
-    request = prepare(config, prompt_tokens, max_new_tokens, cache, lengths, sampler, key, eos_id)
+    request = prepare(config, prompt_tokens, max_new_tokens, cache, lengths, sampler, key, eos_id, overflow)
     return _tokens_of(stream_states(params, config, request))
 
 
@@ -219,8 +224,8 @@ def _next_state(params: Params, config: GPT2Config, policy: Policy, state: Decod
 
 
 @partial(jax.jit, donate_argnames="cache")
-def _first_state(policy: Policy, logits: jax.Array, cache: Cache) -> DecodeState:
-    return _choose(policy, logits, jnp.zeros(logits.shape[0], bool), cache)
+def _first_state(policy: Policy, logits: jax.Array, finished: jax.Array, cache: Cache) -> DecodeState:
+    return _choose(policy, logits, finished, cache)
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="state")
@@ -263,22 +268,52 @@ def first_logits(params: Params, config: GPT2Config, request: Request) -> tuple[
 def generate_from(
     params: Params, config: GPT2Config, request: Request, logits: jax.Array, cache: KVCache
 ) -> tuple[Generated, KVCache]:
-    """Tokens and log-probabilities [B, max_new_tokens] of a prepared request after its prefill, and the cache.
+    """Tokens and log-probabilities [B, N] of a prepared request after its prefill, and the cache.
 
-    The loop runs in segments as long as the cache has room; between them a cache that grows may do so.
+    N is the number of tokens asked for.
+    """
+    parts, total = [], request.max_new_tokens + request.later
+    while True:
+        part, state = _generate_segment(params, config, request, logits, cache)
+        parts.append(part)
+        if request.later == 0 or _all_finished(request.policy, state):
+            break
+        request = following(config, request, np.asarray(part.tokens), state.finished, state.cache)
+        logits, cache = first_logits(params, config, request)
+    missing = total - sum(part.tokens.shape[1] for part in parts)
+    if missing:
+        parts.append(_filler(request.policy, parts[0].tokens.shape[0], missing))
+    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays, 1) if arrays[1:] else arrays[0], *parts), state.cache
+
+
+def _generate_segment(
+    params: Params, config: GPT2Config, request: Request, logits: jax.Array, cache: KVCache
+) -> tuple[Generated, DecodeState]:
+    """Generates until the context is full.
+
+    The loop runs in spans as long as the cache has room; between them a cache that grows may do so.
     """
     policy, limit = request.policy, request.max_new_tokens
-    state = _first_state(policy, logits, cache)
-    shape = (state.token.shape[0], bucket(limit))
-    filler = policy.eos_ids[0] if policy.eos_ids.size else jnp.int32(0)
-    out = _put(Generated(jnp.full(shape, filler), jnp.zeros(shape, jnp.float32)), state, 0)
+    state = _first_state(policy, logits, request.finished, cache)
+    out = _put(_filler(policy, logits.shape[0], bucket(limit)), state, 0)
     count = 1
-    while count < limit and not (policy.eos_ids.size and bool(jnp.all(state.finished))):
+    while count < limit and not _all_finished(policy, state):
         state = _with_room(state)
         until = min(limit, count + state.cache.room())
         out, state = _loop(params, config, policy, out, state, jnp.asarray([count, until], jnp.int32))
         count = until
-    return jax.tree.map(lambda array: array[:, :limit], out), state.cache
+    # By NumPy: a slice would be compiled for every limit.
+    return jax.tree.map(lambda array: jnp.asarray(np.asarray(array)[:, :limit]), out), state
+
+
+def _filler(policy: Policy, batch: int, count: int) -> Generated:
+    """What stands behind the end of a row."""
+    token = policy.eos_ids[0] if policy.eos_ids.size else jnp.int32(0)
+    return Generated(jnp.full((batch, count), token), jnp.zeros((batch, count), jnp.float32))
+
+
+def _all_finished(policy: Policy, state: DecodeState) -> bool:
+    return policy.eos_ids.size > 0 and bool(np.all(state.finished))
 
 
 def _with_room(state: DecodeState) -> DecodeState:
@@ -288,18 +323,30 @@ def _with_room(state: DecodeState) -> DecodeState:
 
 def stream_states(params: Params, config: GPT2Config, request: Request) -> Generator[DecodeState, None, KVCache]:
     """The states of a prepared request after each step. A state is donated by the next step: read it at once."""
+    while True:
+        new = []
+        for state in _stream_segment(params, config, request):
+            if request.later:
+                new.append(np.array(state.token))
+            yield state
+        if request.later == 0 or _all_finished(request.policy, state):
+            return state.cache
+        request = following(config, request, np.stack(new, 1), state.finished, state.cache)
+
+
+def _stream_segment(params: Params, config: GPT2Config, request: Request) -> Iterator[DecodeState]:
+    """The states until the context is full or all rows have ended."""
     logits, cache = first_logits(params, config, request)
-    state, room = _first_state(request.policy, logits, cache), 0
-    for remaining in reversed(range(request.max_new_tokens)):
-        finished = bool(np.all(state.finished))
-        yield state
-        if finished or remaining == 0:
-            break
+    state, room = _first_state(request.policy, logits, request.finished, cache), 0
+    yield state
+    for _ in range(request.max_new_tokens - 1):
+        if _all_finished(request.policy, state):
+            return
         if room == 0:
             state = _with_room(state)
             room = state.cache.room()
         state, room = _step(params, config, request.policy, state), room - 1
-    return state.cache
+        yield state
 
 
 def _tokens_of(states: Generator[DecodeState, None, KVCache]) -> Generator[np.ndarray, None, KVCache]:

@@ -11,8 +11,9 @@ import numpy as np
 from llorch_jax.checkpoint import Model
 from llorch_jax.decoding import DecodeState, Generated, first_logits, generate_from, stream_states
 from llorch_jax.errors import LlorchError, TokenError
+from llorch_jax.overflow import Reencode, padded
 from llorch_jax.request import Request, prepare
-from llorch_jax.sampling import Greedy, Sampler, Sampling
+from llorch_jax.sampling import Greedy, Sampler, SamplerError, Sampling
 from llorch_jax.timing import Stopwatch, Timings
 from llorch_jax.tokenizer import Tokenizer
 
@@ -74,6 +75,7 @@ def generate(
     top_p: float | None = ...,
     seed: int = ...,
     cache: str = ...,
+    overflow: str | Reencode = ...,
 ) -> Generation: ...
 @overload
 def generate(
@@ -86,6 +88,7 @@ def generate(
     top_p: float | None = ...,
     seed: int = ...,
     cache: str = ...,
+    overflow: str | Reencode = ...,
 ) -> list[Generation]: ...
 def generate(
     model: Model,
@@ -97,6 +100,7 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     cache: str = "static",
+    overflow: str | Reencode = "error",
 ) -> Generation | list[Generation]:
     """Continues a prompt, or a batch of prompts.
 
@@ -107,8 +111,10 @@ def generate(
         temperature: 0 takes the most likely token; above, tokens are drawn.
         top_k: draw from this many most likely tokens.
         top_p: draw from the most likely tokens that reach this probability.
-        seed: of the draws; the same seed gives the same text.
+        seed: of the draws; the same seed gives the same text. Of larger numbers the lowest 32 bits count.
         cache: layout of the KV cache: "static".
+        overflow: "error" refuses texts that would outgrow the context; "reencode" (or a `Reencode`) goes on with the
+            first and newest tokens, as `generate_tokens` does.
 
     Returns:
         A `Generation`, or a list of them where `prompt` is a list.
@@ -119,10 +125,10 @@ def generate(
         CapacityError: a prompt and its new tokens do not fit the model's context.
         SamplerError: a setting is out of range.
     """
-    prompts = [prompt] if isinstance(prompt, str) else prompt
     watch = Stopwatch()
+    prompts = _prompts(prompt)
     sampler = make_sampler(temperature, top_k, top_p)
-    rows, request = _request(model, prompts, max_new_tokens, sampler, seed, cache)
+    rows, request = _request(model, prompts, max_new_tokens, sampler, seed, cache, overflow)
     logits, cache_after = first_logits(model.params, model.config, request)
     jax.block_until_ready(logits)
     prefill_seconds = watch.lap()
@@ -145,6 +151,7 @@ def stream(
     top_p: float | None = None,
     seed: int = 0,
     cache: str = "static",
+    overflow: str | Reencode = "error",
 ) -> Iterator[Piece]:
     """Continues a prompt and gives each piece of text as soon as it is there; arguments and errors as `generate`.
 
@@ -152,15 +159,19 @@ def stream(
     """
     watch = Stopwatch()
     sampler = make_sampler(temperature, top_k, top_p)
-    _, request = _request(model, [prompt], max_new_tokens, sampler, seed, cache)
-    return _pieces(model, stream_states(model.params, model.config, request), max_new_tokens, watch)
+    _, request = _request(model, [prompt], max_new_tokens, sampler, seed, cache, overflow)
+    states = stream_states(model.params, model.config, request)
+    return _pieces(model, states, max_new_tokens, watch, prepare_seconds=watch.lap())
 
 
 def make_sampler(temperature: float, top_k: int | None = None, top_p: float | None = None) -> Sampler:
-    """`Greedy` for temperature 0, else `Sampling`."""
-    if temperature == 0:
-        return Greedy()
-    return Sampling.create(temperature, top_k, top_p)
+    """`Greedy` for temperature 0, else `Sampling`.
+
+    Raises:
+        SamplerError: a setting is out of range, be it used or not.
+    """
+    sampling = Sampling.create(1.0 if temperature == 0 else temperature, top_k, top_p)
+    return Greedy() if temperature == 0 else sampling
 
 
 def tokenizer_of(model: Model) -> Tokenizer:
@@ -170,12 +181,32 @@ def tokenizer_of(model: Model) -> Tokenizer:
     return model.tokenizer
 
 
+def _prompts(prompt: str | list[str]) -> list[str]:
+    """One prompt or several as a list."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not isinstance(prompt, list | tuple) or not prompt:
+        got = "none" if isinstance(prompt, list | tuple) else type(prompt).__name__
+        raise TokenError(f"prompt: expected a text or a list of texts, got {got}")
+    return list(prompt)
+
+
+def _key(seed: int) -> jax.Array:
+    if not isinstance(seed, int | np.integer):
+        raise SamplerError(f"seed: expected a whole number, got {seed!r}")
+    return jax.random.key(int(seed) % 2**32)
+
+
 def _request(
-    model: Model, prompts: list[str], max_new_tokens: int, sampler: Sampler, seed: int, cache: str
+    model: Model,
+    prompts: list[str],
+    max_new_tokens: int,
+    sampler: Sampler,
+    seed: int,
+    cache: str,
+    overflow: str | Reencode,
 ) -> tuple[list[list[int]], Request]:
     """The prompts' tokens and the request for them."""
-    if not prompts:
-        raise TokenError("prompt: expected a text or several, got an empty list")
     if cache != "static":
         raise LlorchError(f"cache: expected 'static', got {cache!r}")
     tokenizer = tokenizer_of(model)
@@ -183,12 +214,10 @@ def _request(
     for i, row in enumerate(rows):
         if not row:
             raise TokenError(f"prompt {i}: expected at least one token, got an empty text")
-    lengths = np.array([len(row) for row in rows], np.int32)
-    tokens = np.zeros((len(rows), max(lengths)), np.int32)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = row
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(rows)))
-    request = prepare(model.config, tokens, max_new_tokens, None, lengths, sampler, keys, model.config.eos_token_id)
+    tokens, lengths = padded(rows)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(_key(seed), jnp.arange(len(rows)))
+    eos_id = model.config.eos_token_id
+    request = prepare(model.config, tokens, max_new_tokens, None, lengths, sampler, keys, eos_id, overflow)
     return rows, request
 
 
@@ -212,13 +241,16 @@ def _generation(model: Model, prompt_ids: list[int], generated: Generated, row: 
     )
 
 
-def _pieces(model: Model, states: Generator[DecodeState, None, Any], limit: int, watch: Stopwatch) -> Iterator[Piece]:
+def _pieces(
+    model: Model, states: Generator[DecodeState, None, Any], limit: int, watch: Stopwatch, prepare_seconds: float
+) -> Iterator[Piece]:
     decoder = tokenizer_of(model).stream()
-    prefill_seconds = decode_seconds = 0.0
+    prefill_seconds, decode_seconds = prepare_seconds, 0.0
+    watch.skip()  # what the caller did before asking for the first piece
     for count, state in enumerate(states, 1):
         token, logprob = int(state.token[0]), float(state.logprob[0])
         if count == 1:
-            prefill_seconds = watch.lap()
+            prefill_seconds += watch.lap()
         else:
             decode_seconds += watch.lap()
         stopped = token == model.config.eos_token_id
@@ -227,3 +259,4 @@ def _pieces(model: Model, states: Generator[DecodeState, None, Any], limit: int,
         if reason:
             text += decoder.flush()
         yield Piece(text, token, logprob, reason, Timings(watch.compile, prefill_seconds, decode_seconds, count))
+        watch.skip()  # what the caller did with the piece

@@ -6,6 +6,8 @@ tells which part is wrong.
 
 import dataclasses
 import json
+import zipfile
+import zlib
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -21,9 +23,10 @@ from llorch_jax.cache.static import StaticCache
 from llorch_jax.checks import check_append
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding import decode_step, prefill
-from llorch_jax.errors import LlorchError
+from llorch_jax.errors import CapacityError, LlorchError
 from llorch_jax.model import hidden_states, output_logits
 from llorch_jax.params import Params
+from llorch_jax.sampling import Sampling, apply_temperature
 
 
 class ReferenceError(LlorchError):
@@ -84,8 +87,8 @@ def intermediates(
         params: of a model of this configuration.
         config: the model's hyperparameters.
         tokens: int32 [B, T].
-        temperature: of point 11.
-        new_tokens: length of the greedy continuation of point 12.
+        temperature: of point 11, more than 0.
+        new_tokens: length of the greedy continuation of point 12, 1 or more.
 
     Returns:
         Arrays by name; points 1, 2 and 4 .. 7 are the first block's.
@@ -98,15 +101,19 @@ def intermediates(
 
     Raises:
         TokenError: the tokens are empty, misshapen, not integers, or outside the vocabulary.
-        CapacityError: tokens and continuation do not fit the context.
+        CapacityError: tokens and continuation do not fit the context, or the continuation is empty.
+        SamplerError: the temperature is out of range.
     """
+    if new_tokens < 1:
+        raise CapacityError(f"new_tokens: expected 1 or more, got {new_tokens}")
+    divisor = Sampling.create(temperature).temperature
     tokens, _ = check_append(config, tokens, None, later=new_tokens - 1)
     values = _first_block(params, config, tokens)
     last = values["08_logits"][:, -1]
     values |= {
         "09_last_logits": last,
         "10_argmax": jnp.argmax(last, -1).astype(jnp.int32),
-        "11_probabilities": jax.nn.softmax(last / temperature, axis=-1),
+        "11_probabilities": jax.nn.softmax(apply_temperature(last, divisor), axis=-1),
     }
     return values | _decoded(params, config, tokens, new_tokens)
 
@@ -171,30 +178,34 @@ def load_reference(path: str | Path) -> tuple[dict[str, np.ndarray], float]:
     beside it may state `parameters.temperature`; without it the temperature is 0.8.
 
     Raises:
-        ReferenceError: the file is missing, is no `.npz`, or holds no tokens.
+        ReferenceError: the file is missing, is no `.npz`, or holds no tokens; or the JSON file is none.
     """
     path = Path(path)
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, AttributeError, EOFError) as error:
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ReferenceError(f"{path}: expected a readable .npz file of reference arrays ({error})") from None
     if "tokens" not in arrays:
         raise ReferenceError(f"{path}: expected an array `tokens`, got {', '.join(sorted(arrays)) or 'none'}")
     sidecar = path.with_suffix(".json")
-    about = json.loads(sidecar.read_text("utf-8")) if sidecar.exists() else {}
-    return arrays, float(about.get("parameters", {}).get("temperature", 0.8))
+    try:
+        about = json.loads(sidecar.read_text("utf-8")) if sidecar.exists() else {}
+        return arrays, float(about.get("parameters", {}).get("temperature", 0.8))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ReferenceError(f"{sidecar}: expected JSON with a number parameters.temperature ({error})") from None
 
 
 def compare(captured: Mapping[str, Any], reference: Mapping[str, Any]) -> list[Verdict]:
-    """A verdict for each of the twelve points. A point that the reference lacks does not pass."""
+    """A verdict for each of the twelve points. A point that the reference lacks, or lacks a part of, does not pass."""
     return [_compare_point(point, captured, reference) for point in POINTS]
 
 
 def _compare_point(point: Point, captured: Mapping[str, Any], reference: Mapping[str, Any]) -> Verdict:
     names = [name for name in reference if name.startswith(point.keys) and name not in _NOT_COMPARED]
-    if not names:
-        return Verdict(point, float("nan"), False, "not in the reference")
+    lacking = [key for key in point.keys if not any(name.startswith(key) for name in names)]
+    if lacking:
+        return Verdict(point, float("nan"), False, f"{', '.join(lacking)}: not in the reference")
     worst = 0.0
     for name in sorted(names):
         if name not in captured:
@@ -207,6 +218,7 @@ def _compare_point(point: Point, captured: Mapping[str, Any], reference: Mapping
 
 
 def _largest_error(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Largest absolute difference; NaN counts as infinite."""
-    difference = np.abs(ours.astype(np.float64) - theirs.astype(np.float64))
-    return float(np.max(np.where(np.isnan(difference), np.inf, difference)))
+    """Largest absolute difference; one that is no number, as with a NaN or of two infinities, counts as infinite."""
+    with np.errstate(invalid="ignore"):
+        difference = np.abs(ours.astype(np.float64) - theirs.astype(np.float64))
+    return float(np.max(np.where(np.isnan(difference), np.inf, difference), initial=0.0))

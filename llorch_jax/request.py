@@ -10,11 +10,12 @@ import numpy as np
 from flax import struct
 
 from llorch_jax.buckets import bucket
-from llorch_jax.cache.base import KVCache
+from llorch_jax.cache.base import KVCache, is_concrete
 from llorch_jax.cache.static import StaticCache
 from llorch_jax.checks import check_append, check_lengths, check_tokens
 from llorch_jax.config import GPT2Config
 from llorch_jax.errors import CapacityError, TokenError
+from llorch_jax.overflow import Reencode, check_overflow, context_of, padded, shortened
 from llorch_jax.sampling import Greedy, Sampler, SamplerError
 
 
@@ -42,7 +43,10 @@ class Request:
         lengths: int32 [B].
         cache: with room reserved for the prompt; it will be donated.
         policy: how tokens are chosen and rows end.
-        max_new_tokens: at most so many per row.
+        max_new_tokens: at most so many per row before the context is full.
+        finished: bool [B], rows that have ended already.
+        later: how many more tokens per row are to follow after a re-encoding.
+        reencode: what is kept then; None where the context cannot overflow.
     """
 
     tokens: jax.Array
@@ -50,6 +54,9 @@ class Request:
     cache: KVCache
     policy: Policy
     max_new_tokens: int
+    finished: jax.Array
+    later: int = 0
+    reencode: Reencode | None = None
 
 
 def prepare(
@@ -61,6 +68,7 @@ def prepare(
     sampler: Sampler | None = None,
     key: jax.Array | None = None,
     eos_id: int | Sequence[int] | None = None,
+    overflow: str | Reencode = "error",
 ) -> Request:
     """Checks the arguments of `generate_tokens` on the host; see there."""
     if type(max_new_tokens) is not int or max_new_tokens < 1:
@@ -69,17 +77,59 @@ def prepare(
     lengths = check_lengths(lengths, tokens)
     sampler = Greedy() if sampler is None else sampler
     policy = Policy(sampler, _row_keys(sampler, key, tokens.shape[0]), _eos_ids(config, eos_id))
-    tokens, cache = check_append(config, tokens, cache, lengths, later=max_new_tokens - 1)
+    reencode, later = check_overflow(overflow), 0
+    if reencode is not None:
+        context = context_of(config, cache)
+        tokens, lengths = shortened(reencode, tokens, lengths, context)
+        later = max(0, max_new_tokens - (context + 1 - int(np.max(lengths))))
+    now = max_new_tokens - later
+    tokens, cache = check_append(config, tokens, cache, lengths, later=now - 1)
     if cache is None:
-        capacity = bucket(tokens.shape[1] + max_new_tokens - 1, config.n_positions)
+        capacity = bucket(tokens.shape[1] + now - 1, config.n_positions)
         cache = StaticCache.init(config, batch_size=tokens.shape[0], capacity=capacity)
-    return Request(pad_to_bucket(tokens, config), lengths, cache, policy, max_new_tokens)
+    finished = jnp.zeros(tokens.shape[0], bool)
+    return Request(pad_to_bucket(tokens, config), lengths, cache, policy, now, finished, later, reencode)
+
+
+def following(config: GPT2Config, request: Request, new: np.ndarray, finished: jax.Array, cache: KVCache) -> Request:
+    """The request that goes on after one that filled the context.
+
+    Args:
+        config: the model's hyperparameters.
+        request: the one before, with `later` above 0.
+        new: its new tokens, int32 [B, N].
+        finished: bool [B].
+        cache: what the one before left; it is cleared and used again.
+    """
+    assert request.reencode is not None
+    lengths = np.asarray(request.lengths)
+    rows = [
+        np.concatenate([row[:n], more]) for row, n, more in zip(np.asarray(request.tokens), lengths, new, strict=True)
+    ]
+    kept, counts = padded([request.reencode.kept(row, cache.capacity) for row in rows])
+    # Positions start again, and a key is folded with the position: other keys for the next part of the text.
+    keys = jax.vmap(jax.random.fold_in, (0, None))(request.policy.keys, cache.capacity)
+    now = min(request.later, cache.capacity + 1 - int(np.max(counts)))
+    kept, cache = check_append(config, kept, cache.clear(), counts, later=now - 1)
+    return dataclasses.replace(
+        request,
+        tokens=pad_to_bucket(kept, config),
+        lengths=counts,
+        cache=cache,
+        policy=dataclasses.replace(request.policy, keys=keys),
+        max_new_tokens=now,
+        finished=finished,
+        later=request.later - now,
+    )
 
 
 def pad_to_bucket(tokens: jax.Array, config: GPT2Config) -> jax.Array:
     """Tokens [B, T] with padding behind them, so that T is the size of a bucket."""
     count = tokens.shape[1]
-    return jnp.pad(tokens, ((0, 0), (0, bucket(count, config.n_positions) - count)))
+    padding = ((0, 0), (0, bucket(count, config.n_positions) - count))
+    if is_concrete(tokens):  # by NumPy: jnp.pad would be compiled for every length
+        return jnp.asarray(np.pad(np.asarray(tokens), padding))
+    return jnp.pad(tokens, padding)
 
 
 def _row_keys(sampler: Sampler, key: jax.Array | None, batch: int) -> jax.Array:

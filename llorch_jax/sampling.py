@@ -14,6 +14,8 @@ from llorch_jax.errors import LlorchError
 
 MASKED = -jnp.inf
 _CANDIDATE_BUCKETS = (64, 256, 1024)
+_COLDEST = 1e-30  # below, logits divided by the temperature could overflow float32
+_MOST = np.iinfo(np.int32).max
 
 
 class SamplerError(LlorchError):
@@ -62,7 +64,7 @@ class Sampling:
         """A sampler with settings for all rows (scalars) or per row (sequences of length B).
 
         Args:
-            temperature: logits are divided by it; more than 0.
+            temperature: logits are divided by it; 1e-30 or more.
             top_k: how many of the most likely tokens are kept, 1 or more (Fan et al. 2018, section 5.4).
             top_p: the most likely tokens whose probabilities reach this sum are kept; more than 0, at most 1
                 (Holtzman et al. 2020, section 3.1).
@@ -70,7 +72,8 @@ class Sampling:
         Raises:
             SamplerError: a setting is out of range.
         """
-        _check("temperature", temperature, lambda x: x > 0, "numbers above 0 (use Greedy() for the most likely token)")
+        warm = "finite numbers from 1e-30 up (use Greedy() for the most likely token)"
+        _check("temperature", temperature, lambda x: (x >= _COLDEST) & np.isfinite(x), warm)
         if top_k is not None:
             _check("top_k", top_k, lambda x: (x >= 1) & (x == np.floor(x)), "whole numbers from 1 up")
         if top_p is not None:
@@ -78,12 +81,13 @@ class Sampling:
         bound = None if top_k is None else int(np.max(top_k))
         return cls(
             temperature=jnp.asarray(temperature, jnp.float32),
-            top_k=None if top_k is None else jnp.asarray(top_k, jnp.int32),
+            top_k=None if top_k is None else jnp.asarray(np.minimum(top_k, _MOST), jnp.int32),
             top_p=None if top_p is None else jnp.asarray(top_p, jnp.float32),
             candidates=None if bound is None else next((b for b in _CANDIDATE_BUCKETS if b >= bound), None),
         )
 
     def __call__(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
+        self._check_rows(logits.shape[0])
         scaled = apply_temperature(logits, self.temperature)
         if self.top_k is None and self.top_p is None:
             return _draw(scaled, keys)
@@ -92,6 +96,12 @@ class Sampling:
         kept = _keep_sorted(values, self.top_k, self.top_p)
         choice = _draw(jnp.where(kept, values, MASKED), keys)
         return jnp.take_along_axis(ids, choice[:, None], axis=1)[:, 0]
+
+    def _check_rows(self, batch: int) -> None:
+        for name in ("temperature", "top_k", "top_p"):
+            setting = getattr(self, name)
+            if setting is not None and setting.shape not in ((), (1,), (batch,)):
+                raise SamplerError(f"{name}: expected one value or {batch}, one per row, got {setting.shape[0]}")
 
 
 def apply_temperature(logits: jax.Array, temperature: jax.Array) -> jax.Array:
@@ -124,7 +134,8 @@ def _keep_sorted(values: jax.Array, top_k: jax.Array | None, top_p: jax.Array | 
         return kept
     probabilities = jax.nn.softmax(jnp.where(kept, values, MASKED), axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    return (kept & (before < _per_row(top_p))) | (rank == 0)
+    limit = jnp.where(top_p < 1, top_p, jnp.inf)  # sums of many probabilities may round to 1 before the last
+    return (kept & (before < _per_row(limit))) | (rank == 0)
 
 
 def _draw(logits: jax.Array, keys: jax.Array) -> jax.Array:

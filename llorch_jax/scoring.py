@@ -77,8 +77,8 @@ def score(model: Model, text: str, *, stride: int | None = None) -> Score:
         raise TokenError(f"text: expected at least {2 - len(given)} tokens to score, got {len(ids) - len(given)}")
     check_tokens(config, [ids])
     logprobs = np.concatenate(list(_windows(model.params, config, np.asarray(ids, np.int32), stride)))
-    first = "" if given else tokenizer.decode(ids[:1])
-    return Score(ids[1:], logprobs.tolist(), len(text.encode()) - len(first.encode()))
+    unscored = 0 if given else tokenizer.num_bytes(ids[0])
+    return Score(ids[1:], logprobs.tolist(), len(text.encode()) - unscored)
 
 
 def _windows(params: Params, config: GPT2Config, ids: np.ndarray, stride: int) -> Iterator[np.ndarray]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 from rich.console import Console
+from rich.markup import escape
 
 from llorch_jax.timing import Timings
 
@@ -31,6 +32,7 @@ def waiting(what: str) -> Iterator[Callable[[int, int], None]]:
     Yields:
         A function that adds a percentage: it takes what is done and what there is to do.
     """
+    what = escape(what)
     status = messages.status(f"{what} ...")
     timer = threading.Timer(PATIENCE, status.start)
     timer.daemon = True

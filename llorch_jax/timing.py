@@ -44,6 +44,10 @@ class Stopwatch:
         self.compile += compiling
         return max(0.0, elapsed - compiling)
 
+    def skip(self) -> None:
+        """Leaves out the time since the last lap, with what was compiled in it."""
+        self._compiled, self._time = compile_seconds(), time.perf_counter()
+
 
 _PHASES = ("jaxpr_trace_duration", "jaxpr_to_mlir_module_duration", "backend_compile_duration")
 

@@ -97,6 +97,17 @@ class Tokenizer:
         """
         return self._token("id", id)
 
+    def num_bytes(self, id: int) -> int:
+        """How many UTF-8 bytes of a text a token stands for, also where they are no whole character.
+
+        Raises:
+            TokenError: there is no such id.
+        """
+        token = self._token("id", id)
+        if isinstance(self._backend.decoder, decoders.ByteLevel):
+            return len(_token_bytes(token))
+        return len(self.decode([id]).encode())
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; none are added, and special tokens written out in the text become their ids.
 

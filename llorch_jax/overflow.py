@@ -1,0 +1,79 @@
+"""Texts longer than the context: what is kept of them, to be encoded anew."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llorch_jax.cache.base import KVCache
+from llorch_jax.config import GPT2Config
+from llorch_jax.errors import CapacityError
+
+
+@dataclasses.dataclass(frozen=True)
+class Reencode:
+    """What becomes of a text that outgrows the context: its first and newest tokens are kept and encoded anew.
+
+    GPT-2's learned positions end at n_positions, so keys and values cannot stay where they are as in StreamingLLM
+    (Xiao et al. 2023, 2309.17453), whose sinks these are. The tokens that are kept get fresh positions, and what
+    follows is exactly what the model says after them.
+
+    Attributes:
+        sinks: how many of the first tokens are kept.
+        window: how many of the newest; None means half of the context.
+    """
+
+    sinks: int = 4
+    window: int | None = None
+
+    def kept(self, row: np.ndarray, context: int) -> np.ndarray:
+        """The tokens that are kept of a row that has outgrown a context of so many tokens.
+
+        Raises:
+            CapacityError: sinks and window leave no room for a new token.
+        """
+        window = max(1, context // 2) if self.window is None else self.window
+        if self.sinks < 0 or window < 1 or self.sinks + window > context:
+            raise CapacityError(
+                f"overflow: expected sinks >= 0 and window >= 1 that fit the context of {context}, "
+                f"got sinks={self.sinks}, window={window}"
+            )
+        return row if len(row) <= self.sinks + window else np.concatenate([row[: self.sinks], row[-window:]])
+
+
+def check_overflow(overflow: str | Reencode) -> Reencode | None:
+    """The settings of a re-encoding, or None where an overflow is an error."""
+    if overflow == "error":
+        return None
+    if overflow == "reencode":
+        return Reencode()
+    if isinstance(overflow, Reencode):
+        return overflow
+    raise CapacityError(f"overflow: expected 'error', 'reencode' or a Reencode, got {overflow!r}")
+
+
+def context_of(config: GPT2Config, cache: KVCache | None) -> int:
+    """How many tokens fit; the tokens of a cache that holds some already could not be encoded anew."""
+    if cache is None:
+        return config.n_positions
+    if np.any(np.asarray(cache.lengths)):
+        raise CapacityError("overflow: expected an empty cache and the whole text as the prompt, to encode it anew")
+    return min(config.n_positions, cache.capacity)
+
+
+def shortened(reencode: Reencode, tokens: jax.Array, lengths: jax.Array, context: int) -> tuple[jax.Array, jax.Array]:
+    """Prompts [B, T] with lengths [B]; those that do not fit the context are reduced to what is kept of them."""
+    rows = [row[:n] for row, n in zip(np.asarray(tokens), np.asarray(lengths), strict=True)]
+    return padded([reencode.kept(row, context) if len(row) > context else row for row in rows])
+
+
+def padded(rows: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
+    """Rows of several lengths as int32 [B, T], padded on the right, and their lengths int32 [B]."""
+    lengths = np.array([len(row) for row in rows], np.int32)
+    tokens = np.zeros((len(rows), lengths.max()), np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+    return jnp.asarray(tokens), jnp.asarray(lengths)
