@@ -303,7 +303,7 @@ def _generate_segment(
         out, state = _loop(params, config, policy, out, state, jnp.asarray([count, until], jnp.int32))
         count = until
     # By NumPy: a slice would be compiled for every limit.
-    return jax.tree.map(lambda array: jnp.asarray(np.asarray(array)[:, :limit]), out), state
+    return jax.tree.map(lambda array: jax.device_put(np.asarray(array)[:, :limit]), out), state
 
 
 def _filler(policy: Policy, batch: int, count: int) -> Generated:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llorch_jax.cache.base import KVCache
@@ -76,4 +75,4 @@ def padded(rows: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
     tokens = np.zeros((len(rows), lengths.max()), np.int32)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = row
-    return jnp.asarray(tokens), jnp.asarray(lengths)
+    return jax.device_put(tokens), jax.device_put(lengths)  # jnp.asarray would be compiled for every length

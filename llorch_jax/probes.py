@@ -29,7 +29,7 @@ from llorch_jax.params import Params
 from llorch_jax.sampling import Sampling, apply_temperature
 
 
-class ReferenceError(LlorchError):
+class ReferenceFileError(LlorchError):
     """A reference file cannot be read, or holds no validation points."""
 
 
@@ -178,22 +178,22 @@ def load_reference(path: str | Path) -> tuple[dict[str, np.ndarray], float]:
     beside it may state `parameters.temperature`; without it the temperature is 0.8.
 
     Raises:
-        ReferenceError: the file is missing, is no `.npz`, or holds no tokens; or the JSON file is none.
+        ReferenceFileError: the file is missing, is no `.npz`, or holds no tokens; or the JSON file is none.
     """
     path = Path(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ReferenceError(f"{path}: expected a readable .npz file of reference arrays ({error})") from None
+        raise ReferenceFileError(f"{path}: expected a readable .npz file of reference arrays ({error})") from None
     if "tokens" not in arrays:
-        raise ReferenceError(f"{path}: expected an array `tokens`, got {', '.join(sorted(arrays)) or 'none'}")
+        raise ReferenceFileError(f"{path}: expected an array `tokens`, got {', '.join(sorted(arrays)) or 'none'}")
     sidecar = path.with_suffix(".json")
     try:
         about = json.loads(sidecar.read_text("utf-8")) if sidecar.exists() else {}
         return arrays, float(about.get("parameters", {}).get("temperature", 0.8))
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ReferenceError(f"{sidecar}: expected JSON with a number parameters.temperature ({error})") from None
+        raise ReferenceFileError(f"{sidecar}: expected JSON with a number parameters.temperature ({error})") from None
 
 
 def compare(captured: Mapping[str, Any], reference: Mapping[str, Any]) -> list[Verdict]:

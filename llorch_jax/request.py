@@ -127,8 +127,8 @@ def pad_to_bucket(tokens: jax.Array, config: GPT2Config) -> jax.Array:
     """Tokens [B, T] with padding behind them, so that T is the size of a bucket."""
     count = tokens.shape[1]
     padding = ((0, 0), (0, bucket(count, config.n_positions) - count))
-    if is_concrete(tokens):  # by NumPy: jnp.pad would be compiled for every length
-        return jnp.asarray(np.pad(np.asarray(tokens), padding))
+    if is_concrete(tokens):  # by NumPy: jnp.pad, and jnp.asarray, would be compiled for every length
+        return jax.device_put(np.pad(np.asarray(tokens), padding))
     return jnp.pad(tokens, padding)
 
 
