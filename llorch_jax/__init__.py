@@ -1,12 +1,24 @@
 """GPT-2 inference as pure functions in JAX, with the KV cache as an immutable pytree."""
 
-from llorch_jax.cache import KVCache, StaticCache
+from llorch_jax.cache import (
+    CachePool,
+    DynamicCache,
+    KVCache,
+    MemoryPlan,
+    PagedCache,
+    QuantizedCache,
+    RotatingCache,
+    StaticCache,
+    make_cache,
+    plan_memory,
+)
 from llorch_jax.checkpoint import Model, convert, load, save_model
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding import compile_count, decode_step, generate_tokens, prefill, stream_tokens
 from llorch_jax.errors import CacheError, CapacityError, CheckpointError, ConfigError, LlorchError, TokenError
 from llorch_jax.generation import Generation, ModelError, Piece, generate, stream
 from llorch_jax.model import forward
+from llorch_jax.overflow import Reencode
 from llorch_jax.params import BlockParams, Params, count_params, init_params, param_shapes
 from llorch_jax.probes import intermediates
 from llorch_jax.sampling import Greedy, SamplerError, Sampling
@@ -18,18 +30,25 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockParams",
     "CacheError",
+    "CachePool",
     "CapacityError",
     "CheckpointError",
     "ConfigError",
+    "DynamicCache",
     "GPT2Config",
     "Generation",
     "Greedy",
     "KVCache",
     "LlorchError",
+    "MemoryPlan",
     "Model",
     "ModelError",
+    "PagedCache",
     "Params",
     "Piece",
+    "QuantizedCache",
+    "Reencode",
+    "RotatingCache",
     "SamplerError",
     "Sampling",
     "Score",
@@ -46,7 +65,9 @@ __all__ = [
     "init_params",
     "intermediates",
     "load",
+    "make_cache",
     "param_shapes",
+    "plan_memory",
     "prefill",
     "save_model",
     "score",

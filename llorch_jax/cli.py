@@ -8,15 +8,13 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from llorch_jax.cache import StaticCache
+from llorch_jax.cache.memory import SYNTAX, plan_memory
 from llorch_jax.checkpoint import Model, convert, load, load_config, locate
-from llorch_jax.config import GPT2Config
 from llorch_jax.errors import LlorchError, TokenError
 from llorch_jax.generation import Generation, generate, stream
 from llorch_jax.params import count_params, nbytes, param_shapes
@@ -35,6 +33,7 @@ app = typer.Typer(
 ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="demo, a directory in Hugging Face's layout, or a hub id.")
 ]
+CacheOption = Annotated[str, typer.Option(help=f"Layout of the KV cache: {SYNTAX}.")]
 ModelArgument = Annotated[str, typer.Argument(help="demo, a directory in Hugging Face's layout, or a hub id.")]
 
 
@@ -59,6 +58,10 @@ def generate_command(
     top_k: Annotated[int | None, typer.Option(help="Draw from so many most likely tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the tokens that reach this probability.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    cache: CacheOption = "static",
+    overflow: Annotated[
+        str, typer.Option(help="error, or reencode: go past the context with the first and newest tokens.")
+    ] = "error",
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print each piece when it is there.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
     timings: Annotated[bool, typer.Option("--timings", help="Print where the time went, on standard error.")] = False,
@@ -67,6 +70,7 @@ def generate_command(
     text = _text(prompt)
     loaded, load_seconds = _load(model)
     settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    settings |= {"cache": cache, "overflow": overflow}
     if stream and not as_json:
         spent = _stream_to_stdout(loaded, text, max_new_tokens, settings)
     else:
@@ -98,7 +102,7 @@ def score_command(
 
 
 @app.command(name="inspect")
-def inspect_command(model: ModelArgument = "demo") -> None:
+def inspect_command(model: ModelArgument = "demo", cache: CacheOption = "static") -> None:
     """Show a model's configuration and the bytes of its parameters and cache, without loading the weights."""
     _, directory = locate(model)
     config = load_config(directory)
@@ -108,7 +112,11 @@ def inspect_command(model: ModelArgument = "demo") -> None:
     Console().print(table)
     shapes = param_shapes(config)
     print(f"parameters: {count_params(shapes):,}; {show_bytes(nbytes(shapes))} in float32")
-    print(f"static cache: {show_bytes(_cache_bytes(config))} per sequence of {config.n_positions} tokens in float32")
+    plan = plan_memory(config, cache)
+    print(f"{cache} cache: {show_bytes(plan.total)} per sequence of up to {config.n_positions} tokens")
+    if plan.full != plan.total:
+        print(f"  and {show_bytes(plan.full)} once it has grown to that length")
+    print(f"  {show_bytes(plan.per_token)} per token in {config.cache_layers} layers")
 
 
 @app.command(name="validate")
@@ -184,10 +192,6 @@ def _as_json(prompt: str, out: Generation) -> str:
     fields = dataclasses.asdict(out)
     fields["timings"]["ms_per_token"] = out.timings.ms_per_token
     return json.dumps({"prompt": prompt, **fields}, ensure_ascii=False)
-
-
-def _cache_bytes(config: GPT2Config) -> int:
-    return nbytes(jax.eval_shape(lambda: StaticCache.init(config)))
 
 
 def _verdict_table(verdicts: list[Verdict]) -> Table:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llorch_jax.cache.memory import fit_cache
 from llorch_jax.checkpoint import Model
 from llorch_jax.decoding import DecodeState, Generated, first_logits, generate_from, stream_states
 from llorch_jax.errors import LlorchError, TokenError
@@ -112,7 +113,7 @@ def generate(
         top_k: draw from this many most likely tokens.
         top_p: draw from the most likely tokens that reach this probability.
         seed: of the draws; the same seed gives the same text. Of larger numbers the lowest 32 bits count.
-        cache: layout of the KV cache: "static".
+        cache: layout of the KV cache: static, dynamic, rotating:WINDOW[+SINKS], paged[:PAGE_SIZE], int8 or int4.
         overflow: "error" refuses texts that would outgrow the context; "reencode" (or a `Reencode`) goes on with the
             first and newest tokens, as `generate_tokens` does.
 
@@ -207,8 +208,6 @@ def _request(
     overflow: str | Reencode,
 ) -> tuple[list[list[int]], Request]:
     """The prompts' tokens and the request for them."""
-    if cache != "static":
-        raise LlorchError(f"cache: expected 'static', got {cache!r}")
     tokenizer = tokenizer_of(model)
     rows = [tokenizer.encode(text) for text in prompts]
     for i, row in enumerate(rows):
@@ -217,7 +216,9 @@ def _request(
     tokens, lengths = padded(rows)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(_key(seed), jnp.arange(len(rows)))
     eos_id = model.config.eos_token_id
-    request = prepare(model.config, tokens, max_new_tokens, None, lengths, sampler, keys, eos_id, overflow)
+    needed = min(tokens.shape[1] + max(max_new_tokens, 1) - 1, model.config.n_positions)
+    empty = fit_cache(model.config, cache, len(rows), needed)
+    request = prepare(model.config, tokens, max_new_tokens, empty, lengths, sampler, keys, eos_id, overflow)
     return rows, request
 
 

@@ -24,6 +24,8 @@ WIDTHS = (1, 5, 16)  # tokens per row in one append, padding included
 BATCHES = (1, 3)
 
 
+# Narrow models are ill-conditioned: at a width of 10 a single token's logits in float32 can be 1.5e-5 off those in
+# float64, with or without a cache. Take a width of 20 or more where the tolerance is 1e-5.
 def make_config(*, layers=2, heads=2, kv_heads=None, head_dim=4, **fields) -> GPT2Config:
     """A tiny model's hyperparameters."""
     return GPT2Config(
@@ -70,7 +72,7 @@ def any_configs(draw) -> GPT2Config:
     )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def make_params(config: GPT2Config, seed: int = 0) -> Params:
     """Parameters with the scales of `synth`: attention is far from uniform and logits are about 1.5 in size."""
     generator = np.random.default_rng(seed)
@@ -210,20 +212,28 @@ def uncached(config: GPT2Config, batch: Batch, seed: int = 0) -> np.ndarray:
     return logits
 
 
-def relative_error(got, expected) -> float:
-    """The largest difference over the root mean square of what is expected; NaN must stand in the same places."""
+def rms(logits) -> float:
+    """Root mean square of what is not NaN."""
+    return float(np.sqrt(np.nanmean(np.square(np.asarray(logits, np.float32)))))
+
+
+def relative_error(got, expected, scale: float | None = None) -> float:
+    """The largest difference over `scale`, by default the root mean square of what is expected.
+
+    NaN must stand in the same places. Where few logits are compared, take the scale from more of them.
+    """
     got, expected = np.asarray(got, np.float32), np.asarray(expected, np.float32)
     assert got.shape == expected.shape, f"shape: expected {expected.shape}, got {got.shape}"
     known = ~np.isnan(expected)
     assert np.array_equal(known, ~np.isnan(got)), "logits: NaN in other places than expected"
     if not known.any():
         return 0.0
-    return float(np.max(np.abs(got - expected)[known]) / np.sqrt(np.mean(np.square(expected[known]))))
+    return float(np.max(np.abs(got - expected)[known])) / (rms(expected) if scale is None else scale)
 
 
-def assert_close(got, expected, tolerance: float = 1e-5) -> None:
+def assert_close(got, expected, tolerance: float = 1e-5, scale: float | None = None) -> None:
     """Fails where `relative_error` is beyond the tolerance."""
-    error = relative_error(got, expected)
+    error = relative_error(got, expected, scale)
     assert error <= tolerance, f"relative error: expected at most {tolerance:g}, got {error:g}"
 
 

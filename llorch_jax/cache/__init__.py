@@ -1,6 +1,30 @@
 """KV caches: immutable pytrees behind one protocol."""
 
 from llorch_jax.cache.base import KVCache, KVView
+from llorch_jax.cache.dynamic import DynamicCache
+from llorch_jax.cache.memory import CachePool, MemoryPlan, fit_cache, make_cache, parse_cache_spec, plan_memory
+from llorch_jax.cache.operations import concat, convert, fork, split
+from llorch_jax.cache.paged import PagedCache
+from llorch_jax.cache.quantized import QuantizedCache
+from llorch_jax.cache.rotating import RotatingCache
 from llorch_jax.cache.static import StaticCache
 
-__all__ = ["KVCache", "KVView", "StaticCache"]
+__all__ = [
+    "CachePool",
+    "DynamicCache",
+    "KVCache",
+    "KVView",
+    "MemoryPlan",
+    "PagedCache",
+    "QuantizedCache",
+    "RotatingCache",
+    "StaticCache",
+    "concat",
+    "convert",
+    "fit_cache",
+    "fork",
+    "make_cache",
+    "parse_cache_spec",
+    "plan_memory",
+    "split",
+]

@@ -1,7 +1,9 @@
 """What every KV cache has in common: the protocol that the model and the decoding loops know, and host-side checks."""
 
 import abc
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+import dataclasses
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,8 @@ import numpy as np
 
 from llorch_jax.config import GPT2Config
 from llorch_jax.errors import CacheError, CapacityError
+
+Cache = TypeVar("Cache", bound="KVCache")
 
 
 class KVView(NamedTuple):
@@ -132,6 +136,29 @@ class KVCache(abc.ABC):
     def select(self, rows: Any) -> Self:
         """A cache whose rows are the given rows of this one, int [B']; rows may repeat, move or be left out."""
 
+    def fork(self, branches: int) -> Self:
+        """Every row `branches` times, one after the other: row b becomes rows b * branches .. (b + 1) * branches - 1.
+
+        Raises:
+            CacheError: branches is not a whole number from 1 up.
+        """
+        if type(branches) is not int or branches < 1:
+            raise CacheError(f"branches: expected a whole number from 1 up, got {branches!r}")
+        return self.select(np.repeat(np.arange(self.batch_size), branches))
+
+    def join(self, others: Sequence[Self]) -> Self:
+        """This cache's rows and behind them those of the others, which are of the same class; see `concat`.
+
+        Raises:
+            CacheError: sizes or settings differ, or the rows of this layout are not separate parts of its arrays.
+        """
+        return join_rows((self, *others))
+
+    def allocation(self) -> Hashable:
+        """What must be equal in two caches for one to do in place of the other once it is cleared."""
+        leaves, structure = jax.tree.flatten(self)
+        return structure, self.batch_size, tuple((leaf.shape, leaf.dtype.name) for leaf in leaves if leaf.ndim >= 3)
+
     def memory_usage(self) -> int:
         """Bytes of all arrays of the cache, exactly."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
@@ -205,6 +232,36 @@ def cropped(lengths: jax.Array, length: Any) -> jax.Array:
     if is_concrete(length) and np.any(np.asarray(length) < 0):
         raise CacheError(f"crop: expected a length of 0 or more, got {length}")
     return jnp.minimum(lengths, jnp.asarray(length, jnp.int32))
+
+
+def join_rows(caches: Sequence[Cache]) -> Cache:
+    """The rows of caches of one class and the same settings in one cache, by concatenation of all arrays.
+
+    Raises:
+        CacheError: sizes or settings differ, or some array has an axis other than the rows' first.
+    """
+    first = caches[0]
+    fork = jax.eval_shape(lambda cache: cache.select(jnp.zeros(cache.batch_size + 1, jnp.int32)), first)
+    pairs = zip(jax.tree.leaves(first), jax.tree.leaves(fork), strict=True)
+    if any(new.shape != (first.batch_size + 1, *old.shape[1:]) for old, new in pairs):
+        raise CacheError(f"concat: the rows of a {type(first).__name__} share arrays; convert the caches first")
+    for number, cache in enumerate(caches):
+        expected, got = (_row_description(each) for each in (first, cache))
+        if expected != got:
+            raise CacheError(f"concat: expected caches of the same settings, {expected}, got {got} in caches[{number}]")
+    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *caches)
+
+
+def _row_description(cache: Any) -> str:
+    """The class, settings, and shapes per row of a cache."""
+    settings = [f"{f.name}={getattr(cache, f.name)}" for f in dataclasses.fields(cache) if is_setting(f)]
+    arrays = sorted({f"{leaf.dtype.name}{list(leaf.shape[1:])}" for leaf in jax.tree.leaves(cache)})
+    return f"{type(cache).__name__}({', '.join(settings)}) of {cache.layout[0]} layers and arrays {' '.join(arrays)}"
+
+
+def is_setting(field: dataclasses.Field) -> bool:
+    """Whether a field of a cache is static, that is no part of its arrays."""
+    return not field.metadata.get("pytree_node", True)
 
 
 def replace_item(items: tuple, index: int, item: Any) -> tuple:

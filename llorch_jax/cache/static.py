@@ -51,21 +51,20 @@ class StaticCache(KVCache):
         """
         capacity = config.n_positions if capacity is None else capacity
         check_sizes(config, batch_size, capacity)
-        shape = (batch_size, config.kv_heads, capacity, config.head_dim)
-        stored = storage_dtype(dtype)
-        return cls(
-            keys=tuple(jnp.zeros(shape, stored) for _ in range(config.cache_layers)),
-            values=tuple(jnp.zeros(shape, stored) for _ in range(config.cache_layers)),
-            lengths=jnp.zeros(batch_size, jnp.int32),
-        )
+        return cls(**empty_slots(config, batch_size, capacity, dtype))
 
     @property
     def batch_size(self) -> int:
         return self.keys[0].shape[0]
 
     @property
-    def capacity(self) -> int:
+    def slots(self) -> int:
+        """Slots per row S that are allocated."""
         return self.keys[0].shape[2]
+
+    @property
+    def capacity(self) -> int:
+        return self.slots
 
     @property
     def layout(self) -> tuple[int, int, int]:
@@ -80,7 +79,7 @@ class StaticCache(KVCache):
         )
 
     def read(self, layer: int) -> KVView:
-        return KVView(self.keys[layer], self.values[layer], jnp.arange(self.capacity, dtype=jnp.int32)[None])
+        return KVView(self.keys[layer], self.values[layer], jnp.arange(self.slots, dtype=jnp.int32)[None])
 
     def advance(self, count: Any) -> Self:
         self.check_room(count)
@@ -92,6 +91,16 @@ class StaticCache(KVCache):
     def select(self, rows: Any) -> Self:
         index = check_rows(rows, self.batch_size)
         return jax.tree.map(lambda array: jnp.take(array, index, axis=0), self)
+
+
+def empty_slots(config: GPT2Config, batch_size: int, slots: int, dtype: Any) -> dict[str, Any]:
+    """The fields `keys`, `values` and `lengths` of an empty cache with so many slots per row."""
+    shape, stored = (batch_size, config.kv_heads, slots, config.head_dim), storage_dtype(dtype)
+    return {
+        "keys": tuple(jnp.zeros(shape, stored) for _ in range(config.cache_layers)),
+        "values": tuple(jnp.zeros(shape, stored) for _ in range(config.cache_layers)),
+        "lengths": jnp.zeros(batch_size, jnp.int32),
+    }
 
 
 def write_rows(buffer: jax.Array, new: jax.Array, starts: jax.Array) -> jax.Array:
@@ -109,10 +118,13 @@ def write_rows(buffer: jax.Array, new: jax.Array, starts: jax.Array) -> jax.Arra
         new = new[:, :, : buffer.shape[2]]
 
     def write(row: Any, filled: jax.Array) -> jax.Array:
-        block = lax.dynamic_slice_in_dim(new, row, 1)
+        block, start = lax.dynamic_slice_in_dim(new, row, 1), starts[row]
         if new.shape[2] > 1:
-            return _write_clipped(filled, block, row, starts[row])
-        return lax.dynamic_update_slice(filled, block, (row, 0, starts[row], 0))
+            return _write_clipped(filled, block, row, start)
+        # A full row gets padding only, which must not land on its last token. With `cond`, unlike without, XLA also
+        # writes in place where there is one row and one head.
+        fits = start < filled.shape[2]
+        return lax.cond(fits, lambda: lax.dynamic_update_slice(filled, block, (row, 0, start, 0)), lambda: filled)
 
     if buffer.shape[0] == 1:
         return write(0, buffer)
