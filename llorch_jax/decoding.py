@@ -3,60 +3,29 @@
 Everything here owns the cache that it is given: the cache is donated to XLA, which writes the next one into the same
 buffers, and must not be used again. `forward` is the variant that leaves its cache valid.
 
-The loop inside `generate_tokens` and the one behind `stream_tokens` run the same `_next_state`.
+The loop inside `generate_tokens` and the one behind `stream_tokens` run the same step, of `steps`.
 """
 
 import dataclasses
 from collections.abc import Generator, Iterator, Sequence
-from functools import partial
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
+from llorch_jax import steps
 from llorch_jax.buckets import bucket
 from llorch_jax.cache.base import KVCache
 from llorch_jax.checks import check_append, check_lengths, check_tokens
 from llorch_jax.config import GPT2Config
 from llorch_jax.errors import TokenError
-from llorch_jax.model import hidden_states, output_logits
+from llorch_jax.overflow import Reencode
 from llorch_jax.params import Params
-from llorch_jax.request import Policy, Reencode, Request, following, pad_to_bucket, prepare
+from llorch_jax.request import Policy, Request, following, pad_to_bucket, prepare
 from llorch_jax.sampling import Sampler
 
 Cache = TypeVar("Cache", bound=KVCache)
-
-
-@struct.dataclass
-class DecodeState:
-    """What goes from one decode step to the next.
-
-    Attributes:
-        token: int32 [B], sampled but not in the cache yet.
-        logprob: float32 [B], of `token` under the model, before the sampler's transforms.
-        finished: bool [B], rows that have produced an end-of-text id.
-        cache: of all tokens before `token`.
-    """
-
-    token: jax.Array
-    logprob: jax.Array
-    finished: jax.Array
-    cache: Any
-
-
-@struct.dataclass
-class Generated:
-    """New tokens and their log-probabilities.
-
-    Attributes:
-        tokens: int32 [B, N].
-        logprobs: float32 [B, N].
-    """
-
-    tokens: jax.Array
-    logprobs: jax.Array
 
 
 def prefill(
@@ -81,7 +50,7 @@ def prefill(
     tokens = check_tokens(config, tokens)
     lengths = check_lengths(lengths, tokens)
     tokens, cache = check_append(config, tokens, cache, lengths)
-    return _prefill(params, config, pad_to_bucket(tokens, config), lengths, cache)
+    return steps.prefill_step(params, config, pad_to_bucket(tokens, config), lengths, cache)
 
 
 def decode_step(params: Params, config: GPT2Config, token: Any, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -104,7 +73,7 @@ def decode_step(params: Params, config: GPT2Config, token: Any, cache: Cache) ->
     if token.ndim != 1:
         raise TokenError(f"token: expected one id per row, shape [B], got shape {list(token.shape)}")
     tokens, cache = check_append(config, token[:, None], cache)
-    return _decode_step(params, config, tokens[:, 0], cache)
+    return steps.decode(params, config, tokens[:, 0], cache)
 
 
 def generate_tokens(
@@ -178,96 +147,17 @@ def stream_tokens(
 
 def compile_count() -> int:
     """How many variants of prefill, decode step and generation loop have been compiled in this process."""
-    compiled: tuple[Any, ...] = (_prefill, _decode_step, _first_state, _step, _loop)
-    return sum(function._cache_size() for function in compiled)
-
-
-@partial(jax.jit, static_argnames="config", donate_argnames="cache")
-def _prefill(
-    params: Params, config: GPT2Config, tokens: jax.Array, lengths: jax.Array, cache: Cache
-) -> tuple[jax.Array, Cache]:
-    batch, count = tokens.shape
-    x, cache = hidden_states(params, config, tokens, cache, lengths)
-    last = jnp.take_along_axis(x.reshape(-1, batch, count), (lengths - 1)[None, :, None], axis=2)[..., 0]
-    return output_logits(params, last, (batch,)), cache.advance(lengths)
-
-
-@partial(jax.jit, static_argnames="config", donate_argnames="cache")
-def _decode_step(params: Params, config: GPT2Config, token: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    return _feed(params, config, token, cache, jnp.ones_like(token))
-
-
-def _feed(
-    params: Params, config: GPT2Config, token: jax.Array, cache: Cache, count: jax.Array
-) -> tuple[jax.Array, Cache]:
-    """Logits [B, V] of one more token per row; rows with count 0 are computed but not lengthened."""
-    x, cache = hidden_states(params, config, token[:, None], cache, count)
-    return output_logits(params, x, token.shape), cache.advance(count)
-
-
-def _choose(policy: Policy, logits: jax.Array, finished: jax.Array, cache: Cache) -> DecodeState:
-    """The state after sampling from logits [B, V]: finished rows get the end-of-text id again."""
-    keys = jax.vmap(jax.random.fold_in)(policy.keys, cache.lengths)
-    token = policy.sampler(logits, keys)
-    if policy.eos_ids.size:
-        token = jnp.where(finished, policy.eos_ids[0], token)
-        finished = finished | jnp.isin(token, policy.eos_ids)
-    chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
-    return DecodeState(token, chosen - jax.nn.logsumexp(logits, axis=-1), finished, cache)
-
-
-def _next_state(params: Params, config: GPT2Config, policy: Policy, state: DecodeState) -> DecodeState:
-    """One decode step: feed the last token, sample the next."""
-    count = 1 - state.finished.astype(jnp.int32)
-    logits, cache = _feed(params, config, state.token, state.cache, count)
-    return _choose(policy, logits, state.finished, cache)
-
-
-@partial(jax.jit, donate_argnames="cache")
-def _first_state(policy: Policy, logits: jax.Array, finished: jax.Array, cache: Cache) -> DecodeState:
-    return _choose(policy, logits, finished, cache)
-
-
-@partial(jax.jit, static_argnames="config", donate_argnames="state")
-def _step(params: Params, config: GPT2Config, policy: Policy, state: DecodeState) -> DecodeState:
-    return _next_state(params, config, policy, state)
-
-
-@partial(jax.jit, static_argnames="config", donate_argnames=("out", "state"))
-def _loop(
-    params: Params, config: GPT2Config, policy: Policy, out: Generated, state: DecodeState, span: jax.Array
-) -> tuple[Generated, DecodeState]:
-    """Fills the columns `span[0]` up to `span[1]` of out, or fewer where all rows end before."""
-
-    def unfinished(carry: tuple) -> jax.Array:
-        count, _, state = carry
-        return (count < span[1]) & ~jnp.all(state.finished)
-
-    def step(carry: tuple) -> tuple:
-        count, out, state = carry
-        state = _next_state(params, config, policy, state)
-        return count + 1, _put(out, state, count), state
-
-    _, out, state = jax.lax.while_loop(unfinished, step, (span[0], out, state))
-    return out, state
-
-
-def _put(out: Generated, state: DecodeState, column: Any) -> Generated:
-    """Writes a state's tokens and log-probabilities into one column."""
-    return Generated(
-        jax.lax.dynamic_update_slice(out.tokens, state.token[:, None], (0, column)),
-        jax.lax.dynamic_update_slice(out.logprobs, state.logprob[:, None], (0, column)),
-    )
+    return steps.compile_count()
 
 
 def first_logits(params: Params, config: GPT2Config, request: Request) -> tuple[jax.Array, KVCache]:
     """The prefill of a prepared request: logits float32 [B, V] of each row's last token, and the cache."""
-    return _prefill(params, config, request.tokens, request.lengths, request.cache)
+    return steps.prefill_step(params, config, request.tokens, request.lengths, request.cache)
 
 
 def generate_from(
     params: Params, config: GPT2Config, request: Request, logits: jax.Array, cache: KVCache
-) -> tuple[Generated, KVCache]:
+) -> tuple[steps.Generated, KVCache]:
     """Tokens and log-probabilities [B, N] of a prepared request after its prefill, and the cache.
 
     N is the number of tokens asked for.
@@ -282,46 +172,40 @@ def generate_from(
         logits, cache = first_logits(params, config, request)
     missing = total - sum(part.tokens.shape[1] for part in parts)
     if missing:
-        parts.append(_filler(request.policy, parts[0].tokens.shape[0], missing))
+        parts.append(steps.filler(request.policy, parts[0].tokens.shape[0], missing))
     return jax.tree.map(lambda *arrays: jnp.concatenate(arrays, 1) if arrays[1:] else arrays[0], *parts), state.cache
 
 
 def _generate_segment(
     params: Params, config: GPT2Config, request: Request, logits: jax.Array, cache: KVCache
-) -> tuple[Generated, DecodeState]:
+) -> tuple[steps.Generated, steps.DecodeState]:
     """Generates until the context is full.
 
     The loop runs in spans as long as the cache has room; between them a cache that grows may do so.
     """
     policy, limit = request.policy, request.max_new_tokens
-    state = _first_state(policy, logits, request.finished, cache)
-    out = _put(_filler(policy, logits.shape[0], bucket(limit)), state, 0)
+    state = steps.first_state(policy, logits, request.finished, cache)
+    out = steps.put(steps.filler(policy, logits.shape[0], bucket(limit)), state, 0)
     count = 1
     while count < limit and not _all_finished(policy, state):
         state = _with_room(state)
         until = min(limit, count + state.cache.room())
-        out, state = _loop(params, config, policy, out, state, jnp.asarray([count, until], jnp.int32))
+        out, state = steps.loop(params, config, policy, out, state, jnp.asarray([count, until], jnp.int32))
         count = until
     # By NumPy: a slice would be compiled for every limit.
     return jax.tree.map(lambda array: jax.device_put(np.asarray(array)[:, :limit]), out), state
 
 
-def _filler(policy: Policy, batch: int, count: int) -> Generated:
-    """What stands behind the end of a row."""
-    token = policy.eos_ids[0] if policy.eos_ids.size else jnp.int32(0)
-    return Generated(jnp.full((batch, count), token), jnp.zeros((batch, count), jnp.float32))
-
-
-def _all_finished(policy: Policy, state: DecodeState) -> bool:
+def _all_finished(policy: Policy, state: steps.DecodeState) -> bool:
     return policy.eos_ids.size > 0 and bool(np.all(state.finished))
 
 
-def _with_room(state: DecodeState) -> DecodeState:
+def _with_room(state: steps.DecodeState) -> steps.DecodeState:
     """The state, its cache with room for one more token in every row."""
     return dataclasses.replace(state, cache=state.cache.reserve(1))
 
 
-def stream_states(params: Params, config: GPT2Config, request: Request) -> Generator[DecodeState, None, KVCache]:
+def stream_states(params: Params, config: GPT2Config, request: Request) -> Generator[steps.DecodeState, None, KVCache]:
     """The states of a prepared request after each step. A state is donated by the next step: read it at once."""
     while True:
         new = []
@@ -334,10 +218,10 @@ def stream_states(params: Params, config: GPT2Config, request: Request) -> Gener
         request = following(config, request, np.stack(new, 1), state.finished, state.cache)
 
 
-def _stream_segment(params: Params, config: GPT2Config, request: Request) -> Iterator[DecodeState]:
+def _stream_segment(params: Params, config: GPT2Config, request: Request) -> Iterator[steps.DecodeState]:
     """The states until the context is full or all rows have ended."""
     logits, cache = first_logits(params, config, request)
-    state, room = _first_state(request.policy, logits, request.finished, cache), 0
+    state, room = steps.first_state(request.policy, logits, request.finished, cache), 0
     yield state
     for _ in range(request.max_new_tokens - 1):
         if _all_finished(request.policy, state):
@@ -345,11 +229,11 @@ def _stream_segment(params: Params, config: GPT2Config, request: Request) -> Ite
         if room == 0:
             state = _with_room(state)
             room = state.cache.room()
-        state, room = _step(params, config, request.policy, state), room - 1
+        state, room = steps.step(params, config, request.policy, state), room - 1
         yield state
 
 
-def _tokens_of(states: Generator[DecodeState, None, KVCache]) -> Generator[np.ndarray, None, KVCache]:
+def _tokens_of(states: Generator[steps.DecodeState, None, KVCache]) -> Generator[np.ndarray, None, KVCache]:
     while True:
         try:
             state = next(states)

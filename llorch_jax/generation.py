@@ -10,11 +10,12 @@ import numpy as np
 
 from llorch_jax.cache.memory import fit_cache
 from llorch_jax.checkpoint import Model
-from llorch_jax.decoding import DecodeState, Generated, first_logits, generate_from, stream_states
+from llorch_jax.decoding import first_logits, generate_from, stream_states
 from llorch_jax.errors import LlorchError, TokenError
 from llorch_jax.overflow import Reencode, padded
 from llorch_jax.request import Request, prepare
 from llorch_jax.sampling import Greedy, Sampler, SamplerError, Sampling
+from llorch_jax.steps import DecodeState, Generated
 from llorch_jax.timing import Stopwatch, Timings
 from llorch_jax.tokenizer import Tokenizer
 

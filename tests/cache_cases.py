@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
-from llorch_jax import decoding
+from llorch_jax import decoding, steps
 from llorch_jax.config import GPT2Config
 from llorch_jax.model import forward, hidden_states, output_logits
 from llorch_jax.params import Params, param_shapes
@@ -253,7 +253,7 @@ def pointers(cache) -> list[int]:
 def decode_copies(config: GPT2Config, cache) -> list[str]:
     """The instructions of the compiled decode step that copy an array of the shape of one of the cache's buffers."""
     token = jnp.zeros(cache.batch_size, jnp.int32)
-    lowered = decoding._decode_step.lower(make_params(config), config, token, cache)
+    lowered = steps.decode.lower(make_params(config), config, token, cache)
     shapes = {f"{_HLO_TYPES[leaf.dtype.name]}[{','.join(map(str, leaf.shape))}]" for leaf in buffers(cache)}
     copy = re.compile(r"= (\w+\[[\d,]*\])\S* copy(-start)?\(")
     return [

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import llorch_jax as lj
-from llorch_jax import decoding
+from llorch_jax import steps
 from llorch_jax.request import Policy
 
 CONFIG = lj.GPT2Config(vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=4, num_kv_heads=2)
@@ -64,13 +64,13 @@ class TestInPlace:
         cache = lj.StaticCache.init(CONFIG, batch_size=batch, capacity=48)
         token = jnp.zeros(batch, jnp.int32)
         policy = Policy(lj.Greedy(), jax.random.split(jax.random.key(0), batch), jnp.zeros(1, jnp.int32))
-        state = decoding.DecodeState(token, jnp.zeros(batch, jnp.float32), token > 0, cache)
-        out = decoding.Generated(jnp.zeros((batch, 16), jnp.int32), jnp.zeros((batch, 16), jnp.float32))
+        state = steps.DecodeState(token, jnp.zeros(batch, jnp.float32), token > 0, cache)
+        out = steps.Generated(jnp.zeros((batch, 16), jnp.int32), jnp.zeros((batch, 16), jnp.float32))
         programs = [
-            decoding._prefill.lower(params, CONFIG, jnp.zeros((batch, 16), jnp.int32), token + 16, cache),
-            decoding._decode_step.lower(params, CONFIG, token, cache),
-            decoding._step.lower(params, CONFIG, policy, state),
-            decoding._loop.lower(params, CONFIG, policy, out, state, jnp.zeros(2, jnp.int32)),
+            steps.prefill_step.lower(params, CONFIG, jnp.zeros((batch, 16), jnp.int32), token + 16, cache),
+            steps.decode.lower(params, CONFIG, token, cache),
+            steps.step.lower(params, CONFIG, policy, state),
+            steps.loop.lower(params, CONFIG, policy, out, state, jnp.zeros(2, jnp.int32)),
         ]
         buffer = re.escape(f"f32[{batch},2,48,8]")
         for program in programs:

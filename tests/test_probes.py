@@ -236,7 +236,7 @@ class TestReferenceFiles:
     def test_broken_sidecar(self, tmp_path, sidecar):
         path = self.write(tmp_path, tokens=TOKENS)
         path.with_suffix(".json").write_bytes(sidecar.encode("latin-1"))
-        with pytest.raises(ReferenceFileError, match=r"reference\.json: expected JSON with a number parameters\.temper"):
+        with pytest.raises(ReferenceFileError, match=r"reference\.json: expected JSON with a number parameters"):
             load_reference(path)
 
     def test_no_tokens(self, tmp_path):

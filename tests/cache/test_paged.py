@@ -26,7 +26,7 @@ from cache_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llorch_jax import decoding
+from llorch_jax import decoding, steps
 from llorch_jax.cache.paged import PAGE_SIZE, PagedCache
 from llorch_jax.cache.static import StaticCache
 from llorch_jax.errors import CacheError, CapacityError
@@ -169,8 +169,8 @@ class TestInPlace:
         count = jnp.ones(batch_size, jnp.int32)
         tokens = jnp.zeros((batch_size, 16), jnp.int32)
         for lowered in (
-            decoding._decode_step.lower(params, TINY, tokens[:, 0], cache),
-            decoding._prefill.lower(params, TINY, tokens, count, cache),
+            steps.decode.lower(params, TINY, tokens[:, 0], cache),
+            steps.prefill_step.lower(params, TINY, tokens, count, cache),
         ):
             assert pool_conversions(lowered.compile().as_text(), cache.keys[0]) == []
 

@@ -1,0 +1,140 @@
+"""The compiled programs of decoding: prefill, one step, and a loop of steps.
+
+All of them own the cache that they are given: it is donated, and XLA writes the next one into the same buffers. They
+check nothing; `decoding` does.
+"""
+
+from functools import partial
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from llorch_jax.cache.base import KVCache
+from llorch_jax.config import GPT2Config
+from llorch_jax.model import hidden_states, output_logits
+from llorch_jax.params import Params
+from llorch_jax.request import Policy
+
+Cache = TypeVar("Cache", bound=KVCache)
+
+
+@struct.dataclass
+class DecodeState:
+    """What goes from one decode step to the next.
+
+    Attributes:
+        token: int32 [B], sampled but not in the cache yet.
+        logprob: float32 [B], of `token` under the model, before the sampler's transforms.
+        finished: bool [B], rows that have produced an end-of-text id.
+        cache: of all tokens before `token`.
+    """
+
+    token: jax.Array
+    logprob: jax.Array
+    finished: jax.Array
+    cache: Any
+
+
+@struct.dataclass
+class Generated:
+    """New tokens and their log-probabilities.
+
+    Attributes:
+        tokens: int32 [B, N].
+        logprobs: float32 [B, N].
+    """
+
+    tokens: jax.Array
+    logprobs: jax.Array
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def prefill_step(
+    params: Params, config: GPT2Config, tokens: jax.Array, lengths: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    batch, count = tokens.shape
+    x, cache = hidden_states(params, config, tokens, cache, lengths)
+    last = jnp.take_along_axis(x.reshape(-1, batch, count), (lengths - 1)[None, :, None], axis=2)[..., 0]
+    return output_logits(params, last, (batch,)), cache.advance(lengths)
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def decode(params: Params, config: GPT2Config, token: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    return _feed(params, config, token, cache, jnp.ones_like(token))
+
+
+def _feed(
+    params: Params, config: GPT2Config, token: jax.Array, cache: Cache, count: jax.Array
+) -> tuple[jax.Array, Cache]:
+    """Logits [B, V] of one more token per row; rows with count 0 are computed but not lengthened."""
+    x, cache = hidden_states(params, config, token[:, None], cache, count)
+    return output_logits(params, x, token.shape), cache.advance(count)
+
+
+def _choose(policy: Policy, logits: jax.Array, finished: jax.Array, cache: Cache) -> DecodeState:
+    """The state after sampling from logits [B, V]: finished rows get the end-of-text id again."""
+    keys = jax.vmap(jax.random.fold_in)(policy.keys, cache.lengths)
+    token = policy.sampler(logits, keys)
+    if policy.eos_ids.size:
+        token = jnp.where(finished, policy.eos_ids[0], token)
+        finished = finished | jnp.isin(token, policy.eos_ids)
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
+    return DecodeState(token, chosen - jax.nn.logsumexp(logits, axis=-1), finished, cache)
+
+
+def _next_state(params: Params, config: GPT2Config, policy: Policy, state: DecodeState) -> DecodeState:
+    """One decode step: feed the last token, sample the next."""
+    count = 1 - state.finished.astype(jnp.int32)
+    logits, cache = _feed(params, config, state.token, state.cache, count)
+    return _choose(policy, logits, state.finished, cache)
+
+
+@partial(jax.jit, donate_argnames="cache")
+def first_state(policy: Policy, logits: jax.Array, finished: jax.Array, cache: Cache) -> DecodeState:
+    return _choose(policy, logits, finished, cache)
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="state")
+def step(params: Params, config: GPT2Config, policy: Policy, state: DecodeState) -> DecodeState:
+    return _next_state(params, config, policy, state)
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames=("out", "state"))
+def loop(
+    params: Params, config: GPT2Config, policy: Policy, out: Generated, state: DecodeState, span: jax.Array
+) -> tuple[Generated, DecodeState]:
+    """Fills the columns `span[0]` up to `span[1]` of out, or fewer where all rows end before."""
+
+    def unfinished(carry: tuple) -> jax.Array:
+        count, _, state = carry
+        return (count < span[1]) & ~jnp.all(state.finished)
+
+    def advance(carry: tuple) -> tuple:
+        count, out, state = carry
+        state = _next_state(params, config, policy, state)
+        return count + 1, put(out, state, count), state
+
+    _, out, state = jax.lax.while_loop(unfinished, advance, (span[0], out, state))
+    return out, state
+
+
+def put(out: Generated, state: DecodeState, column: Any) -> Generated:
+    """Writes a state's tokens and log-probabilities into one column."""
+    return Generated(
+        jax.lax.dynamic_update_slice(out.tokens, state.token[:, None], (0, column)),
+        jax.lax.dynamic_update_slice(out.logprobs, state.logprob[:, None], (0, column)),
+    )
+
+
+def filler(policy: Policy, batch: int, count: int) -> Generated:
+    """What stands behind the end of a row."""
+    token = policy.eos_ids[0] if policy.eos_ids.size else jnp.int32(0)
+    return Generated(jnp.full((batch, count), token), jnp.zeros((batch, count), jnp.float32))
+
+
+def compile_count() -> int:
+    """How many variants of these programs have been compiled in this process."""
+    compiled: tuple[Any, ...] = (prefill_step, decode, first_state, step, loop)
+    return sum(function._cache_size() for function in compiled)
