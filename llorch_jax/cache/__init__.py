@@ -7,6 +7,7 @@ from llorch_jax.cache.operations import concat, convert, fork, split
 from llorch_jax.cache.paged import PagedCache
 from llorch_jax.cache.quantized import QuantizedCache
 from llorch_jax.cache.rotating import RotatingCache
+from llorch_jax.cache.session import fingerprint, load_cache, save_cache
 from llorch_jax.cache.static import StaticCache
 
 __all__ = [
@@ -21,10 +22,13 @@ __all__ = [
     "StaticCache",
     "concat",
     "convert",
+    "fingerprint",
     "fit_cache",
     "fork",
+    "load_cache",
     "make_cache",
     "parse_cache_spec",
     "plan_memory",
+    "save_cache",
     "split",
 ]
