@@ -36,7 +36,7 @@ def fingerprint(params: Params, config: GPT2Config) -> str:
     for leaf in jax.tree.leaves(params):
         array = np.asarray(leaf)
         digest.update(f"{array.dtype} {array.shape}".encode())
-        digest.update(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -122,7 +122,7 @@ def _checksum(about: str, tensors: dict[str, np.ndarray]) -> str:
     digest = hashlib.sha256(about.encode())
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(memoryview(tensors[name]))
+        digest.update(tensors[name].data)
     return digest.hexdigest()
 
 
