@@ -16,7 +16,7 @@ import numpy as np
 
 from llorch_jax import steps
 from llorch_jax.buckets import bucket
-from llorch_jax.cache.base import KVCache
+from llorch_jax.cache.base import KVCache, is_concrete
 from llorch_jax.checks import check_append, check_lengths, check_tokens
 from llorch_jax.config import GPT2Config
 from llorch_jax.errors import TokenError
@@ -88,7 +88,7 @@ def generate_tokens(
     eos_id: int | Sequence[int] | None = None,
     overflow: str | Reencode = "error",
 ) -> tuple[jax.Array, KVCache]:
-    """Continues a batch of prompts, in one compiled loop.
+    """Continues a batch of prompts, in one compiled loop. Inside your own `jit`, values are not checked.
 
     Args:
         params: of a model of this configuration.
@@ -186,6 +186,9 @@ def _generate_segment(
     policy, limit = request.policy, request.max_new_tokens
     state = steps.first_state(policy, logits, request.finished, cache)
     out = steps.put(steps.filler(policy, logits.shape[0], bucket(limit)), state, 0)
+    if not is_concrete(state):  # inside a caller's own jit: the cache must have room from the start
+        out, state = steps.loop(params, config, policy, out, state, jnp.asarray([1, limit], jnp.int32))
+        return jax.tree.map(lambda array: array[:, :limit], out), state
     count = 1
     while count < limit and not _all_finished(policy, state):
         state = _with_room(state)

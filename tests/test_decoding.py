@@ -162,6 +162,22 @@ class TestLoops:
         np.testing.assert_array_equal(draw(KEY), draw(jax.random.key(5)))
         assert not np.array_equal(draw(KEY), draw(jax.random.key(6)))
 
+    def test_all_of_it_works_inside_jit(self, params):
+        @jax.jit
+        def run(params, tokens, lengths):
+            cache = lj.StaticCache.init(CONFIG, batch_size=2, capacity=32)
+            logits, cache = lj.prefill(params, CONFIG, tokens, cache, lengths)
+            logits, cache = lj.decode_step(params, CONFIG, jnp.argmax(logits, -1), cache)
+            plain = lj.forward(params, CONFIG, tokens)
+            return logits, plain, lj.generate_tokens(params, CONFIG, tokens, 9, lengths=lengths, eos_id=7)[0]
+
+        tokens, lengths = prompts(2, 6), np.array([6, 4], np.int32)
+        logits, plain, generated = run(params, tokens, lengths)
+        expected, _ = lj.generate_tokens(params, CONFIG, tokens, 9, lengths=lengths, eos_id=7)
+        np.testing.assert_array_equal(generated, expected)
+        np.testing.assert_allclose(plain, lj.forward(params, CONFIG, tokens), rtol=1e-5, atol=1e-5)
+        assert int(jnp.argmax(logits[0])) == int(expected[0, 1])
+
     def test_the_context_can_be_filled_to_the_last_position(self, params):
         full, cache = lj.generate_tokens(params, CONFIG, prompts(1, 60), 5)
         assert full.shape == (1, 5)
