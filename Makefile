@@ -9,7 +9,7 @@ demo: $(VENV)/installed
 	$(BIN)/llorch-jax generate "Once upon a time" --max-new-tokens 120 --temperature 0.8 --top-k 50 --seed 4 --timings
 
 test: lint types
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 lint: $(VENV)/tools
 	$(BIN)/ruff check .
