@@ -3,12 +3,14 @@
 from llorch_jax.cache import (
     CachePool,
     DynamicCache,
+    EvictingCache,
     KVCache,
     MemoryPlan,
     PagedCache,
     QuantizedCache,
     RotatingCache,
     StaticCache,
+    evict,
     fingerprint,
     load_cache,
     make_cache,
@@ -26,6 +28,7 @@ from llorch_jax.params import BlockParams, Params, count_params, init_params, pa
 from llorch_jax.probes import intermediates
 from llorch_jax.sampling import Greedy, SamplerError, Sampling
 from llorch_jax.scoring import Score, score
+from llorch_jax.session import Session, load_session, save_session
 from llorch_jax.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
@@ -38,6 +41,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DynamicCache",
+    "EvictingCache",
     "GPT2Config",
     "Generation",
     "Greedy",
@@ -55,6 +59,7 @@ __all__ = [
     "SamplerError",
     "Sampling",
     "Score",
+    "Session",
     "StaticCache",
     "TokenError",
     "Tokenizer",
@@ -62,6 +67,7 @@ __all__ = [
     "convert",
     "count_params",
     "decode_step",
+    "evict",
     "fingerprint",
     "forward",
     "generate",
@@ -70,12 +76,14 @@ __all__ = [
     "intermediates",
     "load",
     "load_cache",
+    "load_session",
     "make_cache",
     "param_shapes",
     "plan_memory",
     "prefill",
     "save_cache",
     "save_model",
+    "save_session",
     "score",
     "stream",
     "stream_tokens",

@@ -19,9 +19,10 @@ def allowed_slots(positions: jax.Array, view: KVView, window: int | None) -> jax
         window: of the model: how many tokens back, the query's own included; None for all.
 
     Returns:
-        bool [B, T, S].
+        bool [B, 1, T, S], or [B, K, T, S] where heads hold different tokens.
     """
-    query, slot = positions[:, :, None], view.positions[:, None, :]
+    slot = view.positions[:, None, None] if view.positions.ndim == 2 else view.positions[:, :, None]
+    query = positions[:, None, :, None]
     allowed = (slot >= 0) & (slot <= query)
     if window is not None:
         allowed &= slot > query - window
@@ -77,36 +78,68 @@ def attend(
     for first in range(0, count, BLOCK):
         last = min(first + BLOCK, count)
         end = slots if start is None else min(start + last, slots)
-        seen = view._replace(k=view.k[:, :, :end], v=view.v[:, :, :end], positions=view.positions[:, :end])
+        seen = view._replace(k=view.k[:, :, :end], v=view.v[:, :, :end], positions=view.positions[..., :end])
         blocks.append(_attend_block(q[:, first:last], seen, positions[:, first:last], scale, window))
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
 
 
-def _attend_block(q: jax.Array, view: KVView, positions: jax.Array, scale: float, window: int | None) -> jax.Array:
+def attention_mass(
+    q: jax.Array, view: KVView, positions: jax.Array, scale: float, window: int | None, voters: jax.Array
+) -> jax.Array:
+    """How much attention each slot gets from some of the queries, summed over them and over the heads of a group.
+
+    Args:
+        q: [B, T, N, H].
+        view: keys and values of one layer.
+        positions: of the queries, int32 [B, T].
+        scale: of the scores.
+        window: sliding window in tokens, or None.
+        voters: which queries count, int32 [B, W]; negative for none.
+
+    Returns:
+        float32 [B, K, S].
+    """
+    chosen = jnp.maximum(voters, 0)
+    q, positions = jnp.take_along_axis(q, chosen[..., None, None], 1), jnp.take_along_axis(positions, chosen, 1)
+    total = jnp.zeros(view.k.shape[:3], jnp.float32)
+    for first in range(0, voters.shape[1], BLOCK):
+        block = slice(first, first + BLOCK)
+        weights = _attention_weights(q[:, block], view, positions[:, block], scale, window)
+        counted = (voters[:, block] >= 0)[:, None, None, :, None]
+        total += jnp.sum(jnp.where(counted, weights, 0), axis=(2, 3))
+    return total
+
+
+def _attention_weights(q: jax.Array, view: KVView, positions: jax.Array, scale: float, window: int | None) -> jax.Array:
+    """float32 [B, K, N / K, T, S]."""
     scores = attention_scores(q, view.k, scale)
-    allowed = allowed_slots(positions, view, window)[:, None, None]
-    weights = jax.nn.softmax(jnp.where(allowed, scores, MASKED), axis=-1)
+    allowed = allowed_slots(positions, view, window)[:, :, None]
+    return jax.nn.softmax(jnp.where(allowed, scores, MASKED), axis=-1)
+
+
+def _attend_block(q: jax.Array, view: KVView, positions: jax.Array, scale: float, window: int | None) -> jax.Array:
+    weights = _attention_weights(q, view, positions, scale, window)
     out = jnp.einsum("BKGTS,BKSH->BTKGH", weights, view.v.astype(jnp.float32), precision=EXACT)
     return out.reshape(q.shape)
 
 
 def _attend_single(q: jax.Array, view: KVView, positions: jax.Array, scale: float, window: int | None) -> jax.Array:
     """One query per row. On a CPU one small product per head is up to three times as fast as a batched one."""
-    batch, slots = q.shape[0], view.k.shape[2]
-    allowed = jnp.broadcast_to(allowed_slots(positions, view, window)[:, 0], (batch, slots))
-    rows = (q[:, 0], view.k, view.v, allowed)
-    if batch == 1:
+    allowed = allowed_slots(positions, view, window)[:, :, 0]
+    rows = (q[:, 0], view.k, view.v, jnp.broadcast_to(allowed, (q.shape[0], *allowed.shape[1:])))
+    if q.shape[0] == 1:
         return _attend_row(jax.tree.map(lambda array: array[0], rows), scale)[None, None]
     return jax.lax.map(lambda row: _attend_row(row, scale), rows)[:, None]
 
 
 def _attend_row(row: tuple[jax.Array, ...], scale: float) -> jax.Array:
-    """float32 [N, H] from the queries [N, H] of one token, k and v [K, S, H], and where it may look, bool [S]."""
+    """float32 [N, H] from the queries [N, H] of one token, k, v [K, S, H], and where it may look, [1 or K, S]."""
     q, k, v, allowed = row
     groups = q.reshape(k.shape[0], -1, q.shape[1])  # [K, N / K, H]
     out = []
-    for queries, keys, values in zip(groups, k.astype(jnp.float32), v.astype(jnp.float32), strict=True):
-        scores = jnp.matmul(keys, queries.T, precision=EXACT) * scale  # [S, N / K]
-        weights = jax.nn.softmax(jnp.where(allowed[:, None], scores, MASKED), axis=0)
+    for head, (keys, values) in enumerate(zip(k.astype(jnp.float32), v.astype(jnp.float32), strict=True)):
+        scores = jnp.matmul(keys, groups[head].T, precision=EXACT) * scale  # [S, N / K]
+        seen = allowed[min(head, allowed.shape[0] - 1), :, None]
+        weights = jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=0)
         out.append(jnp.matmul(weights.T, values, precision=EXACT))
     return jnp.concatenate(out)

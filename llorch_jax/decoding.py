@@ -50,7 +50,7 @@ def prefill(
     tokens = check_tokens(config, tokens)
     lengths = check_lengths(lengths, tokens)
     tokens, cache = check_append(config, tokens, cache, lengths)
-    return steps.prefill_step(params, config, pad_to_bucket(tokens, config), lengths, cache)
+    return steps.prefill_step(params, config, pad_to_bucket(tokens, config), lengths, cache, fresh=cache.is_empty())
 
 
 def decode_step(params: Params, config: GPT2Config, token: Any, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -152,7 +152,8 @@ def compile_count() -> int:
 
 def first_logits(params: Params, config: GPT2Config, request: Request) -> tuple[jax.Array, KVCache]:
     """The prefill of a prepared request: logits float32 [B, V] of each row's last token, and the cache."""
-    return steps.prefill_step(params, config, request.tokens, request.lengths, request.cache)
+    cache = request.cache
+    return steps.prefill_step(params, config, request.tokens, request.lengths, cache, fresh=cache.is_empty())
 
 
 def generate_from(
@@ -189,14 +190,34 @@ def _generate_segment(
     if not is_concrete(state):  # inside a caller's own jit: the cache must have room from the start
         out, state = steps.loop(params, config, policy, out, state, jnp.asarray([1, limit], jnp.int32))
         return jax.tree.map(lambda array: array[:, :limit], out), state
-    count = 1
-    while count < limit and not _all_finished(policy, state):
+    return _run_spans(params, config, policy, out, state, (1, limit))
+
+
+def run_steps(
+    params: Params, config: GPT2Config, policy: Policy, state: steps.DecodeState, count: int
+) -> tuple[steps.Generated, steps.DecodeState]:
+    """The next `count` tokens [B, count] after a state, whose cache must have room for them, and the state then."""
+    out = steps.filler(policy, state.token.shape[0], bucket(count))
+    return _run_spans(params, config, policy, out, state, (0, count))
+
+
+def _run_spans(
+    params: Params,
+    config: GPT2Config,
+    policy: Policy,
+    out: steps.Generated,
+    state: steps.DecodeState,
+    span: tuple[int, int],
+) -> tuple[steps.Generated, steps.DecodeState]:
+    """Fills the columns of a span of `out`, as long as rows have not ended, and cuts it to the span's end."""
+    done, end = span
+    while done < end and not _all_finished(policy, state):
         state = _with_room(state)
-        until = min(limit, count + state.cache.room())
-        out, state = steps.loop(params, config, policy, out, state, jnp.asarray([count, until], jnp.int32))
-        count = until
-    # By NumPy: a slice would be compiled for every limit.
-    return jax.tree.map(lambda array: jax.device_put(np.asarray(array)[:, :limit]), out), state
+        until = min(end, done + state.cache.room())
+        out, state = steps.loop(params, config, policy, out, state, jnp.asarray([done, until], jnp.int32))
+        done = until
+    # By NumPy: a slice would be compiled for every length.
+    return jax.tree.map(lambda array: jax.device_put(np.asarray(array)[:, :end]), out), state
 
 
 def _all_finished(policy: Policy, state: steps.DecodeState) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, overload
 import jax
 import jax.numpy as jnp
 
-from llorch_jax.attention import EXACT, attend
+from llorch_jax.attention import EXACT, attend, attention_mass
 from llorch_jax.cache.base import KVCache, KVView
 from llorch_jax.checks import check_append
 from llorch_jax.config import GPT2Config
@@ -76,6 +76,7 @@ def hidden_states(
     cache: MaybeCache,
     count: jax.Array | None = None,
     probe: Probe = ignore,
+    fresh: bool = False,
 ) -> tuple[jax.Array, MaybeCache]:
     """The final hidden states, and the cache with these tokens written but not yet counted by `advance`.
 
@@ -86,6 +87,7 @@ def hidden_states(
         cache: of earlier tokens, with room reserved, or None.
         count: int32 [B], how many tokens of each row are real; None means all.
         probe: is shown intermediate values.
+        fresh: whether the cache is known to be empty: attention then leaves out the slots behind these tokens.
 
     Returns:
         float32 [D, B * T], normed; and the cache.
@@ -94,7 +96,7 @@ def hidden_states(
     if cache is not None:
         positions = positions + cache.lengths[:, None]
     x = embed(params, tokens, positions)
-    keeper = _KeyValues(config, cache, positions, count)
+    keeper = _KeyValues(config, cache, positions, count, fresh)
     for layer, block in enumerate(params.blocks):
         with jax.named_scope(f"block_{layer}"):
             x = _block(block, config, layer, x, keeper, probe)
@@ -104,9 +106,12 @@ def hidden_states(
 class _KeyValues:
     """The keys and values that the blocks of one forward pass look at; it lives only while the pass is traced."""
 
-    def __init__(self, config: GPT2Config, cache: Any, positions: jax.Array, count: jax.Array | None) -> None:
+    def __init__(
+        self, config: GPT2Config, cache: Any, positions: jax.Array, count: jax.Array | None, fresh: bool
+    ) -> None:
         self.config, self.cache, self.positions, self.count = config, cache, positions, count
-        self.start = 0 if cache is None else None  # the static position of the first token, where it is known
+        # The static position of the first token, where it is known and slots are in the order of positions.
+        self.start = 0 if cache is None or (fresh and cache.in_order) else None
         self.views: dict[int, KVView] = {}
 
     def view(self, block: int, k: jax.Array, v: jax.Array) -> KVView:
@@ -120,6 +125,15 @@ class _KeyValues:
             self.cache, view = self.cache.append(layer, k, v, self.count)
         self.views[layer] = view
         return view
+
+    def attend(self, block: int, q: jax.Array, view: KVView) -> jax.Array:
+        """Attention float32 [B, T, N, H] of the queries of a block; a cache may ask to be shown where they look."""
+        scale, window = self.config.attention_scale(block), self.config.sliding_window
+        voters = None if self.cache is None else self.cache.voters(q.shape[1], self.count)
+        if voters is not None:
+            mass = attention_mass(q, view, self.positions, scale, window, voters)
+            self.cache = self.cache.observe(self.config.cache_layer(block), mass)
+        return attend(q, view, self.positions, scale, window, self.start)
 
 
 def embed(params: Params, tokens: jax.Array, positions: jax.Array) -> jax.Array:
@@ -168,9 +182,7 @@ def _attention(
     q, k, v = jnp.split(qkv, (heads, heads + kv_heads), axis=2)
     for name, value in (("q", q), ("k", k), ("v", v)):
         probe(name, layer, value)
-    view = keeper.view(layer, k, v)
-    scale = config.attention_scale(layer)
-    out = attend(q, view, keeper.positions, scale, config.sliding_window, keeper.start)
+    out = keeper.attend(layer, q, keeper.view(layer, k, v))
     return dense(params.attn_proj, out.transpose(2, 3, 0, 1).reshape(config.n_embd, -1))
 
 

@@ -133,7 +133,7 @@ def _first_block(params: Params, config: GPT2Config, tokens: jax.Array) -> dict[
     view = KVView(seen["k"].transpose(0, 2, 1, 3), seen["v"].transpose(0, 2, 1, 3), positions[:1])
     scores = attention_scores(seen["q"], view.k, config.attention_scale(0))
     scores = scores.reshape(batch, config.n_head, count, count)
-    allowed = jnp.broadcast_to(allowed_slots(positions, view, config.sliding_window)[:, None], scores.shape)
+    allowed = jnp.broadcast_to(allowed_slots(positions, view, config.sliding_window), scores.shape)
     return {
         "01_ln_1": seen["ln_1"],
         "02_q": seen["q"],

@@ -50,12 +50,13 @@ class Generated:
     logprobs: jax.Array
 
 
-@partial(jax.jit, static_argnames="config", donate_argnames="cache")
+@partial(jax.jit, static_argnames=("config", "fresh"), donate_argnames="cache")
 def prefill_step(
-    params: Params, config: GPT2Config, tokens: jax.Array, lengths: jax.Array, cache: Cache
+    params: Params, config: GPT2Config, tokens: jax.Array, lengths: jax.Array, cache: Cache, *, fresh: bool
 ) -> tuple[jax.Array, Cache]:
+    """Logits of each row's last token; `fresh` says that the cache is empty."""
     batch, count = tokens.shape
-    x, cache = hidden_states(params, config, tokens, cache, lengths)
+    x, cache = hidden_states(params, config, tokens, cache, lengths, fresh=fresh)
     last = jnp.take_along_axis(x.reshape(-1, batch, count), (lengths - 1)[None, :, None], axis=2)[..., 0]
     return output_logits(params, last, (batch,)), cache.advance(lengths)
 

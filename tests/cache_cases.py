@@ -237,7 +237,15 @@ def assert_close(got, expected, tolerance: float = 1e-5, scale: float | None = N
     assert error <= tolerance, f"relative error: expected at most {tolerance:g}, got {error:g}"
 
 
-_HLO_TYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int8": "s8", "uint8": "u8", "int32": "s32"}
+_HLO_TYPES = {
+    "float32": "f32",
+    "bfloat16": "bf16",
+    "float16": "f16",
+    "int8": "s8",
+    "uint8": "u8",
+    "int32": "s32",
+    "uint16": "u16",
+}
 
 
 def buffers(cache) -> list[jax.Array]:

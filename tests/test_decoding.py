@@ -67,7 +67,7 @@ class TestInPlace:
         state = steps.DecodeState(token, jnp.zeros(batch, jnp.float32), token > 0, cache)
         out = steps.Generated(jnp.zeros((batch, 16), jnp.int32), jnp.zeros((batch, 16), jnp.float32))
         programs = [
-            steps.prefill_step.lower(params, CONFIG, jnp.zeros((batch, 16), jnp.int32), token + 16, cache),
+            steps.prefill_step.lower(params, CONFIG, jnp.zeros((batch, 16), jnp.int32), token + 16, cache, fresh=True),
             steps.decode.lower(params, CONFIG, token, cache),
             steps.step.lower(params, CONFIG, policy, state),
             steps.loop.lower(params, CONFIG, policy, out, state, jnp.zeros(2, jnp.int32)),

@@ -3,12 +3,13 @@
 import abc
 import dataclasses
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llorch_jax.cache.storage import dtype_of
 from llorch_jax.config import GPT2Config
 from llorch_jax.errors import CacheError, CapacityError
 
@@ -21,9 +22,9 @@ class KVView(NamedTuple):
     Attributes:
         k: [B, K, S, H].
         v: [B, K, S, H].
-        positions: int32 [B, S] or [1, S], the position of the token in each slot; negative where a slot is empty.
-            A slot whose position lies after a query's is masked by causality, so stale slots past the end may keep
-            any later position.
+        positions: int32 [B, S] or [1, S], or [B, K, S] where heads hold different tokens: the position of the token
+            in each slot; negative where a slot is empty. A slot whose position lies after a query's is masked by
+            causality, so stale slots past the end may keep any later position.
         window: a query looks at this many newest tokens only, its own included; None for all that are there.
         sinks: the first so many positions are looked at in spite of the window.
     """
@@ -51,6 +52,7 @@ class KVCache(abc.ABC):
     """
 
     lengths: Any  # int32 [B]; a field of every concrete cache
+    in_order: ClassVar[bool] = True  # whether, before anything was dropped, slot s holds position s
 
     if TYPE_CHECKING:  # flax.struct.dataclass adds it to the concrete classes
 
@@ -105,6 +107,23 @@ class KVCache(abc.ABC):
     def advance(self, count: Any) -> Self:
         """Lengthens every row by `count` tokens, an int or int32 [B], that `update` has written in all layers."""
 
+    def voters(self, new: int, count: Any) -> jax.Array | None:
+        """Which of T new queries' attention `observe` is to be shown, int32 [B, W]; None: of none, as for most layouts.
+
+        Args:
+            new: T.
+            count: int32 [B], how many of them are real; None means all.
+        """
+        return None
+
+    def observe(self, layer: int, mass: jax.Array) -> Self:
+        """Takes note of the attention, float32 [B, K, S], that a layer's slots got from the `voters`."""
+        return self
+
+    def held_positions(self) -> jax.Array:
+        """int32 [B, S] or [1, S], the position that each slot holds in all layers and heads; negative where none."""
+        return self.read(0).positions
+
     def check_room(self, count: Any) -> None:
         """Raises CapacityError where a row can never have room for `count` (int or int32 [B]) more tokens."""
         check_room(self.lengths, count, self.capacity)
@@ -123,6 +142,10 @@ class KVCache(abc.ABC):
     def room(self) -> int:
         """How many tokens every row can be given in `jit` before `reserve` must be called again. Host only."""
         return self.capacity - int(np.max(np.asarray(self.lengths)))
+
+    def is_empty(self) -> bool:
+        """Whether it is known that no row holds a token; never in `jit`."""
+        return is_concrete(self.lengths) and not np.any(np.asarray(self.lengths))
 
     def clear(self) -> Self:
         """The same cache with no token in it."""
@@ -150,7 +173,7 @@ class KVCache(abc.ABC):
         """This cache's rows and behind them those of the others, which are of the same class; see `concat`.
 
         Raises:
-            CacheError: sizes or settings differ, or the rows of this layout are not separate parts of its arrays.
+            CacheError: sizes or settings differ.
         """
         return join_rows((self, *others))
 
@@ -204,18 +227,6 @@ def check_sizes(config: GPT2Config, batch_size: int, capacity: int) -> None:
         raise CapacityError(f"capacity: expected 1 .. n_positions={config.n_positions}, got {capacity}")
 
 
-def storage_dtype(dtype: Any) -> jnp.dtype:
-    """The dtype that keys and values are stored in: float32, bfloat16 or float16."""
-    names = ("float32", "bfloat16", "float16")
-    try:
-        stored = jnp.dtype(dtype)
-    except TypeError:
-        stored = None
-    if stored is None or stored.name not in names:
-        raise CacheError(f"dtype: expected one of {', '.join(names)}; got {dtype!r}")
-    return stored
-
-
 def check_rows(rows: Any, batch_size: int) -> jax.Array:
     """Row numbers as int32 [B'], checked against the batch size where they are known."""
     if is_concrete(rows):
@@ -235,16 +246,12 @@ def cropped(lengths: jax.Array, length: Any) -> jax.Array:
 
 
 def join_rows(caches: Sequence[Cache]) -> Cache:
-    """The rows of caches of one class and the same settings in one cache, by concatenation of all arrays.
+    """The rows of caches of one class, whose arrays all have the rows as first axis, in one cache.
 
     Raises:
-        CacheError: sizes or settings differ, or some array has an axis other than the rows' first.
+        CacheError: sizes or settings differ.
     """
     first = caches[0]
-    fork = jax.eval_shape(lambda cache: cache.select(jnp.zeros(cache.batch_size + 1, jnp.int32)), first)
-    pairs = zip(jax.tree.leaves(first), jax.tree.leaves(fork), strict=True)
-    if any(new.shape != (first.batch_size + 1, *old.shape[1:]) for old, new in pairs):
-        raise CacheError(f"concat: the rows of a {type(first).__name__} share arrays; convert the caches first")
     for number, cache in enumerate(caches):
         expected, got = (_row_description(each) for each in (first, cache))
         if expected != got:
@@ -255,7 +262,7 @@ def join_rows(caches: Sequence[Cache]) -> Cache:
 def _row_description(cache: Any) -> str:
     """The class, settings, and shapes per row of a cache."""
     settings = [f"{f.name}={getattr(cache, f.name)}" for f in dataclasses.fields(cache) if is_setting(f)]
-    arrays = sorted({f"{leaf.dtype.name}{list(leaf.shape[1:])}" for leaf in jax.tree.leaves(cache)})
+    arrays = sorted({f"{dtype_of(leaf).name}{list(leaf.shape[1:])}" for leaf in jax.tree.leaves(cache)})
     return f"{type(cache).__name__}({', '.join(settings)}) of {cache.layout[0]} layers and arrays {' '.join(arrays)}"
 
 

@@ -13,7 +13,9 @@ import jax
 from llorch_jax.buckets import bucket
 from llorch_jax.cache.base import KVCache, is_concrete
 from llorch_jax.cache.dynamic import DynamicCache
+from llorch_jax.cache.evicting import EvictingCache
 from llorch_jax.cache.paged import PagedCache
+from llorch_jax.cache.policies import AttentionSinks, HeavyHitters, RecencyWindow, SnapKV
 from llorch_jax.cache.quantized import QuantizedCache
 from llorch_jax.cache.rotating import RotatingCache
 from llorch_jax.cache.static import StaticCache
@@ -31,10 +33,17 @@ STRATEGIES: dict[str, tuple[type[KVCache], dict[str, Any]]] = {
     "paged": (PagedCache, {}),
     "int8": (QuantizedCache, {"bits": 8}),
     "int4": (QuantizedCache, {"bits": 4}),
+    "recent": (EvictingCache, {"policy": RecencyWindow()}),
+    "sinks": (EvictingCache, {"policy": AttentionSinks()}),
+    "h2o": (EvictingCache, {"policy": HeavyHitters()}),
+    "snapkv": (EvictingCache, {"policy": SnapKV()}),
 }
-SYNTAX = "static, dynamic, rotating:WINDOW, rotating:WINDOW+SINKS, paged, paged:PAGE_SIZE, int8 or int4"
+SYNTAX = (
+    "static, dynamic, rotating:WINDOW, rotating:WINDOW+SINKS, paged, paged:PAGE_SIZE, int8, int4, "
+    "recent:BUDGET, sinks:BUDGET, h2o:BUDGET or snapkv:BUDGET"
+)
 _SPEC = re.compile(
-    r"(static|dynamic|int8|int4)|paged(?::(?P<page_size>[0-9]+))?|rotating:(?P<window>[0-9]+)(?:\+(?P<sinks>[0-9]+))?"
+    r"(static|dynamic|int8|int4)|(recent|sinks|h2o|snapkv):(?P<budget>[0-9]+)|paged(?::(?P<page_size>[0-9]+))?|rotating:(?P<window>[0-9]+)(?:\+(?P<sinks>[0-9]+))?"
 )
 
 
@@ -144,7 +153,7 @@ def parse_cache_spec(spec: str) -> tuple[type[KVCache], dict[str, Any]]:
     """The class and settings that a specification such as "rotating:256+4" stands for.
 
     Args:
-        spec: static, dynamic, rotating:WINDOW[+SINKS], paged[:PAGE_SIZE], int8 or int4.
+        spec: as `SYNTAX` says.
 
     Returns:
         The class, and the arguments for its `init` beside config, batch size, capacity and dtype.

@@ -118,7 +118,7 @@ def _slots_of(cache: KVCache, lengths: np.ndarray, columns: int) -> np.ndarray:
 
 @jax.jit
 def _positions(cache: KVCache) -> jax.Array:
-    return cache.read(0).positions
+    return cache.held_positions()
 
 
 @jax.jit

@@ -1,12 +1,12 @@
 """PagedCache: pages of a common pool, block tables, and rows that share pages until one of them writes."""
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax import lax
 
 from llorch_jax.cache.base import (
     KVCache,
@@ -16,9 +16,10 @@ from llorch_jax.cache.base import (
     cropped,
     is_concrete,
     replace_item,
-    storage_dtype,
 )
 from llorch_jax.cache.pages import PageBook, PageStats, blocks
+from llorch_jax.cache.pools import copy_pages, join_pools, join_tables, write_pages
+from llorch_jax.cache.storage import dtype_of, from_stored, to_stored, zeros
 from llorch_jax.config import GPT2Config
 from llorch_jax.errors import CacheError, CapacityError
 
@@ -39,8 +40,7 @@ class PagedCache(KVCache):
     In `jit`, no page can be allocated: rows that were selected or forked there must pass `reserve` before they write.
 
     Attributes:
-        keys: L arrays [P, K, page_size, H]; bfloat16 as its bits, uint16, because XLA's CPU backend converts a whole
-            bfloat16 array to float32 and back to update a slice of it.
+        keys: L arrays [P, K, page_size, H]; bfloat16 as its bits, uint16; see `storage`.
         values: L arrays [P, K, page_size, H], likewise.
         tables: int32 [B, N], the page of each block of page_size positions; -1 behind a row's last page. N grows in
             few steps with the longest row: attention costs N * page_size slots per row.
@@ -91,10 +91,10 @@ class PagedCache(KVCache):
         if type(num_pages) is not int or num_pages < 1:
             raise CacheError(f"num_pages: expected a whole number from 1 up, got {num_pages!r}")
         shape = (num_pages, config.kv_heads, page_size, config.head_dim)
-        stored, layers = storage_dtype(dtype), config.cache_layers
+        layers = config.cache_layers
         return cls(
-            keys=tuple(_to_stored(jnp.zeros(shape, stored)) for _ in range(layers)),
-            values=tuple(_to_stored(jnp.zeros(shape, stored)) for _ in range(layers)),
+            keys=tuple(zeros(shape, dtype) for _ in range(layers)),
+            values=tuple(zeros(shape, dtype) for _ in range(layers)),
             tables=jnp.full((batch_size, 1), -1, jnp.int32),
             sources=jnp.full((layers, batch_size), -1, jnp.int32),
             lengths=jnp.zeros(batch_size, jnp.int32),
@@ -122,7 +122,7 @@ class PagedCache(KVCache):
     @property
     def dtype(self) -> jnp.dtype:
         """Of keys and values: float32, bfloat16 or float16."""
-        return jnp.dtype(jnp.bfloat16) if self.keys[0].dtype == jnp.uint16 else self.keys[0].dtype
+        return dtype_of(self.keys[0])
 
     @property
     def layout(self) -> tuple[int, int, int]:
@@ -170,8 +170,8 @@ class PagedCache(KVCache):
         count = jnp.broadcast_to(jnp.asarray(new if count is None else count, jnp.int32), (batch,))
 
         def write(pool: jax.Array, tokens: jax.Array) -> jax.Array:
-            pool = _copy_pages(pool, self.sources[layer], self._last_pages())
-            return write_pages(pool, _to_stored(tokens.astype(self.dtype)), self.tables, self.lengths, count)
+            pool = copy_pages(pool, self.sources[layer], self._last_pages())
+            return write_pages(pool, to_stored(tokens, pool), self.tables, self.lengths, count)
 
         return self.replace(
             keys=replace_item(self.keys, layer, write(self.keys[layer], k)),
@@ -185,7 +185,7 @@ class PagedCache(KVCache):
 
         def gather(pool: jax.Array) -> jax.Array:
             found = pool.at[pages].get(mode="promise_in_bounds").swapaxes(1, 2)  # [B, K, N, page_size, H]
-            return _from_stored(found.reshape(*found.shape[:2], -1, found.shape[4]))
+            return from_stored(found.reshape(*found.shape[:2], -1, found.shape[4]))
 
         slots = self.tables.shape[1] * self.page_size
         return KVView(gather(self.keys[layer]), gather(self.values[layer]), jnp.arange(slots, dtype=jnp.int32)[None])
@@ -217,12 +217,34 @@ class PagedCache(KVCache):
         The pools are those of this cache, unchanged: repeated rows share all pages, those left out give theirs back.
         """
         index = check_rows(rows, self.batch_size)
-        tables = self._before_copies(jnp.max(self.sources, axis=0))
-        tables = _without_reserve(tables, self.lengths, self.page_size)
         return self.replace(
-            tables=jnp.take(tables, index, axis=0),
+            tables=jnp.take(self._filled_tables(), index, axis=0),
             sources=jnp.full((len(self.keys), index.size), -1, jnp.int32),
             lengths=jnp.take(self.lengths, index),
+        )
+
+    def join(self, others: Sequence[Self]) -> Self:
+        """As `KVCache.join`. Pools are put behind one another; caches of one pool, as after `split`, go on sharing it.
+
+        Raises:
+            CacheError: the caches differ in page size, capacity, dtype or layout.
+        """
+        caches = (self, *others)
+        for number, cache in enumerate(caches):
+            expected, got = (
+                f"page_size={each.page_size}, capacity={each.limit}, {each.dtype} and layout {each.layout}"
+                for each in (self, cache)
+            )
+            if expected != got:
+                raise CacheError(f"concat: expected paged caches of {expected}, got {got} in caches[{number}]")
+        keys, values, starts = join_pools([(cache.keys, cache.values) for cache in caches])
+        tables = join_tables([cache._filled_tables() for cache in caches], starts)
+        return self.replace(
+            keys=keys,
+            values=values,
+            tables=tables,
+            sources=jnp.full((len(keys), tables.shape[0]), -1, jnp.int32),
+            lengths=jnp.concatenate([cache.lengths for cache in caches]),
         )
 
     def _book(self) -> PageBook:
@@ -254,6 +276,11 @@ class PagedCache(KVCache):
         column = jnp.minimum(self.lengths // self.page_size, self.tables.shape[1] - 1)
         return jnp.maximum(jnp.take_along_axis(self.tables, column[:, None], axis=1)[:, 0], 0)
 
+    def _filled_tables(self) -> jax.Array:
+        """The tables of what rows hold, without pages reserved or to be copied."""
+        tables = self._before_copies(jnp.max(self.sources, axis=0))
+        return _without_reserve(tables, self.lengths, self.page_size)
+
     def _before_copies(self, sources: jax.Array) -> jax.Array:
         """The tables with the shared page, sources int32 [B], where its copy has not been made yet."""
         columns = jnp.arange(self.tables.shape[1], dtype=jnp.int32)[None]
@@ -261,55 +288,7 @@ class PagedCache(KVCache):
         return jnp.where(last, sources[:, None], self.tables)
 
 
-def _to_stored(values: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type(values, jnp.uint16) if values.dtype == jnp.bfloat16 else values
-
-
-def _from_stored(stored: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type(stored, jnp.bfloat16) if stored.dtype == jnp.uint16 else stored
-
-
 def _without_reserve(tables: jax.Array, lengths: jax.Array, page_size: int) -> jax.Array:
     """Tables int32 [B, N] without the pages behind the rows' ends."""
     columns = jnp.arange(tables.shape[1], dtype=jnp.int32)[None]
     return jnp.where(columns < blocks(lengths, page_size)[:, None], tables, -1)
-
-
-def _copy_pages(pool: jax.Array, sources: jax.Array, targets: jax.Array) -> jax.Array:
-    """Copies page sources[b] to targets[b], both int32 [B], for the rows with a source of 0 or more."""
-    origins = jnp.where(sources >= 0, sources, targets)
-
-    def copy(row: Any, filled: jax.Array) -> jax.Array:
-        page = lax.dynamic_slice_in_dim(filled, origins[row], 1)
-        return lax.dynamic_update_slice_in_dim(filled, page, targets[row], 0)
-
-    rows = jnp.where(jnp.any(sources >= 0), sources.size, 0)  # the usual step has nothing to copy
-    return lax.fori_loop(0, rows, copy, pool)
-
-
-def write_pages(pool: jax.Array, new: jax.Array, tables: jax.Array, starts: jax.Array, counts: jax.Array) -> jax.Array:
-    """Writes each row's first `counts` new tokens to its positions from `starts` on, and nothing else.
-
-    It takes one token after the other, real ones only: a plain update of a slice is all that XLA never copies for.
-
-    Args:
-        pool: [P, K, page_size, H].
-        new: [B, T, K, H], of the pool's dtype.
-        tables: int32 [B, N]; tokens for which there is no page are dropped.
-        starts: int32 [B].
-        counts: int32 [B], at most T.
-    """
-    batch, _, heads, head_dim = new.shape
-    size = pool.shape[2]
-    counts = jnp.minimum(counts, jnp.sum(tables >= 0, axis=1, dtype=jnp.int32) * size - starts)
-
-    def write_row(row: Any, filled: jax.Array) -> jax.Array:
-        def write(token: Any, filled: jax.Array) -> jax.Array:
-            position = starts[row] + token
-            block = lax.dynamic_slice(new, (row, token, 0, 0), (1, 1, heads, head_dim))
-            where = (tables[row, position // size], 0, position % size, 0)
-            return lax.dynamic_update_slice(filled, block.reshape(1, heads, 1, head_dim), where)
-
-        return lax.fori_loop(0, counts[row], write, filled)
-
-    return write_row(0, pool) if batch == 1 else lax.fori_loop(0, batch, write_row, pool)

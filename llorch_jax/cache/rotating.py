@@ -1,7 +1,7 @@
 """RotatingCache: a ring of the newest tokens, with the first tokens of the row kept beside it."""
 
 from functools import partial
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from llorch_jax.cache.base import (
     replace_item,
 )
 from llorch_jax.cache.static import empty_slots
+from llorch_jax.cache.storage import dtype_of, from_stored, to_stored
 from llorch_jax.config import GPT2Config
 from llorch_jax.errors import CacheError
 
@@ -53,6 +54,8 @@ class RotatingCache(KVCache):
     window: int = struct.field(pytree_node=False)
     sinks: int = struct.field(pytree_node=False)
     limit: int = struct.field(pytree_node=False)
+
+    in_order: ClassVar[bool] = False
 
     @classmethod
     def init(
@@ -95,6 +98,11 @@ class RotatingCache(KVCache):
         return self.limit
 
     @property
+    def dtype(self) -> jnp.dtype:
+        """Of keys and values: float32, bfloat16 or float16."""
+        return dtype_of(self.keys[0])
+
+    @property
     def layout(self) -> tuple[int, int, int]:
         _, heads, _, head_dim = self.keys[0].shape
         return len(self.keys), heads, head_dim
@@ -127,8 +135,8 @@ class RotatingCache(KVCache):
             new = jnp.where(steps < jnp.asarray(count, jnp.int32)[:, None], new, -1)
         positions = jnp.where(old.positions < self.lengths[:, None], old.positions, -1)
         return cache, old._replace(
-            k=jnp.concatenate([old.k, _heads_first(k, old.k.dtype)], axis=2),
-            v=jnp.concatenate([old.v, _heads_first(v, old.v.dtype)], axis=2),
+            k=jnp.concatenate([old.k, k.astype(old.k.dtype).transpose(0, 2, 1, 3)], axis=2),
+            v=jnp.concatenate([old.v, v.astype(old.v.dtype).transpose(0, 2, 1, 3)], axis=2),
             positions=jnp.concatenate([positions, new], axis=1),
         )
 
@@ -160,7 +168,8 @@ class RotatingCache(KVCache):
     def read(self, layer: int) -> KVView:
         """The ring as it is: of several tokens just written by `update`, what the last one may look at."""
         positions = self._positions(self.ends[:, layer])
-        return KVView(self.keys[layer], self.values[layer], positions, self.window, self.sinks)
+        keys, values = from_stored(self.keys[layer]), from_stored(self.values[layer])
+        return KVView(keys, values, positions, self.window, self.sinks)
 
     def reserve(self, count: Any) -> Self:
         self.check_room(count)
@@ -210,15 +219,15 @@ class RotatingCache(KVCache):
         return jax.tree.map(lambda array: jnp.take(array, index, axis=0), self)
 
 
-def _heads_first(new: jax.Array, dtype: Any) -> jax.Array:
-    """New tokens [B, T, K, H] as they are stored, [B, K, T, H]."""
-    return new.astype(dtype).transpose(0, 2, 1, 3)
+def _heads_first(new: jax.Array, ring: jax.Array) -> jax.Array:
+    """New tokens [B, T, K, H] as a ring stores them, [B, K, T, H]."""
+    return to_stored(new, ring).transpose(0, 2, 1, 3)
 
 
 @jax.jit  # compiled once for calls outside jit; inside, it is inlined
 def _write_token(ring: jax.Array, new: jax.Array, slots: jax.Array, count: jax.Array) -> jax.Array:
     """The ring [B, K, S, H] with one token [B, 1, K, H] in `slots` int32 [B] of the rows whose count [B] is 1."""
-    new = _heads_first(new, ring.dtype)
+    new = _heads_first(new, ring)
 
     def write(row: Any, ring: jax.Array) -> jax.Array:
         block = lax.dynamic_slice_in_dim(new, row, 1)
@@ -236,4 +245,4 @@ def _write_block(ring: jax.Array, new: jax.Array, steps: jax.Array) -> jax.Array
     Each slot takes the last token that falls to it; where the step is negative it keeps what it holds.
     """
     taken = jax.vmap(lambda tokens, steps: tokens.at[steps].get(mode="clip"))(new, steps)  # [B, S, K, H]
-    return jnp.where(steps[:, None, :, None] >= 0, _heads_first(taken, ring.dtype), ring)
+    return jnp.where(steps[:, None, :, None] >= 0, _heads_first(taken, ring), ring)

@@ -14,8 +14,8 @@ from llorch_jax.cache.base import (
     check_sizes,
     cropped,
     replace_item,
-    storage_dtype,
 )
+from llorch_jax.cache.storage import dtype_of, from_stored, to_stored, zeros
 from llorch_jax.config import GPT2Config
 
 
@@ -24,8 +24,8 @@ class StaticCache(KVCache):
     """Keys and values in fixed buffers; slot s of a row holds the token at position s.
 
     Attributes:
-        keys: L arrays [B, K, S, H].
-        values: L arrays [B, K, S, H].
+        keys: L arrays [B, K, S, H]; bfloat16 as its bits, uint16, see `storage`.
+        values: L arrays [B, K, S, H], likewise.
         lengths: int32 [B], tokens in each row.
     """
 
@@ -67,6 +67,11 @@ class StaticCache(KVCache):
         return self.slots
 
     @property
+    def dtype(self) -> jnp.dtype:
+        """Of keys and values: float32, bfloat16 or float16."""
+        return dtype_of(self.keys[0])
+
+    @property
     def layout(self) -> tuple[int, int, int]:
         _, heads, _, head_dim = self.keys[0].shape
         return len(self.keys), heads, head_dim
@@ -79,7 +84,8 @@ class StaticCache(KVCache):
         )
 
     def read(self, layer: int) -> KVView:
-        return KVView(self.keys[layer], self.values[layer], jnp.arange(self.slots, dtype=jnp.int32)[None])
+        keys, values = from_stored(self.keys[layer]), from_stored(self.values[layer])
+        return KVView(keys, values, jnp.arange(self.slots, dtype=jnp.int32)[None])
 
     def advance(self, count: Any) -> Self:
         self.check_room(count)
@@ -95,10 +101,10 @@ class StaticCache(KVCache):
 
 def empty_slots(config: GPT2Config, batch_size: int, slots: int, dtype: Any) -> dict[str, Any]:
     """The fields `keys`, `values` and `lengths` of an empty cache with so many slots per row."""
-    shape, stored = (batch_size, config.kv_heads, slots, config.head_dim), storage_dtype(dtype)
+    shape = (batch_size, config.kv_heads, slots, config.head_dim)
     return {
-        "keys": tuple(jnp.zeros(shape, stored) for _ in range(config.cache_layers)),
-        "values": tuple(jnp.zeros(shape, stored) for _ in range(config.cache_layers)),
+        "keys": tuple(zeros(shape, dtype) for _ in range(config.cache_layers)),
+        "values": tuple(zeros(shape, dtype) for _ in range(config.cache_layers)),
         "lengths": jnp.zeros(batch_size, jnp.int32),
     }
 
@@ -113,7 +119,7 @@ def write_rows(buffer: jax.Array, new: jax.Array, starts: jax.Array) -> jax.Arra
         new: [B, T, K, H].
         starts: int32 [B].
     """
-    new = new.astype(buffer.dtype).transpose(0, 2, 1, 3)  # [B, K, T, H]
+    new = to_stored(new, buffer).transpose(0, 2, 1, 3)  # [B, K, T, H]
     if new.shape[2] > buffer.shape[2]:
         new = new[:, :, : buffer.shape[2]]
 

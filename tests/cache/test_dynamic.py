@@ -41,7 +41,7 @@ def filled(cache, seed=0):
     """The cache with a full bucket of random tokens in every row."""
     layers, heads, head_dim = cache.layout
     new = np.random.default_rng(seed).normal(size=(2, cache.batch_size, cache.slots, heads, head_dim))
-    k, v = jnp.asarray(new, cache.keys[0].dtype)
+    k, v = jnp.asarray(new, cache.dtype)
     for layer in range(layers):
         cache = cache.update(layer, k, v)
     return cache.advance(cache.slots)
@@ -73,7 +73,7 @@ def test_growing_keeps_every_token_and_the_old_cache(dtype):
     before = jax.tree.map(np.array, cache)
     for count, slots in ((1, 24), (np.array([0, 9]), 32), (17, 40), (24, 40)):
         grown = cache.reserve(count)
-        assert (grown.slots, grown.keys[0].dtype.name) == (slots, dtype)
+        assert (grown.slots, grown.dtype.name) == (slots, dtype)
         for new, old in zip(grown.keys + grown.values, before.keys + before.values, strict=True):
             assert np.array_equal(new[:, :, :16], old)
         assert jax.tree.all(jax.tree.map(np.array_equal, before, jax.tree.map(np.array, cache)))

@@ -57,7 +57,7 @@ def test_every_layout_can_be_converted_to_every_other_and_back(static, layout):
 def test_conversion_changes_capacity_and_dtype(static):
     assert_equal_contents(convert(static, StaticCache.init(CONFIG, batch_size=3, capacity=20)), static)
     half = convert(static, DynamicCache.init(CONFIG, batch_size=3, dtype="bfloat16"))
-    assert (half.keys[0].dtype, half.slots) == (jnp.bfloat16, 24)
+    assert (half.dtype, half.slots) == (jnp.bfloat16, 24)
     for got, expected in zip(contents(half), contents(static), strict=True):
         assert np.array_equal(got, expected.astype(jnp.bfloat16).astype(np.float32))
     with pytest.raises(CapacityError, match=r"row 0 .* capacity is 19"):

@@ -170,7 +170,7 @@ class TestInPlace:
         tokens = jnp.zeros((batch_size, 16), jnp.int32)
         for lowered in (
             steps.decode.lower(params, TINY, tokens[:, 0], cache),
-            steps.prefill_step.lower(params, TINY, tokens, count, cache),
+            steps.prefill_step.lower(params, TINY, tokens, count, cache, fresh=True),
         ):
             assert pool_conversions(lowered.compile().as_text(), cache.keys[0]) == []
 

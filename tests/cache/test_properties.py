@@ -34,7 +34,6 @@ LOSSLESS = {
     "paged": {"capacity": 32, "page_size": 8},
     "rotating:28+3": {},  # never wraps: rows have up to 24 tokens
 }
-SEPARATE = [name for name in LOSSLESS if name != "paged"]  # whose rows are parts of their own of the arrays
 TINY = make_config(layers=1, heads=2, kv_heads=1, head_dim=15)
 # Layer norms of very few features are ill-conditioned: at width 10 even the forward pass without a cache is 1.5e-5 off
 # what it gives in float64.
@@ -141,7 +140,7 @@ def test_converted_there_and_back(strategy, first, second):
     check_continuation(back, whole, first.lengths)
 
 
-@pytest.mark.parametrize("strategy", SEPARATE)
+@every_strategy
 @settings(max_examples=5)
 @given(first=batches(sizes=(3,)), second=batches(sizes=(3,)))
 def test_split_and_put_together_in_another_order(strategy, first, second):

@@ -58,7 +58,7 @@ class DenseCache(StaticCache):
 
     @classmethod
     def like(cls, ring: RotatingCache, config: Any) -> "DenseCache":
-        full = StaticCache.init(config, batch_size=ring.batch_size, dtype=ring.keys[0].dtype)
+        full = StaticCache.init(config, batch_size=ring.batch_size, dtype=ring.dtype)
         return cls(full.keys, full.values, full.lengths, ring.window, ring.sinks)
 
     def read(self, layer: int) -> Any:

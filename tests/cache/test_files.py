@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import llorch_jax as lj
-from llorch_jax.cache.session import fingerprint
+from llorch_jax.cache.files import fingerprint
 
 CONFIG = lj.GPT2Config(vocab_size=97, n_positions=32, n_embd=24, n_layer=2, n_head=4, num_kv_heads=2)
 SPECS = ["static", "dynamic", "rotating:6+2", "paged:4", "int8", "int4"]

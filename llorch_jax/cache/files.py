@@ -1,0 +1,77 @@
+"""Caches on disk: one safetensors file, written atomically, refused where it is damaged or of another model."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from llorch_jax.archive import read_archive, write_archive
+from llorch_jax.cache.base import KVCache, is_concrete
+from llorch_jax.cache.dynamic import DynamicCache
+from llorch_jax.cache.evicting import EvictingCache
+from llorch_jax.cache.paged import PagedCache
+from llorch_jax.cache.policies import AttentionSinks, HeavyHitters, RecencyWindow, SnapKV
+from llorch_jax.cache.quantized import Quantized, QuantizedCache, Recent
+from llorch_jax.cache.rotating import RotatingCache
+from llorch_jax.cache.static import StaticCache
+from llorch_jax.config import GPT2Config
+from llorch_jax.errors import CacheError
+from llorch_jax.params import Params
+
+LAYOUTS: tuple[type, ...] = (StaticCache, DynamicCache, RotatingCache, PagedCache, QuantizedCache, EvictingCache)
+CACHE_CLASSES = (*LAYOUTS, Quantized, Recent, AttentionSinks, HeavyHitters, RecencyWindow, SnapKV)
+
+
+def fingerprint(params: Params, config: GPT2Config) -> str:
+    """A hash of a model's weights and configuration, by which a saved cache is tied to it: SHA-256 in hex."""
+    digest = hashlib.sha256(repr(config).encode())
+    for leaf in jax.tree.leaves(params):
+        array = np.asarray(leaf)
+        digest.update(f"{array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def save_cache(path: str | os.PathLike[str], cache: KVCache, *, fingerprint: str = "") -> None:
+    """Writes a cache of any layout to a file; the cache stays valid.
+
+    The file appears whole or not at all; one that stood there before stays until then.
+
+    Args:
+        path: of the file, by custom `.safetensors`.
+        cache: what to save.
+        fingerprint: of the model, from `fingerprint`; `load_cache` compares it.
+
+    Raises:
+        CacheError: the cache was donated or is traced, its policy is a function of your own, or the file cannot be
+            written.
+    """
+    check_savable(cache)
+    write_archive(Path(path), cache, CACHE_CLASSES, fingerprint)
+
+
+def load_cache(path: str | os.PathLike[str], *, fingerprint: str | None = None) -> KVCache:
+    """The cache that `save_cache` wrote.
+
+    Args:
+        path: of the file.
+        fingerprint: of the model that will use it, from `fingerprint`; None does not compare.
+
+    Raises:
+        CacheError: the file is missing, truncated, corrupt, no cache, of another format, or of another model.
+    """
+    cache = read_archive(Path(path), CACHE_CLASSES, fingerprint, "cache")
+    if not isinstance(cache, KVCache):
+        raise CacheError(f"{path}: expected a cache, got a {type(cache).__name__}")
+    return cache
+
+
+def check_savable(cache: KVCache) -> None:
+    """Raises CacheError for a cache that is traced, donated, or of a class that cannot be saved."""
+    if type(cache) not in LAYOUTS or not is_concrete(cache):
+        names = ", ".join(cls.__name__ for cls in LAYOUTS)
+        raise CacheError(f"cache: expected one of {names} outside jit, got {cache!r:.80}")
+    if any(leaf.is_deleted() for leaf in jax.tree.leaves(cache)):
+        raise CacheError("cache: expected one that owns its buffers, got one that was donated to a later step")
