@@ -61,12 +61,12 @@ def memory(folder: str, layout: str, batch: int, prompt: int, new: int, capacity
 
     jax.numpy.zeros(1).block_until_ready()
     import llorch_jax as lj
-    from benchmarks.decoder import random_tokens
+    from benchmarks.decoder import make_cache, random_tokens
 
     base = peak()
     params = jax.block_until_ready(lj.load(folder).params)
     config, peaks = lj.checkpoint.load_config(folder), {"load": peak(reset=True) - base}
-    cache = lj.make_cache(config, layout, batch_size=batch, capacity=capacity)
+    cache = make_cache(config, layout, batch, capacity)
     allocated = 0
     for phase in ("first", "next"):  # the first generation compiles
         _, cache = lj.generate_tokens(params, config, random_tokens(config, batch, prompt), new, cache=cache)

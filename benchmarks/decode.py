@@ -8,8 +8,7 @@ same round (benchmarks/limits.py).
 
 from collections.abc import Sequence
 
-import llorch_jax as lj
-from benchmarks.decoder import Decoder
+from benchmarks.decoder import Decoder, make_cache
 from benchmarks.limits import Limits, step_bytes, step_floors
 from benchmarks.measure import interleaved, random_model
 from benchmarks.reports import Report, keep, parser, report, row, show
@@ -19,7 +18,7 @@ def measure(preset: str, batch: int, prompt: int, new: int, capacity: int | None
     """All figures of one setting."""
     config, params = random_model(preset)
     capacity = capacity or min(prompt + new, config.n_positions)
-    cache = lj.make_cache(config, layout, batch_size=batch, capacity=capacity)
+    cache = make_cache(config, layout, batch, capacity)
     decoder = Decoder(params, config, cache, prompt, new)
     compiled = decoder.compile()
     values = interleaved({**Limits.of(preset).tasks(), "step": decoder.step_ms}, rounds)

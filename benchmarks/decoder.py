@@ -78,3 +78,9 @@ class Decoder:
 def random_tokens(config: lj.GPT2Config, batch: int, length: int) -> np.ndarray:
     """The same random ids every time, int32 [batch, length]."""
     return np.random.default_rng(0).integers(0, config.vocab_size, (batch, length), np.int32)
+
+
+def make_cache(config: lj.GPT2Config, layout: str, batch: int, capacity: int) -> lj.KVCache:
+    """An empty cache; a rotating one has its window and no capacity."""
+    room = {} if layout.startswith("rotating") else {"capacity": capacity}
+    return lj.make_cache(config, layout, batch_size=batch, **room)
