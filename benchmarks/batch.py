@@ -38,9 +38,7 @@ def measure(preset: str, batches: list[int], layers: list[int], prompt: int, new
     return report("batch", {"preset": preset, "prompt": prompt, "new": new}, rows, values)
 
 
-def _decoder(
-    config: lj.GPT2Config, params: lj.Params, layers: int, batch: int, prompt: int, new: int
-) -> Decoder:
+def _decoder(config: lj.GPT2Config, params: lj.Params, layers: int, batch: int, prompt: int, new: int) -> Decoder:
     """A decoder with the first blocks of the model."""
     config, params = dataclasses.replace(config, n_layer=layers), params.replace(blocks=params.blocks[:layers])
     capacity = min(prompt + new, config.n_positions)

@@ -141,7 +141,8 @@ def _case(text: str) -> list[Case]:
     return cases
 
 
-def _peer(text: str) -> tuple[str, tuple[str, Path | None]]:
+def peer_option(text: str) -> tuple[str, tuple[str, Path | None]]:
+    """The value of an option --peer, for `measure`."""
     name, _, python = text.partition("=")
     if name not in SCRIPTS or not python:
         raise argparse.ArgumentTypeError(f"expected NAME=PYTHON with one of {', '.join(SCRIPTS)}; got {text}")
@@ -150,7 +151,9 @@ def _peer(text: str) -> tuple[str, tuple[str, Path | None]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parser(__doc__, rounds=3)
-    options.add_argument("--peer", type=_peer, action="append", default=[], metavar="NAME=PYTHON", help="any number")
+    options.add_argument(
+        "--peer", type=peer_option, action="append", default=[], metavar="NAME=PYTHON", help="any number"
+    )
     options.add_argument("--cases", type=_case, default=[(1, 64, 64), (1, 512, 4), (8, 64, 16)])
     chosen = options.parse_args(argv)
     figures = measure(chosen.preset, dict(chosen.peer), chosen.cases, chosen.rounds)

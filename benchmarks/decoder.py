@@ -43,6 +43,7 @@ class Decoder:
         request = dataclasses.replace(self.request, cache=self._cache)
         logits, cache = first_logits(self.params, self.config, request)
         self.state = steps.first_state(policy, logits, finished, cache.reserve(self.new))
+        self._token = np.array(self.state.token)
 
     def rewind(self) -> steps.DecodeState:
         """The state behind the text, with room for the new tokens."""
@@ -53,7 +54,7 @@ class Decoder:
             self._cache = cache.clear().reserve(self.length)
             self._fill()
             cache = self.state.cache
-        state = dataclasses.replace(self.state, cache=cache.reserve(self.new))
+        state = dataclasses.replace(self.state, token=jax.device_put(self._token), cache=cache.reserve(self.new))
         return jax.block_until_ready(state)
 
     def compile(self) -> float:
@@ -67,9 +68,7 @@ class Decoder:
         state = self.rewind()
 
         def run() -> Any:
-            self.out, self.state = steps.loop(
-                self.params, self.config, self.request.policy, self.out, state, self.span
-            )
+            self.out, self.state = steps.loop(self.params, self.config, self.request.policy, self.out, state, self.span)
             return self.out, self.state
 
         return 1000 * seconds(run) / self.new

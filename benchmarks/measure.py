@@ -84,7 +84,7 @@ def gemm_peak(repeats: int = 7, size: int = 2048) -> float:
     return 2 * size**3 / sample.median / 1e6
 
 
-TINY = lj.GPT2Config(vocab_size=257, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+TINY = lj.GPT2Config(vocab_size=257, n_positions=64, n_embd=16, n_layer=1, n_head=2)
 
 
 def preset_config(preset: str) -> lj.GPT2Config:

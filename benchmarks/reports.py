@@ -85,7 +85,7 @@ def show(figures: Report, extra: Callable[[Report], str] = lambda row: "") -> No
     for line in figures["rows"]:
         value = f"{spread(line['value'])} {line['unit']}"
         ratio = f"{spread(line['ratio'])} x {figures['against']} {line['against']:.2f}"
-        print(f"{line['name']:<{width}}  {value:<32}{ratio:<40}{extra(line)}".rstrip())
+        print(f"{line['name']:<{width}}  {value:<32}  {ratio:<40}  {extra(line)}".rstrip())
 
 
 def keep(figures: Report, path: Path | None) -> None:

@@ -1,4 +1,4 @@
-"""The four signals that a KV cache should be a module of its own instead of a part of attention, with today's values."""
+"""The four signals that a KV cache should be a module of its own, not a part of attention, with today's values."""
 
 from pathlib import Path
 from typing import Any
