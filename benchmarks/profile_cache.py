@@ -36,7 +36,7 @@ def measure(preset: str, batch: int, lengths: list[int], layouts: list[str], rou
     shares = [line for length in lengths for line in cache_shares(config, params, batch, length, layouts, rounds)]
     rows = [row(f"{line['layout']} {line['length']}", line.pop("steps"), line.pop("base"), **line) for line in shares]
     setting = {"preset": preset, "batch": batch}
-    extra = {"parts": parts, "parts_length": lengths[0], "signals": signals(shares)}
+    extra = {"parts": parts, "parts_length": min(lengths[0], longest(config, rounds)), "signals": signals(shares)}
     return report("profile_cache", setting, rows, values, "static without update", **extra)
 
 
@@ -90,9 +90,10 @@ def cache_shares(
 ) -> list[Report]:
     """For each layout what update and reads take of a step, and what a step allocates."""
     tasks: dict[str, Callable[[], float]] = {}
-    slots, allocated = {}, {}
+    slots, allocated, lengths = {}, {}, {}
     for layout in layouts:
         each = decoder(config, params, layout, batch, length, rounds)
+        lengths[layout] = each.length
         slots[layout] = min(variants.slots_of(each.state.cache), config.n_positions)
         still = dataclasses.replace(each.state, cache=variants.without_update(each.state.cache))
         whole = variants.StepProgram(params, config, each.request.policy, each.state)
@@ -103,7 +104,7 @@ def cache_shares(
     for count in set(slots.values()):
         tasks[f"base {count}"] = _static_base(config, params, batch, count)
     values = interleaved(tasks, rounds)
-    return [_share(values, layout, length, slots[layout], allocated[layout]) for layout in layouts]
+    return [_share(values, layout, lengths[layout], slots[layout], allocated[layout]) for layout in layouts]
 
 
 def _share(values: dict[str, list[float]], layout: str, length: int, slots: int, allocated: int) -> Report:
@@ -128,10 +129,14 @@ def decoder(
     config: lj.GPT2Config, params: lj.Params, layout: str, batch: int, length: int, rounds: int, tight: bool = False
 ) -> Decoder:
     """A decoder on a cache with room for all the steps of all rounds, or tight: for no more than those."""
-    new = STEPS * (rounds + 1)
-    length = min(length, config.n_positions - new)
+    length, new = min(length, longest(config, rounds)), STEPS * (rounds + 1)
     capacity = length + new if tight else config.n_positions
     return Decoder(params, config, make_cache(config, layout, batch, capacity), length, new)
+
+
+def longest(config: lj.GPT2Config, rounds: int) -> int:
+    """The longest text behind which there is room for the steps of all rounds."""
+    return config.n_positions - STEPS * (rounds + 1)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,7 +1,12 @@
 """What `python -m benchmarks` runs: every benchmark at settings that take about ten minutes together."""
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
+
+import jax
 
 from benchmarks import batch, compare, decode, long_context, memory, prefill, profile_cache, startup
 from benchmarks.caches import LAYOUTS
@@ -37,10 +42,21 @@ def quick(peers: Peers) -> dict[str, Task]:
     return {
         "decode": lambda: decode.measure("tiny", 1, 16, 16, None, "static", 2),
         "prefill": lambda: prefill.measure("tiny", 1, [16], 2),
-        "batch": lambda: batch.measure("tiny", [1, 2], [1], 16, 16, 2),
-        "long_context": lambda: long_context.measure("tiny", 1, [16, 32], ["static"], 16, 2),
+        "batch": lambda: batch.measure("tiny", [1], [1], 16, 16, 2),
+        "long_context": lambda: long_context.measure("tiny", 1, [15, 16], ["static"], 16, 2),
         "startup": lambda: startup.measure("tiny", 16, 8, 1),
         "memory": lambda: memory.measure("tiny", 1, 16, 8, None, ["static"], 1),
         "profile_cache": lambda: profile_cache.measure("tiny", 1, [16], ["static"], 1),
         "compare": lambda: compare.measure("tiny", peers, [(1, 16, 8)], 1),
     }
+
+
+@contextlib.contextmanager
+def hasty_compiling() -> Iterator[None]:
+    """Compiles with few optimisations, here and in processes started here: for runs whose figures do not matter."""
+    with mock.patch.dict(os.environ, JAX_DISABLE_MOST_OPTIMIZATIONS="1"):
+        jax.config.update("jax_disable_most_optimizations", True)
+        try:
+            yield
+        finally:
+            jax.config.update("jax_disable_most_optimizations", False)

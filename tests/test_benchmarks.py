@@ -10,7 +10,7 @@ import jax
 import pytest
 
 import llorch_jax as lj
-from benchmarks import batch, check, compare, decode, long_context, memory, prefill, profile_cache, startup
+from benchmarks import batch, check, compare, decode, long_context, memory, prefill, profile_cache, startup, suite
 from benchmarks import report as html_report
 from benchmarks.__main__ import main as run_suite
 from benchmarks.decoder import Decoder
@@ -45,12 +45,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def hasty_compiling():
-    """Figures do not matter here, the time of compiling does; other processes read the setting in the environment."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        jax.config.update("jax_disable_most_optimizations", True)
+    with suite.hasty_compiling():
         yield
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
