@@ -1,4 +1,4 @@
-"""What every benchmark measures with: repeated timing, the machine's limits, models with random weights."""
+"""What every benchmark measures with: repeated timing, models with random weights, the machine's description."""
 
 import dataclasses
 import datetime
@@ -8,13 +8,11 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 import llorch_jax as lj
 
@@ -36,18 +34,6 @@ class Sample:
         return f"{self.median:8.2f}  ({self.low:.2f} .. {self.high:.2f})"
 
 
-def timed(run: Callable[[], Any], repeats: int, warmup: int = 1) -> Sample:
-    """Milliseconds of a call, until its results are there."""
-    for _ in range(warmup):
-        jax.block_until_ready(run())
-    values = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        values.append(1000 * (time.perf_counter() - start))
-    return Sample.of(values)
-
-
 def seconds(run: Callable[[], Any]) -> float:
     """Seconds of one call, until its results are there."""
     start = time.perf_counter()
@@ -67,21 +53,6 @@ def interleaved(tasks: dict[str, Callable[[], float]], rounds: int) -> dict[str,
             if number:
                 values[name].append(value)
     return values
-
-
-def read_bandwidth(repeats: int = 7, rows: int = 8192) -> float:
-    """GB/s at which XLA streams 512 MiB of float32 through matrix-vector products: the floor of a decode step."""
-    matrices = [jnp.ones((rows, rows)) for _ in range(2)]
-    product = jax.jit(lambda matrices, vector: [matrix @ vector for matrix in matrices])
-    sample = timed(partial(product, matrices, jnp.ones(rows)), repeats)
-    return 2 * 4 * rows**2 / sample.median / 1e6
-
-
-def gemm_peak(repeats: int = 7, size: int = 2048) -> float:
-    """GFLOP/s of a square float32 product: the floor of a prefill."""
-    matrix = jnp.ones((size, size))
-    sample = timed(partial(jax.jit(jnp.matmul), matrix, matrix), repeats)
-    return 2 * size**3 / sample.median / 1e6
 
 
 TINY = lj.GPT2Config(vocab_size=257, n_positions=64, n_embd=16, n_layer=1, n_head=2)
