@@ -26,7 +26,7 @@ from llorch_jax.model import forward
 from llorch_jax.overflow import Reencode
 from llorch_jax.params import BlockParams, Params, count_params, init_params, param_shapes
 from llorch_jax.probes import intermediates
-from llorch_jax.sampling import Greedy, SamplerError, Sampling
+from llorch_jax.sampling import Greedy, Mirostat, SamplerError, Sampling
 from llorch_jax.scoring import Score, score
 from llorch_jax.session import Session, load_session, save_session
 from llorch_jax.tokenizer import Tokenizer
@@ -48,6 +48,7 @@ __all__ = [
     "KVCache",
     "LlorchError",
     "MemoryPlan",
+    "Mirostat",
     "Model",
     "ModelError",
     "PagedCache",

@@ -57,6 +57,19 @@ def generate_command(
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Draw from so many most likely tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the tokens that reach this probability.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Draw from tokens so near to the most likely one.")] = None,
+    typical_p: Annotated[float | None, typer.Option(help="Draw from the most typical tokens.")] = None,
+    top_n_sigma: Annotated[float | None, typer.Option(help="Draw from logits so near to the largest.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: tokens that occurred are rarer.")] = None,
+    frequency_penalty: Annotated[float | None, typer.Option(help="Per time that a token was generated.")] = None,
+    presence_penalty: Annotated[float | None, typer.Option(help="Of tokens that were generated.")] = None,
+    dry_multiplier: Annotated[float | None, typer.Option(help="Of the DRY penalty on repeated sequences.")] = None,
+    no_repeat_ngram_size: Annotated[int | None, typer.Option(help="No so many tokens occur twice in a row.")] = None,
+    min_new_tokens: Annotated[int | None, typer.Option(help="The text does not end before.")] = None,
+    xtc_probability: Annotated[float | None, typer.Option(help="Of excluding the top choices.")] = None,
+    mirostat_tau: Annotated[float | None, typer.Option(help="Keep the surprise near so many bits per token.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    top_logprobs: Annotated[int, typer.Option(help="With --json: so many alternatives per token.")] = 0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     cache: CacheOption = "static",
     overflow: Annotated[
@@ -69,8 +82,12 @@ def generate_command(
     """Continue a text."""
     text = _text(prompt)
     loaded, load_seconds = _load(model)
-    settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    settings |= {"cache": cache, "overflow": overflow}
+    settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    settings |= {"typical_p": typical_p, "top_n_sigma": top_n_sigma, "repetition_penalty": repetition_penalty}
+    settings |= {"frequency_penalty": frequency_penalty, "presence_penalty": presence_penalty}
+    settings |= {"dry_multiplier": dry_multiplier, "no_repeat_ngram_size": no_repeat_ngram_size}
+    settings |= {"min_new_tokens": min_new_tokens, "xtc_probability": xtc_probability, "mirostat_tau": mirostat_tau}
+    settings |= {"stop": stop, "top_logprobs": top_logprobs, "seed": seed, "cache": cache, "overflow": overflow}
     if stream and not as_json:
         spent = _stream_to_stdout(loaded, text, max_new_tokens, settings)
     else:
