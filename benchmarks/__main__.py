@@ -1,5 +1,79 @@
-"""`python -m benchmarks` runs the suite with its defaults; each script has options of its own."""
+"""Runs the benchmarks, keeps their figures, draws a report.
 
-from benchmarks import decode
+    python -m benchmarks [--quick] [--only NAME,NAME] [--peer NAME=PYTHON] [--check BASELINE.json] [--run RUN.json]
 
-decode.main()
+The figures of a run go into benchmarks/out/run-TIME.json, the report beside it into a folder. With --check the exit
+code is 1 where a ratio got worse than in the baseline beyond the spread of both; with --run the figures are read
+instead of measured.
+"""
+
+import argparse
+import contextlib
+import datetime
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import suite
+from benchmarks.check import read_run, regressions
+from benchmarks.compare import peer_option, tell_agreement
+from benchmarks.measure import write_json
+from benchmarks.profile_cache import tell_parts, tell_signals
+from benchmarks.report import write_report
+from benchmarks.reports import OUT, Report, show
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _options()
+    chosen = options.parse_args(argv)
+    known = (suite.quick if chosen.quick else suite.full)(dict(chosen.peer))
+    names = chosen.only.split(",") if chosen.only else [n for n in known if n != "compare" or chosen.peer]
+    if unknown := [name for name in names if name not in known]:
+        options.error(f"--only: expected some of {', '.join(known)}; got {unknown[0]}")
+    code = 0
+    if chosen.run:
+        path, reports = chosen.run, read_run(chosen.run)
+    else:
+        path, reports = chosen.out / f"run-{datetime.datetime.now():%Y%m%d-%H%M%S}.json", []
+        with suite.hasty_compiling() if chosen.quick else contextlib.nullcontext():
+            for name in names:
+                reports.append(known[name]())
+                code = max(code, _tell(reports[-1]))
+                write_json(path, {"reports": reports})  # after each, so that a run that ends early is not lost
+    print(f"figures: {path}")
+    print(f"report:  {write_report(reports, path.with_suffix(''))}")
+    return max(code, _check(chosen.check, reports) if chosen.check else 0)
+
+
+def _options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--quick", action="store_true", help="a tiny model, to see that everything runs")
+    options.add_argument("--only", help="names of the suite, with commas")
+    options.add_argument("--peer", type=peer_option, action="append", default=[], metavar="NAME=PYTHON")
+    options.add_argument("--check", type=Path, metavar="BASELINE.json", help="an earlier run")
+    options.add_argument("--run", type=Path, metavar="RUN.json", help="reads the figures instead of measuring")
+    options.add_argument("--out", type=Path, default=OUT, help="folder for figures and report (benchmarks/out)")
+    return options
+
+
+def _tell(figures: Report) -> int:
+    """Prints a report; 1 where a comparison found other tokens."""
+    show(figures)
+    if figures["benchmark"] == "profile_cache":
+        tell_parts(figures)
+        tell_signals(figures)
+    return tell_agreement(figures) if figures["benchmark"] == "compare" else 0
+
+
+def _check(baseline: Path, reports: list[Report]) -> int:
+    worse, compared = regressions(read_run(baseline), reports)
+    for line in worse:
+        print(f"worse: {line}")
+    print(f"check: {compared} rows compared with {baseline}, {len(worse)} worse")
+    if compared == 0:
+        print("check: nothing to compare; the baseline is of other benchmarks or settings")
+    return int(bool(worse) or compared == 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

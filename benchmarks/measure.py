@@ -1,4 +1,4 @@
-"""What every benchmark shares: repeated timing, the machine's limits, models with random weights, JSON reports."""
+"""What every benchmark measures with: repeated timing, models with random weights, the machine's description."""
 
 import dataclasses
 import datetime
@@ -8,13 +8,11 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 import llorch_jax as lj
 
@@ -36,38 +34,43 @@ class Sample:
         return f"{self.median:8.2f}  ({self.low:.2f} .. {self.high:.2f})"
 
 
-def timed(run: Callable[[], Any], repeats: int, warmup: int = 1) -> Sample:
-    """Milliseconds of a call, until its results are there."""
-    for _ in range(warmup):
-        jax.block_until_ready(run())
-    values = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        values.append(1000 * (time.perf_counter() - start))
-    return Sample.of(values)
+def seconds(run: Callable[[], Any]) -> float:
+    """Seconds of one call, until its results are there."""
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - start
 
 
-def read_bandwidth(repeats: int = 7, rows: int = 8192) -> float:
-    """GB/s at which XLA streams 512 MiB of float32 through matrix-vector products: the floor of a decode step."""
-    matrices = [jnp.ones((rows, rows)) for _ in range(2)]
-    product = jax.jit(lambda matrices, vector: [matrix @ vector for matrix in matrices])
-    sample = timed(partial(product, matrices, jnp.ones(rows)), repeats)
-    return 2 * 4 * rows**2 / sample.median / 1e6
+def interleaved(tasks: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each task returns in each round; a first round warms up and is not kept.
+
+    Tasks are taken in turn, so that a change of the machine's speed meets all of them.
+    """
+    values: dict[str, list[float]] = {name: [] for name in tasks}
+    for number in range(rounds + 1):
+        for name, task in tasks.items():
+            value = task()
+            if number:
+                values[name].append(value)
+    return values
 
 
-def gemm_peak(repeats: int = 7, size: int = 2048) -> float:
-    """GFLOP/s of a square float32 product: the floor of a prefill."""
-    matrix = jnp.ones((size, size))
-    sample = timed(partial(jax.jit(jnp.matmul), matrix, matrix), repeats)
-    return 2 * size**3 / sample.median / 1e6
+TINY = lj.GPT2Config(vocab_size=257, n_positions=64, n_embd=16, n_layer=1, n_head=2)
 
 
-def random_model(preset: str) -> tuple[lj.GPT2Config, lj.Params]:
-    """A preset with random weights."""
-    config = lj.GPT2Config.from_preset(preset)
-    params = jax.jit(partial(lj.init_params, config))(jax.random.key(0))
-    return config, jax.block_until_ready(params)
+def preset_config(preset: str) -> lj.GPT2Config:
+    """A preset, or "tiny": a model for trying the benchmarks out, whose figures mean nothing."""
+    return TINY if preset == "tiny" else lj.GPT2Config.from_preset(preset)
+
+
+def random_model(preset: str, layers: int | None = None) -> tuple[lj.GPT2Config, lj.Params]:
+    """A preset, or "tiny", with random weights, and with another number of blocks where that is given."""
+    config = preset_config(preset)
+    config = dataclasses.replace(config, n_layer=layers or config.n_layer)
+    return config, jax.block_until_ready(_random_params(config, jax.random.key(0)))
+
+
+_random_params = jax.jit(lj.init_params, static_argnums=0)
 
 
 def machine() -> dict[str, Any]:

@@ -125,7 +125,7 @@ class Soak:
             assert held >= {*range(min(2, length)), *range(max(0, length - 8), length)}
         else:
             newest = 4 if self.layout.startswith("h2o") else 5
-            assert min(length, 9) <= len(held) <= max(12, newest)
+            assert min(length, 9) <= len(held) <= 9 + 4  # a budget of 9, and up to 4 tokens at once
             assert held >= set(range(max(0, length - newest), length))
 
     def run(self, operations):

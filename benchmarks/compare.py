@@ -1,0 +1,179 @@
+"""Side by side with other implementations, on the same weights, in one run.
+
+    python -m benchmarks.compare --peer transformers=PYTHON --peer ctranslate2=PYTHON --peer llama.cpp=PYTHON
+                                 [--preset gpt2] [--cases 1x64+64,1x512+4,8x64+16] [--rounds 3]
+
+PYTHON is the interpreter of an environment that has the peer; docs/benchmarks.md tells how to make one. A case is
+BATCHxPROMPT+NEW. In each round every contender in turn generates one token (the prefill) and then NEW tokens; a step is
+the difference over NEW - 1. First the greedy tokens are compared: the exit code is 1 where a float32 peer disagrees.
+The ratio is our time over the peer's.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import llorch_jax as lj
+from benchmarks.decoder import random_tokens
+from benchmarks.limits import Limits
+from benchmarks.measure import interleaved, machine, random_model
+from benchmarks.peer_process import SCRIPTS, Peer, PeerError
+from benchmarks.reports import Report, keep, parser, report, row, show
+
+Case = tuple[int, int, int]  # batch, prompt, new
+Run = Callable[[list[list[int]], int], tuple[list[list[int]], float]]  # tokens, new -> new tokens, seconds
+OURS = "llorch_jax"
+
+
+def measure(preset: str, peers: dict[str, tuple[str, Path | None]], cases: list[Case], rounds: int) -> Report:
+    """Rows of every contender and case, and whether the tokens agree.
+
+    Args:
+        preset: of the model.
+        peers: for each name its interpreter, and a script in place of the usual one.
+        cases: what to time.
+        rounds: how often.
+    """
+    config, params = random_model(preset)
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        directory = Path(folder) / "model"
+        write_checkpoint(directory, config, params)
+        contenders: dict[str, Run] = {OURS: functools.partial(run_ours, params, config)}
+        exact, versions = {OURS}, {}
+        for name, (python, script) in peers.items():
+            peer = stack.enter_context(Peer(name, python, script))
+            peer.load(directory, Path(folder), machine()["cores"])
+            versions |= peer.versions
+            for variant in peer.variants:
+                contenders[f"{name} {variant}"] = functools.partial(peer.generate, variant)
+            exact |= {f"{name} {variant}" for variant in peer.exact}
+        agreement, rows, limits = [], [], {}
+        for case in cases:
+            tokens = random_tokens(config, *case[:2]).tolist()
+            agreement += list(_agreement(contenders, exact, case, tokens))
+            able = {line["contender"] for line in agreement if line["case"] == _label(case) and "error" not in line}
+            values = interleaved(_tasks({k: v for k, v in contenders.items() if k in able}, case, tokens), rounds)
+            rows += _rows(case, values)
+        limits = interleaved(Limits.of(preset).tasks(), rounds)
+    extra = {"agreement": agreement, "versions": versions}
+    return report("compare", {"preset": preset}, rows, limits, "peer", **extra)
+
+
+def write_checkpoint(directory: Path, config: lj.GPT2Config, params: lj.Params) -> None:
+    """The model in Hugging Face's layout, with a vocabulary of made-up words, which converters ask for."""
+    lj.save_model(directory, config, params)
+    words = {f"t{token}": token for token in range(config.vocab_size - 1)}
+    words["<|endoftext|>"] = config.vocab_size - 1
+    (directory / "vocab.json").write_text(json.dumps(words))
+    (directory / "merges.txt").write_text("#version: 0.2\n")
+
+
+def run_ours(
+    params: lj.Params, config: lj.GPT2Config, tokens: list[list[int]], new: int
+) -> tuple[list[list[int]], float]:
+    """New tokens of every row, greedily, and the seconds it took, as a peer's worker does."""
+    start = time.perf_counter()
+    result = lj.generate_tokens(params, config, tokens, new)[0].tolist()
+    return result, time.perf_counter() - start
+
+
+def _label(case: Case) -> str:
+    return f"{case[0]}x{case[1]}+{case[2]}"
+
+
+def _agreement(contenders: dict[str, Run], exact: set[str], case: Case, tokens: list[list[int]]) -> Iterator[Report]:
+    """For each contender how many of its first tokens are ours; a contender that cannot do the case has an error."""
+    expected = contenders[OURS](tokens, case[2])[0]
+    for name, run in contenders.items():
+        line: Report = {"case": _label(case), "contender": name, "exact": name in exact}
+        try:
+            got = run(tokens, case[2])[0]
+        except PeerError as error:
+            yield line | {"error": str(error)}
+            continue
+        same = [a == b for ours, theirs in zip(expected, got, strict=True) for a, b in zip(ours, theirs, strict=True)]
+        yield line | {"tokens": len(same), "same": same.index(False) if False in same else len(same)}
+
+
+def _tasks(contenders: dict[str, Run], case: Case, tokens: list[list[int]]) -> dict[str, Callable[[], float]]:
+    """Milliseconds of a prefill and of a whole generation, for every contender."""
+    tasks: dict[str, Callable[[], float]] = {}
+    for name, run in contenders.items():
+        tasks[f"prefill {name}"] = lambda run=run: 1000 * run(tokens, 1)[1]
+        tasks[f"whole {name}"] = lambda run=run: 1000 * run(tokens, case[2])[1]
+    return tasks
+
+
+def _rows(case: Case, values: dict[str, list[float]]) -> list[Report]:
+    """Prefill and step of ours beside each peer's."""
+    batch, _, new = case
+    names = [key.removeprefix("prefill ") for key in values if key.startswith("prefill ")]
+    times = {}
+    for name in names:
+        prefill = values[f"prefill {name}"]
+        times["prefill", name] = prefill
+        pairs = zip(values[f"whole {name}"], prefill, strict=True)
+        times["step", name] = [(whole - first) / (new - 1) for whole, first in pairs]
+    rows = []
+    for (kind, name), theirs in times.items():
+        ours = times[kind, OURS]
+        label = f"{_label(case)} {kind}"
+        line = row(f"{label} {name}", ours, theirs, kind=kind, case=_label(case), contender=name)
+        line["tokens_per_second"] = 1000 * batch / line["against"] if kind == "step" else None
+        rows.append(line)
+    return sorted(rows, key=lambda line: line["kind"])
+
+
+def _case(text: str) -> list[Case]:
+    cases = []
+    for part in text.split(","):
+        batch, rest = part.split("x")
+        prompt, new = rest.split("+")
+        cases.append((int(batch), int(prompt), int(new)))
+    if min(min(case[:2]) for case in cases) < 1 or min(case[2] for case in cases) < 2:
+        raise argparse.ArgumentTypeError(f"expected BATCHxPROMPT+NEW with 2 new tokens or more, got {text}")
+    return cases
+
+
+def peer_option(text: str) -> tuple[str, tuple[str, Path | None]]:
+    """The value of an option --peer, for `measure`."""
+    name, _, python = text.partition("=")
+    if name not in SCRIPTS or not python:
+        raise argparse.ArgumentTypeError(f"expected NAME=PYTHON with one of {', '.join(SCRIPTS)}; got {text}")
+    return name, (python, None)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parser(__doc__, rounds=3)
+    options.add_argument(
+        "--peer", type=peer_option, action="append", default=[], metavar="NAME=PYTHON", help="any number"
+    )
+    options.add_argument("--cases", type=_case, default=[(1, 64, 64), (1, 512, 4), (8, 64, 16)])
+    chosen = options.parse_args(argv)
+    figures = measure(chosen.preset, dict(chosen.peer), chosen.cases, chosen.rounds)
+    show(figures)
+    keep(figures, chosen.json)
+    return tell_agreement(figures)
+
+
+def tell_agreement(figures: Report) -> int:
+    """Prints how far the greedy tokens agree; 1 where a float32 peer disagrees."""
+    code = 0
+    for line in figures["agreement"]:
+        if "error" in line:
+            print(f"{line['case']} {line['contender']}: left out ({line['error']})")
+            continue
+        kind = "" if line["exact"] else " (rounded weights: need not agree)"
+        print(f"{line['case']} {line['contender']}: first {line['same']} of {line['tokens']} tokens agree{kind}")
+        code = max(code, int(line["exact"] and line["same"] < line["tokens"]))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

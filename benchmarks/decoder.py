@@ -1,0 +1,85 @@
+"""Decoding loops that can be repeated: the compiled programs of `llorch_jax.steps`, timed by themselves."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import llorch_jax as lj
+from benchmarks.measure import seconds
+from llorch_jax import steps
+from llorch_jax.buckets import bucket
+from llorch_jax.decoding import first_logits
+from llorch_jax.request import prepare
+from llorch_jax.timing import compile_seconds
+
+
+class Decoder:
+    """The loop of `generate_tokens` behind a text of fixed length, again and again on one cache."""
+
+    def __init__(
+        self,
+        params: lj.Params,
+        config: lj.GPT2Config,
+        cache: lj.KVCache,
+        length: int,
+        new: int,
+        sampler: Any = None,
+    ) -> None:
+        """Fills the cache with `length` random tokens; each loop adds `new` to them."""
+        self.params, self.config, self.length, self.new = params, config, length, new
+        batch = cache.batch_size
+        tokens = random_tokens(config, batch, length)
+        self.request = prepare(config, tokens, new + 1, cache, None, sampler, jax.random.key(0))
+        self._cache: Any = self.request.cache
+        self.span = jnp.asarray([1, new + 1], jnp.int32)
+        self.out = steps.filler(self.request.policy, batch, bucket(new + 1))
+        self._fill()
+
+    def _fill(self) -> None:
+        policy, finished = self.request.policy, self.request.finished
+        request = dataclasses.replace(self.request, cache=self._cache)
+        logits, cache = first_logits(self.params, self.config, request)
+        self.state = steps.first_state(policy, logits, finished, cache.reserve(self.new))
+        self._token = np.array(self.state.token)
+
+    def rewind(self) -> steps.DecodeState:
+        """The state behind the text, with room for the new tokens."""
+        cache = self.state.cache
+        try:
+            cache = cache.crop(self.length)
+        except lj.CacheError:  # a ring that has overwritten what it would need
+            self._cache = cache.clear().reserve(self.length)
+            self._fill()
+            cache = self.state.cache
+        state = dataclasses.replace(self.state, token=jax.device_put(self._token), cache=cache.reserve(self.new))
+        return jax.block_until_ready(state)
+
+    def compile(self) -> float:
+        """Seconds of tracing and compiling the loop, which runs once."""
+        before = compile_seconds()
+        self.step_ms()
+        return compile_seconds() - before
+
+    def step_ms(self) -> float:
+        """Milliseconds per step of one loop."""
+        state = self.rewind()
+
+        def run() -> Any:
+            self.out, self.state = steps.loop(self.params, self.config, self.request.policy, self.out, state, self.span)
+            return self.out, self.state
+
+        return 1000 * seconds(run) / self.new
+
+
+def random_tokens(config: lj.GPT2Config, batch: int, length: int) -> np.ndarray:
+    """The same random ids every time, int32 [batch, length]."""
+    return np.random.default_rng(0).integers(0, config.vocab_size, (batch, length), np.int32)
+
+
+def make_cache(config: lj.GPT2Config, layout: str, batch: int, capacity: int) -> lj.KVCache:
+    """An empty cache; a rotating one has its window and no capacity."""
+    room = {} if layout.startswith("rotating") else {"capacity": capacity}
+    return lj.make_cache(config, layout, batch_size=batch, **room)
