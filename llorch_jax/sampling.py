@@ -97,6 +97,14 @@ class Sampling:
         choice = _draw(jnp.where(kept, values, MASKED), keys)
         return jnp.take_along_axis(ids, choice[:, None], axis=1)[:, 0]
 
+    def filtered(self, logits: jax.Array) -> jax.Array:
+        """Logits [B, V] whose softmax is what tokens are drawn from: minus infinity where a token never is."""
+        self._check_rows(logits.shape[0])
+        scaled = apply_temperature(logits, self.temperature)
+        if self.top_k is None and self.top_p is None:
+            return scaled
+        return _mask_unsorted(scaled, self.top_k, self.top_p, self.candidates)
+
     def _check_rows(self, batch: int) -> None:
         for name in ("temperature", "top_k", "top_p"):
             setting = getattr(self, name)
@@ -119,11 +127,13 @@ def apply_top_p(logits: jax.Array, top_p: jax.Array) -> jax.Array:
     return _mask_unsorted(logits, None, top_p)
 
 
-def _mask_unsorted(logits: jax.Array, top_k: jax.Array | None, top_p: jax.Array | None) -> jax.Array:
-    values, ids = jax.lax.top_k(logits, logits.shape[-1])
+def _mask_unsorted(
+    logits: jax.Array, top_k: jax.Array | None, top_p: jax.Array | None, candidates: int | None = None
+) -> jax.Array:
+    values, ids = jax.lax.top_k(logits, min(candidates or logits.shape[-1], logits.shape[-1]))
     masked = jnp.where(_keep_sorted(values, top_k, top_p), values, MASKED)
     rows = jnp.arange(logits.shape[0])[:, None]
-    return jnp.zeros_like(logits).at[rows, ids].set(masked)
+    return jnp.full_like(logits, MASKED).at[rows, ids].set(masked)
 
 
 def _keep_sorted(values: jax.Array, top_k: jax.Array | None, top_p: jax.Array | None) -> jax.Array:
