@@ -16,7 +16,7 @@ from llorch_jax.params import Params
 from llorch_jax.request import Policy
 from llorch_jax.steps import prefill_step
 
-_DRAWING = 0  # folded into a position's key for the draw of a draft; `speculative` has the other numbers
+_DRAWING = 0  # folded into a position's key for the draw of a draft; `verification` has the other numbers
 
 
 class DraftError(LlorchError):

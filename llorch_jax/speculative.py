@@ -22,15 +22,14 @@ from llorch_jax.cache.base import KVCache, is_concrete
 from llorch_jax.cache.rotating import RotatingCache
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding import first_logits
-from llorch_jax.drafts import Context, Draft, DraftError, PromptLookup, Proposal
+from llorch_jax.drafts import Context, Draft, DraftError, PromptLookup
 from llorch_jax.errors import CacheError
 from llorch_jax.model import hidden_states, output_logits
 from llorch_jax.params import Params
 from llorch_jax.request import Policy, Request, prepare
 from llorch_jax.sampling import Sampler
 from llorch_jax.steps import Generated, first_state
-
-_ACCEPTING, _RESIDUAL = 1, 2  # folded into a position's key; `drafts` has 0
+from llorch_jax.verification import match, reject
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,16 +134,46 @@ def speculate_tokens(
     """
     draft = PromptLookup() if draft is None else draft
     request = prepare(config, prompt_tokens, max_new_tokens, cache, lengths, sampler, key, eos_id)
-    generated, cache_after, speculation = speculate_from(params, config, request, draft)
+    state = begin(params, config, request, draft)
+    generated, cache_after, speculation = finish(params, config, request, draft, state)
     return generated.tokens, cache_after, speculation
 
 
-def speculate_from(
-    params: Params, config: GPT2Config, request: Request, draft: Draft
-) -> tuple[Generated, KVCache, Speculation]:
-    """Tokens and log-probabilities [B, N] of a prepared request, the cache, and what the guesses were good for."""
+def begin(params: Params, config: GPT2Config, request: Request, draft: Draft) -> SpeculativeState:
+    """The state of a prepared request after the prefill, with the first new token.
+
+    Raises:
+        CacheError, DraftError: as `speculate_tokens`.
+    """
     _check(request, draft)
-    state = _first(params, config, request, draft)
+    memory = draft.start(config, request.tokens, request.lengths, request.max_new_tokens)
+    logits, cache = first_logits(params, config, request)
+    state = first_state(request.policy, logits, request.finished, cache)
+    batch, columns = request.tokens.shape
+    lengths, rows = np.asarray(request.lengths), np.arange(batch)
+    nothing = np.zeros(batch, np.int32)
+    history = np.zeros((batch, bucket(columns + request.max_new_tokens)), np.int32)
+    history[:, :columns] = np.asarray(request.tokens)
+    logprobs = np.zeros(history.shape, np.float32)
+    history[rows, lengths], logprobs[rows, lengths] = np.asarray(state.token), np.asarray(state.logprob)
+    return SpeculativeState(
+        history=jax.device_put(history),
+        logprobs=jax.device_put(logprobs),
+        known=jax.device_put(lengths + 1),
+        goal=jax.device_put(lengths + request.max_new_tokens),
+        finished=state.finished | (request.max_new_tokens == 1),
+        cache=state.cache,
+        memory=memory,
+        proposed=jax.device_put(nothing),
+        accepted=jax.device_put(nothing.copy()),  # of its own: the loop donates both
+        steps=jnp.int32(0),
+    )
+
+
+def finish(
+    params: Params, config: GPT2Config, request: Request, draft: Draft, state: SpeculativeState
+) -> tuple[Generated, KVCache, Speculation]:
+    """Tokens and log-probabilities [B, N] of a request begun, the cache, and what the guesses were good for."""
     while not np.all(state.finished):
         cache = state.cache.reserve(np.asarray(_needed(draft, state)))
         limits = jnp.asarray(np.asarray(cache.lengths) + cache.room(), jnp.int32)
@@ -168,32 +197,6 @@ def _check(request: Request, draft: Draft) -> None:
                 f"cache: expected a RotatingCache that holds all {needed} tokens, as rejected guesses must be taken "
                 f"back, got sinks={cache.sinks}, window={cache.window}"
             )
-
-
-def _first(params: Params, config: GPT2Config, request: Request, draft: Draft) -> SpeculativeState:
-    """The state after the prefill, with the first new token."""
-    memory = draft.start(config, request.tokens, request.lengths, request.max_new_tokens)
-    logits, cache = first_logits(params, config, request)
-    state = first_state(request.policy, logits, request.finished, cache)
-    batch, columns = request.tokens.shape
-    lengths, rows = np.asarray(request.lengths), np.arange(batch)
-    nothing = np.zeros(batch, np.int32)
-    history = np.zeros((batch, bucket(columns + request.max_new_tokens)), np.int32)
-    history[:, :columns] = np.asarray(request.tokens)
-    logprobs = np.zeros(history.shape, np.float32)
-    history[rows, lengths], logprobs[rows, lengths] = np.asarray(state.token), np.asarray(state.logprob)
-    return SpeculativeState(
-        history=jax.device_put(history),
-        logprobs=jax.device_put(logprobs),
-        known=jax.device_put(lengths + 1),
-        goal=jax.device_put(lengths + request.max_new_tokens),
-        finished=state.finished | (request.max_new_tokens == 1),
-        cache=state.cache,
-        memory=memory,
-        proposed=jax.device_put(nothing),
-        accepted=jax.device_put(nothing.copy()),  # of its own: the loop donates both
-        steps=jnp.int32(0),
-    )
 
 
 def _needed(draft: Draft, state: SpeculativeState) -> jax.Array:
@@ -242,92 +245,6 @@ def _verify_step(
         proposed=state.proposed + jnp.maximum(proposal.count, 0),
         accepted=state.accepted + jnp.minimum(accepted, new),
         steps=state.steps + 1,
-    )
-
-
-def match(policy: Policy, first: jax.Array, logits: jax.Array, proposal: Proposal) -> tuple[jax.Array, jax.Array]:
-    """The sampler's own choices, with each position's key; guesses are accepted as long as they are the same.
-
-    For guesses that are not drawn this is the paper's rule: a guess is accepted with its probability under the target,
-    and what is chosen instead has the target's distribution without it.
-
-    Args:
-        policy: how tokens are chosen.
-        first: int32 [B], position of the first guess.
-        logits: float32 [B, D + 1, V] of the target.
-        proposal: D guesses.
-
-    Returns:
-        int32 [B, D + 1], of which one more than the guesses accepted are the next tokens; and how many guesses are
-        accepted, int32 [B].
-    """
-    keys = _position_keys(policy, first, logits.shape[1])
-    chosen = jax.vmap(policy.sampler, (1, 1), 1)(logits, keys)
-    return chosen, _prefix(chosen[:, :-1] == proposal.tokens, proposal.count)
-
-
-def reject(policy: Policy, first: jax.Array, logits: jax.Array, proposal: Proposal) -> tuple[jax.Array, jax.Array]:
-    """Rejection sampling (Leviathan et al. 2023, algorithm 1); arguments and results as `match`."""
-    keys = _position_keys(policy, first, logits.shape[1])
-    fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))
-    target = jax.nn.log_softmax(jax.vmap(policy.sampler.filtered, 1, 1)(logits), axis=-1)
-    assert proposal.logits is not None
-    draft = jax.nn.log_softmax(proposal.logits, axis=-1)
-    uniform = jax.vmap(jax.vmap(jax.random.uniform))(fold(keys[:, :-1], _ACCEPTING))
-    agreed = jnp.log(uniform) < acceptance(target[:, :-1], draft, proposal.tokens)
-    accepted = _prefix(agreed, proposal.count)
-    here = accepted[:, None, None]
-    guessed = jnp.take_along_axis(draft, jnp.minimum(here, draft.shape[1] - 1), axis=1)[:, 0]
-    rest = residual(jnp.take_along_axis(target, here, axis=1)[:, 0], guessed, accepted < proposal.count)
-    key = jnp.take_along_axis(fold(keys, _RESIDUAL), accepted[:, None], axis=1)[:, 0]
-    other = jax.vmap(jax.random.categorical)(key, rest).astype(jnp.int32)
-    columns = jnp.arange(logits.shape[1], dtype=jnp.int32)[None]
-    guesses = jnp.pad(proposal.tokens, ((0, 0), (0, 1)))
-    return jnp.where(columns < accepted[:, None], guesses, other[:, None]), accepted
-
-
-def acceptance(target: jax.Array, draft: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Log of the probability min(1, p(x) / q(x)) that a guess is accepted.
-
-    Args:
-        target: log p, float32 [B, D, V].
-        draft: log q, float32 [B, D, V].
-        tokens: the guesses x, int32 [B, D].
-
-    Returns:
-        float32 [B, D].
-    """
-    p, q = (jnp.take_along_axis(x, tokens[..., None], axis=-1)[..., 0] for x in (target, draft))
-    return jnp.minimum(p - q, 0.0)
-
-
-def residual(target: jax.Array, draft: jax.Array, rejected: jax.Array) -> jax.Array:
-    """Logits of the token that follows the accepted guesses: of norm(max(0, p - q)) after a rejection, else of p.
-
-    Args:
-        target: log p, float32 [B, V].
-        draft: log q, float32 [B, V].
-        rejected: bool [B].
-
-    Returns:
-        float32 [B, V].
-    """
-    rest = jnp.maximum(jnp.exp(target) - jnp.exp(draft), 0.0)
-    possible = jnp.sum(rest, axis=-1, keepdims=True) > 0  # not so only where p and q are equal but for rounding
-    return jnp.where(rejected[:, None] & possible, jnp.log(rest), target)
-
-
-def _position_keys(policy: Policy, first: jax.Array, count: int) -> jax.Array:
-    """Keys [B, count] of the positions from `first` int32 [B] on, as plain decoding has them."""
-    positions = first[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
-    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(policy.keys, positions)
-
-
-def _prefix(agreed: jax.Array, count: jax.Array) -> jax.Array:
-    """int32 [B], how many of the first `count` guesses agree, bool [B, D], before the first that does not."""
-    columns = jnp.arange(agreed.shape[1], dtype=jnp.int32)[None]
-    return jnp.sum(
-        jnp.cumprod((agreed & (columns < count[:, None])).astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import llorch_jax as lj
-from llorch_jax import speculative
+from llorch_jax import speculative, verification
 from llorch_jax.drafts import Context, DraftError, DraftModel, PromptLookup
 from llorch_jax.speculative import speculate_tokens
 
@@ -150,11 +150,11 @@ def test_the_rule_of_rejection_gives_the_target(params):
         target, draft = np.log(p), np.log(q)
     guesses = np.tile(np.arange(9, dtype=np.int32), (6, 1))
     spread = [np.broadcast_to(x[:, None], (6, 9, 9)) for x in (target, draft)]
-    accepted = np.exp(speculative.acceptance(*spread, guesses))
+    accepted = np.exp(verification.acceptance(*spread, guesses))
     np.testing.assert_allclose(accepted, np.minimum(1, p / q), rtol=1e-5)
-    rest = np.exp(jax.nn.log_softmax(speculative.residual(target, draft, jnp.ones(6, bool))))
+    rest = np.exp(jax.nn.log_softmax(verification.residual(target, draft, jnp.ones(6, bool))))
     np.testing.assert_allclose(q * accepted + (1 - np.sum(q * accepted, 1, keepdims=True)) * rest, p, atol=1e-6)
-    kept = speculative.residual(target, draft, jnp.zeros(6, bool))
+    kept = verification.residual(target, draft, jnp.zeros(6, bool))
     np.testing.assert_array_equal(kept, target)
 
 
