@@ -12,6 +12,8 @@ import llorch_jax as lj
 from llorch_jax import lm_eval
 from llorch_jax.lm_eval import HarnessModel, rolling_windows
 
+SMALL = {"n_layer": 1, "n_embd": 16, "n_head": 1, "num_kv_heads": 1}  # compiles in no time
+
 
 def request(*args):
     return types.SimpleNamespace(args=args)
@@ -19,7 +21,7 @@ def request(*args):
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny.random_model(bos_token_id=tiny.END_OF_TEXT)
+    return tiny.random_model(bos_token_id=tiny.END_OF_TEXT, **SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +87,8 @@ def test_generation_draws_where_a_task_says_so(harness):
 
 def test_generation_ends_with_the_text():
     harness = HarnessModel(tiny.reciting_model("abcdef"))
-    assert harness.generate_until([request("ab", {"until": "zz"}), request("ab", {"until": "e"})]) == ["cdef", "cd"]
+    requests = [request("ab", {"until": until, "max_gen_toks": 20}) for until in ("zz", "e")]
+    assert harness.generate_until(requests) == ["cdef", "cd"]
 
 
 @pytest.fixture
@@ -141,4 +144,4 @@ def test_without_the_harness_the_error_says_what_to_install(monkeypatch):
 
 def test_a_model_without_a_first_token_cannot_roll():
     with pytest.raises(lj.TokenError, match="begin-of-text or end-of-text"):
-        HarnessModel(tiny.random_model()).loglikelihood_rolling([request("a")])
+        HarnessModel(tiny.random_model(**SMALL)).loglikelihood_rolling([request("a")])

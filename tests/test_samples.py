@@ -9,12 +9,13 @@ import llorch_jax as lj
 from llorch_jax import cli, samples
 from llorch_jax.samples import mean_logprob
 
+SMALL = {"n_layer": 1, "n_embd": 16, "n_head": 1, "num_kv_heads": 1}  # compiles in no time
 SAMPLED = {"temperature": 0.7, "top_k": 50, "seed": 3}
 
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny.random_model()
+    return tiny.random_model(**SMALL)
 
 
 @pytest.fixture(scope="module")
