@@ -15,11 +15,13 @@ from rich.table import Table
 
 from llorch_jax.cache.memory import SYNTAX, plan_memory
 from llorch_jax.checkpoint import Model, convert, load, load_config, locate
+from llorch_jax.drafts import DraftError
 from llorch_jax.errors import LlorchError, TokenError
 from llorch_jax.generation import Generation, generate, stream
 from llorch_jax.params import count_params, nbytes, param_shapes
 from llorch_jax.probes import Verdict, compare, intermediates, load_reference
 from llorch_jax.scoring import score
+from llorch_jax.speculative_text import generate_speculative
 from llorch_jax.terminal import enable_compilation_cache, messages, show_bytes, show_timings, waiting
 from llorch_jax.timing import Timings
 
@@ -78,6 +80,10 @@ def generate_command(
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print each piece when it is there.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
     timings: Annotated[bool, typer.Option("--timings", help="Print where the time went, on standard error.")] = False,
+    speculative: Annotated[
+        str | None, typer.Option(help="lookup: guess repetitions of the text and check several tokens at once.")
+    ] = None,
+    draft: Annotated[str | None, typer.Option(help="A smaller model that guesses tokens; see --model.")] = None,
 ) -> None:
     """Continue a text."""
     text = _text(prompt)
@@ -88,7 +94,9 @@ def generate_command(
     settings |= {"dry_multiplier": dry_multiplier, "no_repeat_ngram_size": no_repeat_ngram_size}
     settings |= {"min_new_tokens": min_new_tokens, "xtc_probability": xtc_probability, "mirostat_tau": mirostat_tau}
     settings |= {"stop": stop, "top_logprobs": top_logprobs, "seed": seed, "cache": cache, "overflow": overflow}
-    if stream and not as_json:
+    if speculative or draft:
+        spent = _speculate(loaded, text, max_new_tokens, settings, speculative, draft, as_json)
+    elif stream and not as_json:
         spent = _stream_to_stdout(loaded, text, max_new_tokens, settings)
     else:
         with waiting("compiling and generating"):
@@ -203,6 +211,36 @@ def _stream_to_stdout(model: Model, prompt: str, max_new_tokens: int, settings: 
         print(piece.text, end="", flush=True)
     print()
     return piece.timings
+
+
+def _speculate(
+    model: Model,
+    prompt: str,
+    max_new_tokens: int,
+    settings: dict[str, Any],
+    speculative: str | None,
+    draft: str | None,
+    as_json: bool,
+) -> Timings:
+    """Prints the text at once, and on standard error what the guesses were good for."""
+    if settings.pop("overflow") != "error":
+        raise DraftError("--overflow: expected error with --speculative or --draft, which do not re-encode")
+    known = ("temperature", "top_k", "top_p", "seed", "cache")
+    for name in settings.keys() - known:
+        if settings[name]:
+            raise DraftError(f"{name}: expected only {', '.join(known)} with --speculative or --draft")
+    settings = {name: settings[name] for name in known}
+    if speculative and draft:
+        raise DraftError("--speculative, --draft: expected one of them, got both")
+    guesses: Any = _load(draft)[0] if draft else speculative
+    with waiting("compiling and generating"):
+        out, stats = generate_speculative(model, prompt, max_new_tokens, draft=guesses, **settings)
+    print(_as_json(prompt, out) if as_json else prompt + out.text)
+    messages.print(
+        f"guesses: {stats.acceptance_rate:.0%} of {stats.proposed.sum()} accepted, {stats.tokens_per_step:.2f} tokens "
+        f"per step over {stats.steps} steps"
+    )
+    return out.timings
 
 
 def _as_json(prompt: str, out: Generation) -> str:

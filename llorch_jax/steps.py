@@ -127,7 +127,7 @@ def _next_state(params: Params, config: GPT2Config, policy: Policy, state: Decod
 
 @partial(jax.jit, donate_argnames="cache")
 def first_state(
-    policy: Policy, logits: jax.Array, finished: jax.Array, cache: Cache, history: Any, memory: Any
+    policy: Policy, logits: jax.Array, finished: jax.Array, cache: Cache, history: Any = None, memory: Any = None
 ) -> DecodeState:
     return _choose(policy, logits, finished, cache, history, memory)
 

@@ -114,7 +114,7 @@ class Sampling:
     def __call__(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
         if self.needs_history:
             raise SamplerError(f"sampler: expected a history for {', '.join(self.more)}; call `sample`")
-        return self._choose(logits, keys)
+        return self._choose(self.penalised(logits, None, jnp.zeros(0, jnp.int32)), keys)
 
     def sample(
         self, logits: jax.Array, keys: jax.Array, history: History | None, eos_ids: jax.Array, memory: None
@@ -138,10 +138,15 @@ class Sampling:
             logits = penalties.apply_forced_tokens(logits, history, self.more["forced_tokens"])
         return logits
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether `filtered` says with what probability each token is drawn, whatever came before."""
+        return not self.greedy and not self.more.keys() - _TRUNCATIONS.keys() - {"top_n_sigma"}
+
     def filtered(self, logits: jax.Array) -> jax.Array:
         """Logits [B, V] whose softmax is what tokens are drawn from: minus infinity where a token never is."""
-        if "xtc_probability" in self.more:
-            raise SamplerError("xtc_probability: expected a sampler whose distribution is not random itself")
+        if not self.is_plain:
+            raise SamplerError(f"sampler: expected one that goes by the logits alone, got settings {list(self.more)}")
         values, ids = self._candidates(logits)
         if ids is None:
             return values
