@@ -150,7 +150,7 @@ class DraftModel:
         limit = self.config.n_positions
         capacity = bucket(tokens.shape[1] + new_tokens, limit)
         cache = StaticCache.init(self.config, batch_size=tokens.shape[0], capacity=capacity)
-        _, cache = prefill_step(self.params, self.config, tokens[:, :limit], lengths, cache)
+        _, cache = prefill_step(self.params, self.config, tokens[:, :limit], lengths, cache, fresh=True)
         return cache.crop(lengths - 1)
 
     def propose(self, memory: StaticCache, context: Context) -> Proposal:
