@@ -1,6 +1,6 @@
 """Bytes and time per decode step of every cache layout, over lengths of the text.
 
-    python -m benchmarks.caches [--preset gpt2] [--batch 1] [--lengths 64,256,512,960] [--json FILE] [--plot FILE.png]
+    python -m benchmarks.caches [--preset gpt2] [--batch 1] [--lengths 64,256,512,1000] [--json FILE] [--plot FILE.png]
 
 Every layout decodes behind the same prompt in a cache that could hold the whole context. Steps of the layouts are
 taken in turn, so that a change of the machine's speed meets all of them; the ratio to the static cache is per round.
@@ -18,7 +18,7 @@ import numpy as np
 import llorch_jax as lj
 from benchmarks.measure import Sample, machine, random_model, write_json
 
-LAYOUTS = ("static", "dynamic", "rotating:256+4", "paged", "int8", "int4")
+LAYOUTS = ("static", "dynamic", "rotating:256+4", "paged", "int8", "int4", "h2o:256")
 
 
 def measure(preset: str, batch: int, lengths: list[int], rounds: int, layouts: tuple[str, ...]) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="gpt2")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--lengths", default="64,256,512,960", help="numbers of tokens, with commas")
+    parser.add_argument("--lengths", default="64,256,512,1000", help="numbers of tokens, with commas")
     parser.add_argument("--layouts", default=",".join(LAYOUTS), help="cache specifications, with commas")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path)

@@ -54,7 +54,8 @@ def plot(report: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (kl_axes, perplexity_axes) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    evicting = {tuple(spec.split(":")): found for spec, found in report["caches"].items() if ":" in spec}
+    specs = {tuple(spec.split(":")): found for spec, found in report["caches"].items()}
+    evicting = {spec: found for spec, found in specs.items() if len(spec) == 2 and spec[1].isdecimal()}
     for policy in dict.fromkeys(name for name, _ in evicting):
         budgets = [int(budget) for name, budget in evicting if name == policy]
         found = [evicting[policy, str(budget)] for budget in budgets]

@@ -1,12 +1,11 @@
 """Arrays, tuples and dataclasses in one safetensors file: written atomically, refused where damaged or unexpected."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Iterator, Sequence
+import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,23 +129,14 @@ def _read(path: Path, what: str) -> tuple[dict[str, str], dict[str, np.ndarray]]
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
+    partial_file = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
     try:
-        with _temporary(path) as (descriptor, name):
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, path)
+        with open(partial_file, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial_file, path)
     except OSError as error:
         raise CacheError(f"{path}: cannot be written ({error.strerror or error})") from None
-
-
-@contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[tuple[int, str]]:
-    """A new file beside the path, which is gone when the context ends unless it was renamed."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        yield descriptor, name
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+        partial_file.unlink(missing_ok=True)

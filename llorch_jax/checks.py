@@ -8,7 +8,7 @@ import numpy as np
 
 from llorch_jax.cache.base import KVCache, is_concrete
 from llorch_jax.config import GPT2Config
-from llorch_jax.errors import CapacityError, TokenError
+from llorch_jax.errors import CacheError, CapacityError, TokenError
 
 MaybeCache = TypeVar("MaybeCache", bound=KVCache | None)
 
@@ -77,6 +77,7 @@ def check_append(
     Raises:
         TokenError: as `check_tokens`.
         CapacityError: they do not fit the context or the cache.
+        CacheError: the cache is of another model, or was donated.
     """
     tokens = check_tokens(config, tokens)
     batch, columns = tokens.shape
@@ -86,9 +87,29 @@ def check_append(
         return tokens, cache
     if cache.batch_size != batch:
         raise TokenError(f"tokens: expected as many rows as the cache has, {cache.batch_size}, got {batch}")
+    check_cache(config, cache)
+    if not is_concrete(cache) and columns + later > cache.slots_in_jit:
+        raise CapacityError(
+            f"cache: expected room for {columns + later} tokens per row, got a {type(cache).__name__} of "
+            f"{cache.slots_in_jit} slots, which cannot grow inside jit; call its `reserve` before"
+        )
     check_context(config, cache.lengths, count + later)
     cache.check_room(count + later)
     return tokens, cache.reserve(count)
+
+
+def check_cache(config: GPT2Config, cache: KVCache) -> None:
+    """Raises CacheError for a cache that was made for another model, or whose buffers have been donated."""
+    expected = (config.cache_layers, config.kv_heads, config.head_dim)
+    if cache.layout != expected:
+        raise CacheError(
+            f"cache: expected layers, kv heads and head_dim {expected} as the model has, got {cache.layout}"
+        )
+    if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(cache) if is_concrete(leaf)):
+        raise CacheError(
+            "cache: expected one that owns its buffers, got one that was donated to a later step, itself or through a "
+            "cache with the same buffers; go on with the cache that the step returned"
+        )
 
 
 def check_context(config: GPT2Config, lengths: Any, count: Any) -> None:

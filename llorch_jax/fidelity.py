@@ -13,7 +13,7 @@ from llorch_jax.cache.static import StaticCache
 from llorch_jax.checks import check_context, check_tokens
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding import decode_step, prefill
-from llorch_jax.errors import TokenError
+from llorch_jax.errors import CacheError, TokenError
 from llorch_jax.params import Params
 
 
@@ -54,12 +54,15 @@ def fidelity(params: Params, config: GPT2Config, tokens: Any, prompt: int, cache
     Raises:
         TokenError: the tokens are misshapen or out of range, or the prompt is not shorter than they are.
         CapacityError: they do not fit the context or the cache.
+        CacheError: the cache is not empty, or of another model.
     """
     ids = np.asarray(check_tokens(config, tokens))
     batch, length = ids.shape
     if type(prompt) is not int or not 1 <= prompt <= length - 2:
         raise TokenError(f"prompt: expected 1 .. {length - 2} of the {length} tokens, got {prompt!r}")
     check_context(config, np.zeros(batch, np.int32), length - 1)
+    if not cache.is_empty():
+        raise CacheError(f"cache: expected an empty one, got rows of {np.asarray(cache.lengths).tolist()} tokens")
     exact: KVCache = StaticCache.init(config, batch_size=batch, capacity=length - 1)
     exact, cache = (prefill(params, config, ids[:, :prompt], each)[1] for each in (exact, cache))
     sums = np.zeros(4)

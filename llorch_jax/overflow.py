@@ -35,7 +35,8 @@ class Reencode:
             CapacityError: sinks and window leave no room for a new token.
         """
         window = max(1, context // 2) if self.window is None else self.window
-        if self.sinks < 0 or window < 1 or self.sinks + window > context:
+        whole = type(self.sinks) is int and type(window) is int
+        if not whole or self.sinks < 0 or window < 1 or self.sinks + window > context:
             raise CapacityError(
                 f"overflow: expected sinks >= 0 and window >= 1 that fit the context of {context}, "
                 f"got sinks={self.sinks}, window={window}"

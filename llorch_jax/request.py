@@ -18,6 +18,8 @@ from llorch_jax.errors import CapacityError, TokenError
 from llorch_jax.overflow import Reencode, check_overflow, context_of, padded, shortened
 from llorch_jax.sampling import Greedy, History, Sampler, SamplerError
 
+_NEXT_PART = np.int32(2**31 - 1)  # no position: what keys are folded with after a re-encoding
+
 
 @struct.dataclass
 class Policy:
@@ -122,13 +124,14 @@ def following(config: GPT2Config, request: Request, new: np.ndarray, state: Any)
     """
     assert request.reencode is not None
     cache = state.cache
-    lengths = np.asarray(request.lengths)
-    rows = [
-        np.concatenate([row[:n], more]) for row, n, more in zip(np.asarray(request.tokens), lengths, new, strict=True)
-    ]
-    kept, counts = padded([request.reencode.kept(row, cache.capacity) for row in rows])
+    rows = _grown_rows(request, new)
+    cut = np.array([len(row) > cache.capacity for row in rows])  # the others go on as they would alone
+    kept, counts = padded(
+        [request.reencode.kept(row, cache.capacity) if long else row for row, long in zip(rows, cut, strict=True)]
+    )
     # Positions start again, and a key is folded with the position: other keys for the next part of the text.
-    keys = jax.vmap(jax.random.fold_in, (0, None))(request.policy.keys, cache.capacity)
+    folded = jax.vmap(jax.random.fold_in, (0, None))(request.policy.keys, _NEXT_PART)
+    keys = jnp.where(jnp.asarray(cut), folded, request.policy.keys)
     now = min(request.later, cache.capacity + 1 - int(np.max(counts)))
     kept, cache = check_append(config, kept, cache.clear(), counts, later=now - 1)
     return dataclasses.replace(
@@ -143,6 +146,17 @@ def following(config: GPT2Config, request: Request, new: np.ndarray, state: Any)
         history=state.history,
         memory=state.memory,
     )
+
+
+def _grown_rows(request: Request, new: np.ndarray) -> list[np.ndarray]:
+    """Each row's tokens with the new ones int32 [B, N]; of rows that have ended without the last, as in the cache."""
+    rows = []
+    ended = np.isin(new, np.asarray(request.policy.eos_ids))
+    before = zip(np.asarray(request.tokens), np.asarray(request.lengths), np.asarray(request.finished), strict=True)
+    for (row, count, finished), more, ends in zip(before, new, ended, strict=True):
+        added = 0 if finished else int(ends.argmax()) if ends.any() else len(more)
+        rows.append(np.concatenate([row[:count], more[:added]]))
+    return rows
 
 
 def pad_to_bucket(tokens: jax.Array, config: GPT2Config) -> jax.Array:

@@ -15,7 +15,7 @@ from llorch_jax.archive import read_archive, write_archive
 from llorch_jax.cache.base import KVCache
 from llorch_jax.cache.dynamic import DynamicCache
 from llorch_jax.cache.files import CACHE_CLASSES, check_savable
-from llorch_jax.checks import check_context, check_tokens
+from llorch_jax.checks import check_cache, check_context, check_tokens
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding import begin, first_logits, run_steps
 from llorch_jax.errors import CacheError, CapacityError
@@ -85,8 +85,10 @@ class Session:
         if type(max_new_tokens) is not int or max_new_tokens < 1:
             raise CapacityError(f"max_new_tokens: expected a whole number from 1 up, got {max_new_tokens!r}")
         count = max_new_tokens - self.pending
-        check_context(config, self.state.cache.lengths, count)
-        self.state.cache.check_room(count)
+        check_cache(config, self.state.cache)
+        going_on = count * (1 - np.asarray(self.state.finished).astype(np.int32))
+        check_context(config, self.state.cache.lengths, going_on)
+        self.state.cache.check_room(going_on)
         finished, first = np.array(self.state.finished), np.array(self.state.token)
         if self.pending:  # whether this very token has ended the row does not matter to its own place in the text
             finished = np.zeros_like(finished)

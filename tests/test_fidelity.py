@@ -51,3 +51,9 @@ def test_divergence_is_that_of_the_two_distributions():
 def test_bad_prompts(prompt):
     with pytest.raises(lj.TokenError, match=r"prompt: expected 1 \.\. 22"):
         fidelity(make_params(CONFIG), CONFIG, TOKENS, prompt, make_cache(CONFIG, batch_size=2))
+
+
+def test_a_cache_that_holds_tokens():
+    _, cache = lj.forward(make_params(CONFIG), CONFIG, TOKENS[:, :3], make_cache(CONFIG, batch_size=2))
+    with pytest.raises(lj.CacheError, match="cache: expected an empty one"):
+        fidelity(make_params(CONFIG), CONFIG, TOKENS, 16, cache)

@@ -86,3 +86,31 @@ def test_errors(params):
     _, cache = lj.prefill(params, CONFIG, prompts(1, 5), cache)
     with pytest.raises(lj.CapacityError, match="empty cache"):
         lj.generate_tokens(params, CONFIG, prompts(1, 5), 30, cache, overflow="reencode")
+
+
+def test_a_row_does_not_depend_on_its_batch(params):
+    tokens, lengths = prompts(2, 22), [22, 9]
+    sampler, keys = lj.Sampling.create(1.0), jax.random.split(jax.random.key(5), 2)
+    together, _ = lj.generate_tokens(
+        params, CONFIG, tokens, 40, lengths=lengths, sampler=sampler, key=keys, overflow=Reencode(2, 8)
+    )
+    alone, _ = lj.generate_tokens(
+        params, CONFIG, tokens[1:, :9], 40, sampler=sampler, key=keys[1:], overflow=Reencode(2, 8)
+    )
+    np.testing.assert_array_equal(together[1], alone[0])
+
+
+def test_the_cache_of_an_ended_row_holds_no_filler(params):
+    tokens, lengths = prompts(2, 20), [20, 4]
+    free, _ = lj.generate_tokens(params, CONFIG, tokens, 40, lengths=lengths, overflow=Reencode(2, 8))
+    eos = int(free[1, 2])
+    assert eos not in np.asarray(free[0])
+    assert eos not in np.asarray(free[1, :2])
+    _, cache = lj.generate_tokens(params, CONFIG, tokens, 40, lengths=lengths, overflow=Reencode(2, 8), eos_id=eos)
+    assert int(cache.lengths[1]) == 4 + 2
+
+
+@pytest.mark.parametrize("impossible", [Reencode(1.5, 8), Reencode(0, "8"), Reencode(-1, 8), Reencode(20, 8)])
+def test_impossible_settings_are_named(params, impossible):
+    with pytest.raises(lj.CapacityError, match="overflow: expected sinks >= 0 and window >= 1"):
+        lj.generate_tokens(params, CONFIG, prompts(1, 9), 60, overflow=impossible)

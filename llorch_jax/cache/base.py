@@ -87,7 +87,7 @@ class KVCache(abc.ABC):
             CacheError: layer or shapes do not fit.
             CapacityError: a row has no room for the tokens (checked outside `jit` only).
         """
-        check_new_tokens(layer, k, v, self.batch_size, self.layout)
+        check_new_tokens(layer, k, v, self.batch_size, self.layout, count)
         return self.reserve(k.shape[1] if count is None else count)._write(layer, k, v, count)
 
     def append(self, layer: int, k: jax.Array, v: jax.Array, count: Any = None) -> tuple[Self, KVView]:
@@ -106,6 +106,11 @@ class KVCache(abc.ABC):
     @abc.abstractmethod
     def advance(self, count: Any) -> Self:
         """Lengthens every row by `count` tokens, an int or int32 [B], that `update` has written in all layers."""
+
+    @property
+    def slots_in_jit(self) -> int:
+        """How many tokens an empty row can be given in `jit`, where nothing can be allocated."""
+        return self.capacity
 
     def voters(self, new: int, count: Any) -> jax.Array | None:
         """Which of T new queries' attention `observe` is to be shown, int32 [B, W]; None: of none, as for most layouts.
@@ -196,8 +201,10 @@ def check_room(lengths: Any, count: Any, capacity: int) -> None:
     """Raises CapacityError where a row of `lengths` int32 [B] has no room for `count`, int or int32 [B], more."""
     if not is_concrete(lengths, count):
         return
-    lengths = np.asarray(lengths)
-    needed = lengths + np.asarray(count)
+    lengths, count = np.asarray(lengths), np.asarray(count)
+    if count.dtype.kind not in "iu" or count.shape not in ((), lengths.shape) or np.any(count < 0):
+        raise CacheError(f"count: expected numbers from 0 up, one or one per row, got {count.tolist()}")
+    needed = lengths + count
     row = int(np.argmax(needed))
     if needed[row] > capacity:
         raise CapacityError(
@@ -206,8 +213,10 @@ def check_room(lengths: Any, count: Any, capacity: int) -> None:
         )
 
 
-def check_new_tokens(layer: int, k: jax.Array, v: jax.Array, batch_size: int, layout: tuple[int, int, int]) -> None:
-    """Raises CacheError unless the layer exists and k and v are [B, T, K, H] as the cache's `layout` says."""
+def check_new_tokens(
+    layer: int, k: jax.Array, v: jax.Array, batch_size: int, layout: tuple[int, int, int], count: Any
+) -> None:
+    """Raises CacheError unless the layer exists, k and v are [B, T, K, H] as `layout` says, and counts are up to T."""
     layers, *heads = layout
     if not 0 <= layer < layers:
         raise CacheError(f"layer: expected 0 .. {layers - 1}, got {layer}")
@@ -217,14 +226,21 @@ def check_new_tokens(layer: int, k: jax.Array, v: jax.Array, batch_size: int, la
             raise CacheError(f"{name}: expected shape [{batch_size}, T, {heads[0]}, {heads[1]}], got {shape}")
     if k.shape != v.shape:
         raise CacheError(f"v: expected as many tokens as k, {k.shape[1]}, got {v.shape[1]}")
+    if count is not None and is_concrete(count) and np.any(np.asarray(count) > k.shape[1]):
+        raise CacheError(f"count: expected at most {k.shape[1]}, the tokens given, got {np.asarray(count).tolist()}")
 
 
 def check_sizes(config: GPT2Config, batch_size: int, capacity: int) -> None:
     """Raises CacheError or CapacityError for an impossible batch size or capacity."""
-    if batch_size < 1:
-        raise CacheError(f"batch_size: expected 1 or more, got {batch_size}")
-    if not 1 <= capacity <= config.n_positions:
-        raise CapacityError(f"capacity: expected 1 .. n_positions={config.n_positions}, got {capacity}")
+    if not is_whole(batch_size) or batch_size < 1:
+        raise CacheError(f"batch_size: expected 1 or more, got {batch_size!r}")
+    if not is_whole(capacity) or not 1 <= capacity <= config.n_positions:
+        raise CapacityError(f"capacity: expected 1 .. n_positions={config.n_positions}, got {capacity!r}")
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def check_rows(rows: Any, batch_size: int) -> jax.Array:
@@ -240,8 +256,10 @@ def check_rows(rows: Any, batch_size: int) -> jax.Array:
 
 def cropped(lengths: jax.Array, length: Any) -> jax.Array:
     """Row lengths after rolling back to at most `length`, an int or int32 [B]."""
-    if is_concrete(length) and np.any(np.asarray(length) < 0):
-        raise CacheError(f"crop: expected a length of 0 or more, got {length}")
+    if is_concrete(length):
+        known = np.asarray(length)
+        if known.dtype.kind not in "iu" or known.shape not in ((), lengths.shape) or np.any(known < 0):
+            raise CacheError(f"crop: expected whole numbers from 0 up, one or {lengths.size}, got {length!r}")
     return jnp.minimum(lengths, jnp.asarray(length, jnp.int32))
 
 

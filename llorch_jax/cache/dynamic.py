@@ -66,6 +66,10 @@ class DynamicCache(StaticCache):
     def capacity(self) -> int:
         return self.limit
 
+    @property
+    def slots_in_jit(self) -> int:
+        return self.slots
+
     def reserve(self, count: Any) -> Self:
         """The cache, with larger buffers where `count` (int or int32 [B]) more tokens per row need them.
 

@@ -1,5 +1,6 @@
 """EvictingCache: at most a budget of tokens per row and head, chosen by a policy."""
 
+from collections.abc import Hashable, Sequence
 from functools import partial
 from typing import Any, Self
 
@@ -16,9 +17,10 @@ from llorch_jax.cache.base import (
     check_sizes,
     cropped,
     is_concrete,
+    join_rows,
     replace_item,
 )
-from llorch_jax.cache.policies import AttentionSinks, Policy
+from llorch_jax.cache.policies import AttentionSinks, Policy, check_settings, votes_asked
 from llorch_jax.cache.static import empty_slots, write_rows
 from llorch_jax.cache.storage import dtype_of, from_stored
 from llorch_jax.config import GPT2Config
@@ -136,6 +138,10 @@ class EvictingCache(KVCache):
         return self.kept + self.lengths - self.seen
 
     @property
+    def slots_in_jit(self) -> int:
+        return self.slots
+
+    @property
     def full_slots(self) -> int:
         """How many tokens a row may hold before an eviction."""
         return min(self.budget + self.slack, self.limit)
@@ -143,7 +149,8 @@ class EvictingCache(KVCache):
     def _write(self, layer: int, k: jax.Array, v: jax.Array, count: Any) -> Self:
         votes, queries = self.votes, votes_asked(self.policy)
         if queries and k.shape[1] >= queries:  # only the newest vote, so those before have no longer a say
-            votes = replace_item(votes, layer, jnp.zeros_like(votes[layer]))
+            new = jnp.broadcast_to(jnp.asarray(k.shape[1] if count is None else count, jnp.int32), self.lengths.shape)
+            votes = replace_item(votes, layer, jnp.where((new >= queries)[:, None, None], 0, votes[layer]))
         return self.replace(
             votes=votes,
             keys=replace_item(self.keys, layer, write_rows(self.keys[layer], k, self.held)),
@@ -204,6 +211,8 @@ class EvictingCache(KVCache):
     def crop(self, length: Any) -> Self:
         """As `KVCache.crop`: back to where a row was at its last eviction, or to nothing.
 
+        Votes that the rolled-back queries gave to the tokens left stay counted.
+
         Raises:
             CacheError: tokens that the shorter row needs have been evicted. In `jit` this cannot be known: the next
                 `reserve` raises it.
@@ -218,6 +227,16 @@ class EvictingCache(KVCache):
     def select(self, rows: Any) -> Self:
         index = check_rows(rows, self.batch_size)
         return jax.tree.map(lambda array: jnp.take(array, index, axis=0), self)
+
+    def join(self, others: Sequence[Self]) -> Self:
+        """As `KVCache.join`; what a long prompt has enlarged may differ."""
+        caches = (self, *others)
+        slots = max(cache.slots for cache in caches)
+        return join_rows([cache._with_slots(slots) for cache in caches])
+
+    def allocation(self) -> Hashable:
+        """As `KVCache.allocation`; the present size of the buffers does not matter."""
+        return jax.tree.structure(self), self.batch_size, self.layout, self.keys[0].dtype.name
 
     def _check_intact(self, lengths: Any) -> None:
         if not is_concrete(lengths, self.seen):
@@ -292,19 +311,6 @@ def _compact(cache: EvictingCache, chosen: jax.Array, full: jax.Array, slots: in
         kept=kept,
         seen=jnp.where(full, cache.lengths, cache.seen),
     )
-
-
-def votes_asked(policy: Policy) -> int | None:
-    """How many of the newest queries of an append vote; None for all."""
-    return getattr(policy, "queries", 0)
-
-
-def check_settings(policy: Any, budget: Any, slack: Any) -> None:
-    if not callable(policy) or isinstance(policy, type):
-        raise CacheError(f"policy: expected a function (votes, positions, lengths, budget) -> slots, got {policy!r}")
-    for name, value in (("budget", budget), ("slack", slack)):
-        if type(value) is not int or value < 1:
-            raise CacheError(f"{name}: expected 1 or more tokens, got {value!r}")
 
 
 def _check_chosen(chosen: np.ndarray, held: np.ndarray, full: np.ndarray) -> None:

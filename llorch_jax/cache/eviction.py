@@ -7,8 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from llorch_jax.cache.base import KVCache, is_concrete
-from llorch_jax.cache.evicting import SLACK, EvictingCache, check_settings, votes_asked
-from llorch_jax.cache.policies import AttentionSinks, HeavyHitters, Policy, RecencyWindow, SnapKV
+from llorch_jax.cache.evicting import SLACK, EvictingCache
+from llorch_jax.cache.policies import (
+    AttentionSinks,
+    HeavyHitters,
+    Policy,
+    RecencyWindow,
+    SnapKV,
+    check_settings,
+    votes_asked,
+)
 from llorch_jax.cache.storage import as_bits
 from llorch_jax.errors import CacheError
 

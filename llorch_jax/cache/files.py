@@ -73,5 +73,7 @@ def check_savable(cache: KVCache) -> None:
     if type(cache) not in LAYOUTS or not is_concrete(cache):
         names = ", ".join(cls.__name__ for cls in LAYOUTS)
         raise CacheError(f"cache: expected one of {names} outside jit, got {cache!r:.80}")
+    if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(cache)):
+        raise CacheError("cache: expected arrays of JAX, got others; use the cache as it was before device_get")
     if any(leaf.is_deleted() for leaf in jax.tree.leaves(cache)):
         raise CacheError("cache: expected one that owns its buffers, got one that was donated to a later step")

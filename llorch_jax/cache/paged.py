@@ -18,7 +18,7 @@ from llorch_jax.cache.base import (
     replace_item,
 )
 from llorch_jax.cache.pages import PageBook, PageStats, blocks
-from llorch_jax.cache.pools import copy_pages, join_pools, join_tables, write_pages
+from llorch_jax.cache.pools import copy_pages, join_pools, write_pages
 from llorch_jax.cache.storage import dtype_of, from_stored, to_stored, zeros
 from llorch_jax.config import GPT2Config
 from llorch_jax.errors import CacheError, CapacityError
@@ -110,6 +110,10 @@ class PagedCache(KVCache):
         return self.limit
 
     @property
+    def slots_in_jit(self) -> int:
+        return min(self.limit, self.tables.shape[1] * self.page_size)
+
+    @property
     def page_size(self) -> int:
         """Slots per page."""
         return self.keys[0].shape[2]
@@ -198,13 +202,20 @@ class PagedCache(KVCache):
     def crop(self, length: Any) -> Self:
         """Rolls back to the first `length` tokens, an int or int32 [B]; shorter rows stay as they are.
 
-        Pages behind the new ends become free. In `jit` the rows keep them, for the tokens that will follow.
+        Pages behind the new ends become free. In `jit` the rows keep them for the tokens that will follow; but a row
+        that is cropped there to an earlier page, which others may share, must pass `reserve` before it writes.
         """
         lengths = cropped(self.lengths, length)
         tables = self._before_copies(jnp.max(self.sources, axis=0))
         if is_concrete(self, length):
             tables = _without_reserve(tables, lengths, self.page_size)
-        return self.replace(tables=tables, sources=jnp.full_like(self.sources, -1), lengths=lengths)
+            return self.replace(tables=tables, sources=jnp.full_like(self.sources, -1), lengths=lengths)
+        same_page = lengths // self.page_size == self.lengths // self.page_size  # its copy may still be to be made
+        return self.replace(
+            tables=jnp.where(same_page[:, None], self.tables, tables),
+            sources=jnp.where(same_page[None], self.sources, -1),
+            lengths=lengths,
+        )
 
     def free_rows(self, rows: Any) -> Self:
         """The cache with these rows, int [R], empty and their pages free unless other rows share them."""
@@ -224,11 +235,16 @@ class PagedCache(KVCache):
         )
 
     def join(self, others: Sequence[Self]) -> Self:
-        """As `KVCache.join`. Pools are put behind one another; caches of one pool, as after `split`, go on sharing it.
+        """As `KVCache.join`. Host only.
+
+        Caches of one pool, as after `split`, go on sharing it. Of other pools the pages that rows name are put into a
+        new one, with as many free pages as there were, but no more than all rows could ever use.
 
         Raises:
-            CacheError: the caches differ in page size, capacity, dtype or layout.
+            CacheError: the caches differ in page size, capacity, dtype or layout, or are traced.
         """
+        if not is_concrete(self, others):
+            raise CacheError("concat: expected paged caches outside jit, got traced ones")
         caches = (self, *others)
         for number, cache in enumerate(caches):
             expected, got = (
@@ -237,8 +253,9 @@ class PagedCache(KVCache):
             )
             if expected != got:
                 raise CacheError(f"concat: expected paged caches of {expected}, got {got} in caches[{number}]")
-        keys, values, starts = join_pools([(cache.keys, cache.values) for cache in caches])
-        tables = join_tables([cache._filled_tables() for cache in caches], starts)
+        rows = [cache._filled_tables() for cache in caches]
+        most = sum(cache.batch_size for cache in caches) * blocks(self.limit, self.page_size)
+        keys, values, tables = join_pools([(cache.keys, cache.values) for cache in caches], rows, most)
         return self.replace(
             keys=keys,
             values=values,

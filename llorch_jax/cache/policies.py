@@ -14,7 +14,7 @@ of each append vote (0, the default, for none; None for all), and `remembers`, w
 """
 
 import dataclasses
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -131,6 +131,20 @@ class SnapKV:
         pooled = lax.reduce_window(votes, -jnp.inf, lax.max, window, (1, 1, 1), "SAME")
         recent = newest(positions, lengths, min(self.observation, max(1, budget // 2)))
         return keep_best(jnp.where(recent, jnp.inf, pooled), positions, budget)
+
+
+def votes_asked(policy: Policy) -> int | None:
+    """How many of the newest queries of an append vote; None for all."""
+    return getattr(policy, "queries", 0)
+
+
+def check_settings(policy: Any, budget: Any, slack: Any) -> None:
+    """Raises CacheError for what cannot be a policy, a budget or a slack."""
+    if not callable(policy) or isinstance(policy, type):
+        raise CacheError(f"policy: expected a function (votes, positions, lengths, budget) -> slots, got {policy!r}")
+    for name, value in (("budget", budget), ("slack", slack)):
+        if type(value) is not int or value < 1:
+            raise CacheError(f"{name}: expected 1 or more tokens, got {value!r}")
 
 
 def _check_whole(name: str, value: object, least: int) -> None:

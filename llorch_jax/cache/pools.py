@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 Arrays = tuple[jax.Array, ...]
@@ -50,32 +51,35 @@ def write_pages(pool: jax.Array, new: jax.Array, tables: jax.Array, starts: jax.
     return write_row(0, pool) if batch == 1 else lax.fori_loop(0, batch, write_row, pool)
 
 
-def join_pools(pools: Sequence[tuple[Arrays, Arrays]]) -> tuple[Arrays, Arrays, list[int]]:
-    """Keys and values of several pools behind one another, and the number that each pool's first page gets.
+def join_pools(
+    pools: Sequence[tuple[Arrays, Arrays]], tables: Sequence[jax.Array], most: int
+) -> tuple[Arrays, Arrays, jax.Array]:
+    """One pool for the rows of several caches: keys, values, and block tables int32 [B, N] below one another.
 
-    Pools that are the same arrays appear once: a write would have made other arrays of them.
+    Pools that are the same arrays stay as they are: a write would have made other arrays of them.
 
     Args:
-        pools: keys and values, L arrays [P, K, page_size, H] each.
+        pools: keys and values of each cache, L arrays [P, K, page_size, H].
+        tables: of each cache, int32 [B, N]; -1 for no page.
+        most: pages that the new pool needs at most.
     """
-    identities = [tuple(id(array) for arrays in pool for array in arrays) for pool in pools]
-    different, starts, pages = [], {}, 0
-    for identity, (keys, values) in zip(identities, pools, strict=True):
-        if identity not in starts:
-            starts[identity] = pages
-            different.append((keys, values))
-            pages += keys[0].shape[0]
-    keys, values = (
-        tuple(arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays) for arrays in zip(*kind, strict=True))
-        for kind in zip(*different, strict=True)
-    )
-    return keys, values, [starts[identity] for identity in identities]
-
-
-def join_tables(tables: Sequence[jax.Array], starts: Sequence[int]) -> jax.Array:
-    """Block tables int32 [B, N] below one another, for pools whose first pages have become pages `starts`."""
     columns = max(table.shape[1] for table in tables)
-    moved = [jnp.where(table >= 0, table + start, -1) for table, start in zip(tables, starts, strict=True)]
-    return jnp.concatenate(
-        [jnp.pad(table, ((0, 0), (0, columns - table.shape[1])), constant_values=-1) for table in moved]
-    )
+    known = [np.pad(table, ((0, 0), (0, columns - table.shape[1])), constant_values=-1) for table in tables]
+    keys, values = pools[0]
+    if all(ours is other for pool in pools for ours, other in zip((*keys, *values), (*pool[0], *pool[1]), strict=True)):
+        return keys, values, jnp.asarray(np.concatenate(known))
+    sizes = [pool[0][0].shape[0] for pool in pools]
+    named = [np.unique(table[table >= 0]) for table in known]
+    total = max(sum(page.size for page in named), min(sum(sizes), max(*sizes, most)))
+    starts = np.cumsum([0, *(pages.size for pages in named)])
+    moved = [
+        np.where(table >= 0, np.searchsorted(pages, table) + start, -1)
+        for table, pages, start in zip(known, named, starts[:-1], strict=True)
+    ]
+
+    def gathered(arrays: Sequence[jax.Array]) -> jax.Array:
+        used = jnp.concatenate([jnp.take(array, pages, axis=0) for array, pages in zip(arrays, named, strict=True)])
+        return jnp.pad(used, ((0, total - used.shape[0]), (0, 0), (0, 0), (0, 0)))
+
+    new_keys, new_values = (tuple(map(gathered, zip(*(pool[kind] for pool in pools), strict=True))) for kind in (0, 1))
+    return new_keys, new_values, jnp.asarray(np.concatenate(moved), jnp.int32)

@@ -115,7 +115,7 @@ class RotatingCache(KVCache):
                 that have overwritten tokens which the row still needs.
             CapacityError: a row has no room for the tokens.
         """
-        check_new_tokens(layer, k, v, self.batch_size, self.layout)
+        check_new_tokens(layer, k, v, self.batch_size, self.layout, count)
         self.check_room(k.shape[1] if count is None else count)
         self._check_intact(self.lengths, self.ends[:, layer : layer + 1])
         return self._write(layer, k, v, count)

@@ -353,3 +353,26 @@ def test_ends_where_the_context_ends():
     assert cache.capacity == CONFIG.n_positions
     with pytest.raises(CapacityError):
         decoding.generate_tokens(make_params(CONFIG), CONFIG, make_batch([20]).tokens[:, :20], 50, cache)
+
+
+def test_votes_do_not_depend_on_other_rows():
+    batch = make_batch([20, 9], seed=8)
+    make = partial(EvictingCache.init, CONFIG, policy=SnapKV(observation=4), budget=40)
+    second = dataclasses.replace(in_chunks([16], 16)[0], count=np.array([14, 3]))
+    _, together = feed(CONFIG, make(batch_size=2), batch, in_chunks([6, 6], 16))
+    _, together = feed(CONFIG, together, batch, [second], start=[6, 6])
+    _, alone = feed(CONFIG, make(batch_size=1), batch.row(1), in_chunks([6], 16))
+    _, alone = feed(CONFIG, alone, batch.row(1), [dataclasses.replace(second, count=np.array([3]))], start=[6])
+    for ours, theirs in zip(together.votes, alone.votes, strict=True):
+        np.testing.assert_allclose(ours[1, :, :9], theirs[0, :, :9], rtol=1e-4)
+
+
+def test_caches_that_a_prompt_enlarged_are_joined_and_pooled():
+    small = EvictingCache.init(CONFIG, budget=4, slack=2)
+    _, large = feed(CONFIG, small, make_batch([20]), in_chunks([20], 24))
+    joined = lj.cache.concat([large, small])
+    assert (joined.batch_size, joined.slots) == (2, large.slots)
+    pool = lj.CachePool()
+    pool.release(large)
+    assert pool.acquire(EvictingCache, CONFIG, budget=4, slack=2).slots == joined.slots
+    assert pool.memory_usage() == 0

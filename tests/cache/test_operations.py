@@ -4,15 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cache_cases import CONFIGS, assert_close, feed, in_chunks, make_batch, make_config, uncached
+from cache_cases import CONFIGS, assert_close, feed, in_chunks, make_batch, make_config, make_params, uncached
 
+import llorch_jax as lj
 from llorch_jax.cache.dynamic import DynamicCache
 from llorch_jax.cache.memory import make_cache
 from llorch_jax.cache.operations import concat, convert, fork, split
 from llorch_jax.cache.quantized import QuantizedCache
 from llorch_jax.cache.rotating import RotatingCache
 from llorch_jax.cache.static import StaticCache
-from llorch_jax.errors import CacheError, CapacityError
+from llorch_jax.errors import CacheError, CapacityError, LlorchError
 
 CONFIG = make_config(layers=2, heads=2, kv_heads=1, head_dim=5)
 BATCH = make_batch([20, 3, 9])
@@ -176,3 +177,75 @@ def test_a_full_row_is_not_touched_by_the_steps_of_the_others():
     logits, after = feed(CONFIG, cache, batch, in_chunks([0, 2, 0], 1), start=[16, 3, 3])
     assert_equal_contents(after.select([0, 2]), cache.select([0, 2]))
     assert_close(logits[1, 3:5], uncached(CONFIG, batch)[1, 3:5])
+
+
+OTHER = make_config(layers=2, heads=4, kv_heads=1, head_dim=8)
+MANY = ["static", "dynamic", "rotating:5", "paged", "int8", "h2o:5"]
+
+
+@pytest.mark.parametrize("spec", MANY)
+def test_a_cache_of_another_model_is_refused(spec):
+    cache, tokens = make_cache(OTHER, spec), np.ones((1, 3), np.int32)
+    for use in (lj.forward, lj.prefill):
+        with pytest.raises(
+            CacheError, match=r"cache: expected layers, kv heads and head_dim \(.*as the model has, got"
+        ):
+            use(make_params(CONFIG), CONFIG, tokens, cache)
+
+
+@pytest.mark.parametrize("spec", MANY)
+def test_counts_and_lengths_that_cannot_be(spec):
+    cache = make_cache(CONFIG, spec, batch_size=2)
+    _, heads, head_dim = cache.layout
+    k = jnp.ones((2, 2, heads, head_dim))
+    for count in (-1, [-1, 2], 1.5, [1, 1, 1]):
+        with pytest.raises(CacheError, match="count: expected numbers from 0 up, one or one per row"):
+            cache.advance(np.asarray(count))
+    with pytest.raises(CacheError, match="count: expected at most 2, the tokens given, got 5"):
+        cache.update(0, k, k, 5)
+    for length in (-1, 2.5, True, [1, 2, 3]):
+        with pytest.raises(CacheError, match="crop: expected whole numbers from 0 up, one or 2"):
+            cache.crop(length)
+
+
+@pytest.mark.parametrize("settings", [{"batch_size": 1.5}, {"batch_size": "2"}, {"capacity": 16.0}])
+def test_sizes_must_be_whole_numbers(settings):
+    with pytest.raises(LlorchError, match=next(iter(settings))):
+        StaticCache.init(CONFIG, **settings)
+
+
+def test_donated_buffers_are_named():
+    cache = make_cache(CONFIG, "paged", batch_size=2)
+    one, two = split(cache, [1, 1])
+    lj.prefill(make_params(CONFIG), CONFIG, np.ones((1, 3), np.int32), one)
+    with pytest.raises(CacheError, match="donated to a later step, itself or through a cache with the same buffers"):
+        lj.prefill(make_params(CONFIG), CONFIG, np.ones((1, 3), np.int32), two)
+
+
+def test_a_cache_that_cannot_grow_inside_jit_is_refused():
+    @jax.jit
+    def run(tokens, cache):
+        return lj.generate_tokens(make_params(CONFIG), CONFIG, tokens, 20, cache)[0]
+
+    for spec in ("dynamic", "paged:8", "h2o:8"):
+        with pytest.raises(CapacityError, match="which cannot grow inside jit; call its `reserve` before"):
+            run(jnp.ones((1, 30), jnp.int32), make_cache(CONFIG, spec))
+
+
+def test_joining_paged_caches_again_and_again_keeps_the_pool_small():
+    cache = make_cache(CONFIG, "paged", batch_size=2, page_size=8)
+    params, tokens = make_params(CONFIG), np.arange(10, dtype=np.int32).reshape(2, 5)
+    _, cache = lj.forward(params, CONFIG, tokens, cache)
+    pages, expected = cache.num_pages, None
+    for _ in range(3):
+        one, two = split(cache, [1, 1])
+        _, one = lj.forward(params, CONFIG, tokens[:1, :1], one)
+        _, two = lj.forward(params, CONFIG, tokens[1:, :1], two)
+        cache = concat([one, two])
+        assert cache.num_pages == pages
+    dense = StaticCache.init(CONFIG, batch_size=2)
+    for part in (tokens, *[tokens[:, :1]] * 3):
+        expected, dense = lj.forward(params, CONFIG, part, dense)
+    logits, _ = lj.forward(params, CONFIG, tokens[:, 1:2], cache)
+    expected, _ = lj.forward(params, CONFIG, tokens[:, 1:2], dense)
+    np.testing.assert_allclose(logits, expected, atol=1e-4)

@@ -347,8 +347,20 @@ class TestCrop:
         assert_dense(TINY, logits[0, -1], [*tokens[0, :2], 1, 2, 3, 4])
         assert_dense(TINY, logits[1, -1], [*tokens[0, :8], 1, 2, 3, 4])
 
+    def test_in_jit_a_copy_that_is_still_to_be_made_is_not_forgotten(self):
+        @jax.jit
+        def write(cache, numbers):
+            return write_all(cache.crop(jnp.asarray([5, 5], jnp.int32)), numbers, jnp.ones(2, jnp.int32))
+
+        config = make_config(layers=2, heads=1, head_dim=2)
+        cache = make_paged(config, 1, page_size=8, num_pages=4).reserve(5)
+        cache = write_all(cache, jnp.arange(5.0)[None], jnp.asarray([5], jnp.int32))
+        branches = write(cache.fork(2).reserve(1), jnp.asarray([[50.0], [60.0]]))
+        keys = np.asarray(branches.read(1).k)[:, 0, :6, 0] - 1000
+        assert keys.tolist() == [[0, 1, 2, 3, 4, 50], [0, 1, 2, 3, 4, 60]]
+
     def test_a_negative_length(self):
-        with pytest.raises(CacheError, match="crop: expected a length of 0 or more"):
+        with pytest.raises(CacheError, match="crop: expected whole numbers from 0 up"):
             make_paged(TINY).crop(-1)
 
 

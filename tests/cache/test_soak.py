@@ -151,5 +151,6 @@ def test_random_operations_equal_a_slow_model(layout, tmp_path):
     assert len(jax.live_arrays()) <= arrays + 2 * len(jax.tree.leaves(soak.cache))
     if layout.startswith("paged"):
         assert soak.refused > 0
-        stats = soak.cache.clear().page_stats()
-        assert (stats.used, stats.free) == (0, stats.total)
+        stats = soak.cache.page_stats()
+        assert stats.used <= sum(-(-len(row) // 4) + 1 for row in soak.rows)
+        assert stats.total == 40
