@@ -105,6 +105,22 @@ def test_the_cache_is_that_of_the_tokens(params, prompts):
         np.testing.assert_allclose(got, lj.forward(params, CONFIG, row[None])[0, -1], atol=1e-4)
 
 
+def test_goes_on_from_a_cache(params, prompts):
+    plain, _ = lj.generate_tokens(params, CONFIG, prompts, NEW)
+    cache = lj.StaticCache.init(CONFIG, batch_size=3, capacity=48)
+    _, cache = lj.prefill(params, CONFIG, prompts[:, :5], cache)
+    tokens, cache, _ = speculate_tokens(params, CONFIG, prompts[:, 5:], NEW, cache=cache)
+    np.testing.assert_array_equal(tokens, plain)
+    np.testing.assert_array_equal(cache.lengths, 12 + NEW - 1)
+
+
+def test_an_end_of_text_as_the_first_token(params, prompts):
+    eos = int(lj.generate_tokens(params, CONFIG, prompts[:1], NEW)[0][0, 0])
+    tokens, cache, stats = speculate_tokens(params, CONFIG, prompts[:1], NEW, eos_id=eos)
+    assert np.asarray(tokens).tolist() == [[eos] * NEW]
+    assert (int(cache.lengths[0]), stats.steps, stats.new_tokens.tolist()) == (12, 0, [1])
+
+
 def test_end_of_text_inside_accepted_guesses(params, prompts):
     plain, _, _, _ = both(params, prompts, PromptLookup())
     eos = [int(plain[0, 9]), int(plain[2, 20])]
@@ -159,7 +175,7 @@ def test_the_rule_of_rejection_gives_the_target(params):
 
 
 TINY = lj.GPT2Config(vocab_size=5, n_positions=16, n_embd=8, n_layer=1, n_head=1)
-DRAWS = 3000
+DRAWS = 2000
 
 
 def exact_joint(params, sampler, prompt, count):
@@ -191,13 +207,13 @@ def test_the_distribution_of_rejection_sampling_is_exact():
     draft = DraftModel(other, TINY, length=2)
     prompt = np.array([3, 1, 3, 1], np.int32)
     tokens, _, stats = speculate_tokens(
-        params, TINY, np.tile(prompt, (DRAWS, 1)), 4, draft, sampler=sampler, key=jax.random.key(5)
+        params, TINY, np.tile(prompt, (DRAWS, 1)), 3, draft, sampler=sampler, key=jax.random.key(5)
     )
-    probabilities = exact_joint(params, sampler, prompt, 4)
+    probabilities = exact_joint(params, sampler, prompt, 3)
     assert np.isclose(probabilities.sum(), 1, atol=1e-4)
     assert abs(chi_square(np.asarray(tokens), probabilities)) < 4
     assert 0.1 < stats.acceptance_rate < 0.95
-    wrong = exact_joint(other, sampler, prompt, 4)  # the test would notice the draft's distribution
+    wrong = exact_joint(other, sampler, prompt, 3)  # the test would notice the draft's distribution
     assert 0.5 * np.abs(wrong - probabilities).sum() > 0.2
 
 
