@@ -1,5 +1,7 @@
 """GPT-2 inference as pure functions in JAX, with the KV cache as an immutable pytree."""
 
+from llorch_jax.beam import Beams, beam_search
+from llorch_jax.branching import SearchError
 from llorch_jax.cache import (
     CachePool,
     DynamicCache,
@@ -19,27 +21,37 @@ from llorch_jax.cache import (
 )
 from llorch_jax.checkpoint import Model, convert, load, save_model
 from llorch_jax.config import GPT2Config
+from llorch_jax.contrastive import contrastive_search
 from llorch_jax.decoding import compile_count, decode_step, generate_tokens, prefill, stream_tokens
+from llorch_jax.drafts import DraftError, DraftModel, PromptLookup
 from llorch_jax.errors import CacheError, CapacityError, CheckpointError, ConfigError, LlorchError, TokenError
 from llorch_jax.generation import Generation, ModelError, Piece, generate, stream
+from llorch_jax.likelihood import Choice, choices
 from llorch_jax.model import forward
 from llorch_jax.overflow import Reencode
 from llorch_jax.params import BlockParams, Params, count_params, init_params, param_shapes
 from llorch_jax.probes import intermediates
-from llorch_jax.sampling import Greedy, SamplerError, Sampling
+from llorch_jax.samples import generate_n
+from llorch_jax.sampling import Greedy, Mirostat, SamplerError, Sampling
 from llorch_jax.scoring import Score, score
 from llorch_jax.session import Session, load_session, save_session
+from llorch_jax.speculative import Speculation, speculate_tokens
+from llorch_jax.speculative_text import generate_speculative
 from llorch_jax.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Beams",
     "BlockParams",
     "CacheError",
     "CachePool",
     "CapacityError",
     "CheckpointError",
+    "Choice",
     "ConfigError",
+    "DraftError",
+    "DraftModel",
     "DynamicCache",
     "EvictingCache",
     "GPT2Config",
@@ -48,22 +60,29 @@ __all__ = [
     "KVCache",
     "LlorchError",
     "MemoryPlan",
+    "Mirostat",
     "Model",
     "ModelError",
     "PagedCache",
     "Params",
     "Piece",
+    "PromptLookup",
     "QuantizedCache",
     "Reencode",
     "RotatingCache",
     "SamplerError",
     "Sampling",
     "Score",
+    "SearchError",
     "Session",
+    "Speculation",
     "StaticCache",
     "TokenError",
     "Tokenizer",
+    "beam_search",
+    "choices",
     "compile_count",
+    "contrastive_search",
     "convert",
     "count_params",
     "decode_step",
@@ -71,6 +90,8 @@ __all__ = [
     "fingerprint",
     "forward",
     "generate",
+    "generate_n",
+    "generate_speculative",
     "generate_tokens",
     "init_params",
     "intermediates",
@@ -85,6 +106,7 @@ __all__ = [
     "save_model",
     "save_session",
     "score",
+    "speculate_tokens",
     "stream",
     "stream_tokens",
 ]

@@ -84,6 +84,8 @@ def _describe(value: Any, name: str, tensors: dict[str, np.ndarray], known: set[
         names = [field.name for field in dataclasses.fields(value)]
         fields = {each: _describe(getattr(value, each), f"{name}.{each}", tensors, known) for each in names}
         return {"object": kind, "fields": fields}
+    if isinstance(value, dict):
+        return {"dict": {key: _describe(item, f"{name}.{key}", tensors, known) for key, item in value.items()}}
     if not isinstance(value, bool | int | float | str | None):
         raise CacheError(f"{name.lstrip('.')}: expected arrays, numbers or one of {', '.join(sorted(known))} to save, "
                          f"got {value!r:.80}")  # fmt: skip
@@ -101,6 +103,8 @@ def _build(description: Any, tensors: dict[str, np.ndarray], classes: dict[str, 
     if "tuple" in description:
         items = [_build(item, tensors, classes) for item in description["items"]]
         return tuple(items) if description["tuple"] == "tuple" else classes[description["tuple"]](*items)
+    if "dict" in description:
+        return {key: _build(item, tensors, classes) for key, item in description["dict"].items()}
     if "object" in description:
         fields = {name: _build(each, tensors, classes) for name, each in description["fields"].items()}
         return classes[description["object"]](**fields)

@@ -15,11 +15,13 @@ from rich.table import Table
 
 from llorch_jax.cache.memory import SYNTAX, plan_memory
 from llorch_jax.checkpoint import Model, convert, load, load_config, locate
+from llorch_jax.drafts import DraftError
 from llorch_jax.errors import LlorchError, TokenError
 from llorch_jax.generation import Generation, generate, stream
 from llorch_jax.params import count_params, nbytes, param_shapes
 from llorch_jax.probes import Verdict, compare, intermediates, load_reference
 from llorch_jax.scoring import score
+from llorch_jax.speculative_text import generate_speculative
 from llorch_jax.terminal import enable_compilation_cache, messages, show_bytes, show_timings, waiting
 from llorch_jax.timing import Timings
 
@@ -57,6 +59,19 @@ def generate_command(
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Draw from so many most likely tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the tokens that reach this probability.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Draw from tokens so near to the most likely one.")] = None,
+    typical_p: Annotated[float | None, typer.Option(help="Draw from the most typical tokens.")] = None,
+    top_n_sigma: Annotated[float | None, typer.Option(help="Draw from logits so near to the largest.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: tokens that occurred are rarer.")] = None,
+    frequency_penalty: Annotated[float | None, typer.Option(help="Per time that a token was generated.")] = None,
+    presence_penalty: Annotated[float | None, typer.Option(help="Of tokens that were generated.")] = None,
+    dry_multiplier: Annotated[float | None, typer.Option(help="Of the DRY penalty on repeated sequences.")] = None,
+    no_repeat_ngram_size: Annotated[int | None, typer.Option(help="No so many tokens occur twice in a row.")] = None,
+    min_new_tokens: Annotated[int | None, typer.Option(help="The text does not end before.")] = None,
+    xtc_probability: Annotated[float | None, typer.Option(help="Of excluding the top choices.")] = None,
+    mirostat_tau: Annotated[float | None, typer.Option(help="Keep the surprise near so many bits per token.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    top_logprobs: Annotated[int, typer.Option(help="With --json: so many alternatives per token.")] = 0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     cache: CacheOption = "static",
     overflow: Annotated[
@@ -65,13 +80,23 @@ def generate_command(
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print each piece when it is there.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
     timings: Annotated[bool, typer.Option("--timings", help="Print where the time went, on standard error.")] = False,
+    speculative: Annotated[
+        str | None, typer.Option(help="lookup: guess repetitions of the text and check several tokens at once.")
+    ] = None,
+    draft: Annotated[str | None, typer.Option(help="A smaller model that guesses tokens; see --model.")] = None,
 ) -> None:
     """Continue a text."""
     text = _text(prompt)
     loaded, load_seconds = _load(model)
-    settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    settings |= {"cache": cache, "overflow": overflow}
-    if stream and not as_json:
+    settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    settings |= {"typical_p": typical_p, "top_n_sigma": top_n_sigma, "repetition_penalty": repetition_penalty}
+    settings |= {"frequency_penalty": frequency_penalty, "presence_penalty": presence_penalty}
+    settings |= {"dry_multiplier": dry_multiplier, "no_repeat_ngram_size": no_repeat_ngram_size}
+    settings |= {"min_new_tokens": min_new_tokens, "xtc_probability": xtc_probability, "mirostat_tau": mirostat_tau}
+    settings |= {"stop": stop, "top_logprobs": top_logprobs, "seed": seed, "cache": cache, "overflow": overflow}
+    if speculative or draft:
+        spent = _speculate(loaded, text, max_new_tokens, settings, speculative, draft, as_json)
+    elif stream and not as_json:
         spent = _stream_to_stdout(loaded, text, max_new_tokens, settings)
     else:
         with waiting("compiling and generating"):
@@ -186,6 +211,36 @@ def _stream_to_stdout(model: Model, prompt: str, max_new_tokens: int, settings: 
         print(piece.text, end="", flush=True)
     print()
     return piece.timings
+
+
+def _speculate(
+    model: Model,
+    prompt: str,
+    max_new_tokens: int,
+    settings: dict[str, Any],
+    speculative: str | None,
+    draft: str | None,
+    as_json: bool,
+) -> Timings:
+    """Prints the text at once, and on standard error what the guesses were good for."""
+    if settings.pop("overflow") != "error":
+        raise DraftError("--overflow: expected error with --speculative or --draft, which do not re-encode")
+    known = ("temperature", "top_k", "top_p", "seed", "cache")
+    for name in settings.keys() - known:
+        if settings[name]:
+            raise DraftError(f"{name}: expected only {', '.join(known)} with --speculative or --draft")
+    settings = {name: settings[name] for name in known}
+    if speculative and draft:
+        raise DraftError("--speculative, --draft: expected one of them, got both")
+    guesses: Any = _load(draft)[0] if draft else speculative
+    with waiting("compiling and generating"):
+        out, stats = generate_speculative(model, prompt, max_new_tokens, draft=guesses, **settings)
+    print(_as_json(prompt, out) if as_json else prompt + out.text)
+    messages.print(
+        f"guesses: {stats.acceptance_rate:.0%} of {stats.proposed.sum()} accepted, {stats.tokens_per_step:.2f} tokens "
+        f"per step over {stats.steps} steps"
+    )
+    return out.timings
 
 
 def _as_json(prompt: str, out: Generation) -> str:

@@ -156,6 +156,11 @@ def first_logits(params: Params, config: GPT2Config, request: Request) -> tuple[
     return steps.prefill_step(params, config, request.tokens, request.lengths, cache, fresh=cache.is_empty())
 
 
+def begin(request: Request, logits: jax.Array, cache: KVCache) -> steps.DecodeState:
+    """The state with the first token of a prepared request after its prefill."""
+    return steps.first_state(request.policy, logits, request.finished, cache, request.history, request.memory)
+
+
 def generate_from(
     params: Params, config: GPT2Config, request: Request, logits: jax.Array, cache: KVCache
 ) -> tuple[steps.Generated, KVCache]:
@@ -169,7 +174,7 @@ def generate_from(
         parts.append(part)
         if request.later == 0 or _all_finished(request.policy, state):
             break
-        request = following(config, request, np.asarray(part.tokens), state.finished, state.cache)
+        request = following(config, request, np.asarray(part.tokens), state)
         logits, cache = first_logits(params, config, request)
     missing = total - sum(part.tokens.shape[1] for part in parts)
     if missing:
@@ -185,7 +190,7 @@ def _generate_segment(
     The loop runs in spans as long as the cache has room; between them a cache that grows may do so.
     """
     policy, limit = request.policy, request.max_new_tokens
-    state = steps.first_state(policy, logits, request.finished, cache)
+    state = begin(request, logits, cache)
     out = steps.put(steps.filler(policy, logits.shape[0], bucket(limit)), state, 0)
     if not is_concrete(state):  # inside a caller's own jit: the cache must have room from the start
         out, state = steps.loop(params, config, policy, out, state, jnp.asarray([1, limit], jnp.int32))
@@ -239,13 +244,13 @@ def stream_states(params: Params, config: GPT2Config, request: Request) -> Gener
             yield state
         if request.later == 0 or _all_finished(request.policy, state):
             return state.cache
-        request = following(config, request, np.stack(new, 1), state.finished, state.cache)
+        request = following(config, request, np.stack(new, 1), state)
 
 
 def _stream_segment(params: Params, config: GPT2Config, request: Request) -> Iterator[steps.DecodeState]:
     """The states until the context is full or all rows have ended."""
     logits, cache = first_logits(params, config, request)
-    state, room = steps.first_state(request.policy, logits, request.finished, cache), 0
+    state, room = begin(request, logits, cache), 0
     yield state
     for _ in range(request.max_new_tokens - 1):
         if _all_finished(request.policy, state):

@@ -1,7 +1,7 @@
-"""Text in, text out: generate, stream and score."""
+"""Text in, text out: generate and stream."""
 
 import dataclasses
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, overload
 
 import jax
@@ -14,12 +14,14 @@ from llorch_jax.decoding import first_logits, generate_from, stream_states
 from llorch_jax.errors import LlorchError, TokenError
 from llorch_jax.overflow import Reencode, padded
 from llorch_jax.request import Request, prepare
-from llorch_jax.sampling import Greedy, Sampler, SamplerError, Sampling
-from llorch_jax.steps import DecodeState, Generated
+from llorch_jax.sampling import Sampler, SamplerError, make_sampler
+from llorch_jax.steps import Alternatives, DecodeState, Generated
+from llorch_jax.stopping import StopMatcher, check_stops
 from llorch_jax.timing import Stopwatch, Timings
-from llorch_jax.tokenizer import Tokenizer
+from llorch_jax.tokenizer import StreamDecoder, Tokenizer
 
 FinishReason = Literal["stop", "length"]
+TopLogprobs = list[tuple[int, float]]
 
 
 class ModelError(LlorchError):
@@ -31,12 +33,14 @@ class Generation:
     """What was generated for one prompt.
 
     Attributes:
-        text: the new text, without the prompt and without an end-of-text token.
-        token_ids: of the new tokens; the end-of-text id, where there is one, is the last.
-        finish_reason: "stop" after an end-of-text id, "length" after max_new_tokens.
-        logprobs: natural log-probability of each new token under the model, before temperature, top-k and top-p.
+        text: the new text, without the prompt, an end-of-text token, or the stop string and what follows it.
+        token_ids: of the new tokens; the id that ended the text, or completed the stop string, is the last.
+        finish_reason: "stop" after an id or text that ends it, "length" after max_new_tokens.
+        logprobs: natural log-probability of each new token under the model, before any setting of the sampler.
         prompt_ids: the prompt's tokens.
         timings: of the whole batch.
+        stop_reason: the id or the stop string that ended the text, None after max_new_tokens.
+        top_logprobs: for each new token the most likely ids with their log-probabilities; None where not asked for.
     """
 
     text: str
@@ -45,6 +49,8 @@ class Generation:
     logprobs: list[float]
     prompt_ids: list[int]
     timings: Timings
+    stop_reason: int | str | None = None
+    top_logprobs: list[TopLogprobs] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +58,13 @@ class Piece:
     """One step of a stream.
 
     Attributes:
-        text: text that this step made certain; empty where a character is still incomplete.
+        text: text that this step made certain; empty where a character is still incomplete or a stop string possible.
         token_id: the new token.
         logprob: its natural log-probability under the model.
         finish_reason: None but for the last piece.
         timings: of the stream so far.
+        stop_reason: the id or the stop string that ended the text.
+        top_logprobs: the most likely ids with their log-probabilities; None where not asked for.
     """
 
     text: str
@@ -64,45 +72,40 @@ class Piece:
     logprob: float
     finish_reason: FinishReason | None
     timings: Timings
+    stop_reason: int | str | None = None
+    top_logprobs: TopLogprobs | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Ending:
+    """When texts end, beside the number of tokens.
+
+    Attributes:
+        ids: that end a row.
+        stops: stop strings.
+    """
+
+    ids: tuple[int, ...]
+    stops: tuple[str, ...]
 
 
 @overload
-def generate(
-    model: Model,
-    prompt: str,
-    max_new_tokens: int = ...,
-    *,
-    temperature: float = ...,
-    top_k: int | None = ...,
-    top_p: float | None = ...,
-    seed: int = ...,
-    cache: str = ...,
-    overflow: str | Reencode = ...,
-) -> Generation: ...
+def generate(model: Model, prompt: str, max_new_tokens: int = ..., **settings: Any) -> Generation: ...
 @overload
-def generate(
-    model: Model,
-    prompt: list[str],
-    max_new_tokens: int = ...,
-    *,
-    temperature: float = ...,
-    top_k: int | None = ...,
-    top_p: float | None = ...,
-    seed: int = ...,
-    cache: str = ...,
-    overflow: str | Reencode = ...,
-) -> list[Generation]: ...
+def generate(model: Model, prompt: list[str], max_new_tokens: int = ..., **settings: Any) -> list[Generation]: ...
 def generate(
     model: Model,
     prompt: str | list[str],
     max_new_tokens: int = 64,
     *,
     temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
     seed: int = 0,
     cache: str = "static",
     overflow: str | Reencode = "error",
+    stop: str | Sequence[str] | None = None,
+    stop_ids: Sequence[int] = (),
+    top_logprobs: int = 0,
+    **settings: Any,
 ) -> Generation | list[Generation]:
     """Continues a prompt, or a batch of prompts.
 
@@ -111,12 +114,14 @@ def generate(
         prompt: a text, or several, which then run as one batch.
         max_new_tokens: how many tokens each gets at most.
         temperature: 0 takes the most likely token; above, tokens are drawn.
-        top_k: draw from this many most likely tokens.
-        top_p: draw from the most likely tokens that reach this probability.
         seed: of the draws; the same seed gives the same text. Of larger numbers the lowest 32 bits count.
-        cache: layout of the KV cache: static, dynamic, rotating:WINDOW[+SINKS], paged[:PAGE_SIZE], int8 or int4.
+        cache: layout of the KV cache, such as static, dynamic, rotating:WINDOW[+SINKS], paged, int8 or h2o:BUDGET.
         overflow: "error" refuses texts that would outgrow the context; "reencode" (or a `Reencode`) goes on with the
             first and newest tokens, as `generate_tokens` does.
+        stop: a text, or several, before which the new text ends.
+        stop_ids: ids that end a text, beside the model's own.
+        top_logprobs: how many of the most likely tokens to report at every step.
+        settings: top_k, top_p and the others of `Sampling.create`, or mirostat_tau and mirostat_eta.
 
     Returns:
         A `Generation`, or a list of them where `prompt` is a list.
@@ -125,21 +130,24 @@ def generate(
         ModelError: the model has no tokenizer.
         TokenError: a prompt is empty or holds what the tokenizer has no token for.
         CapacityError: a prompt and its new tokens do not fit the model's context.
-        SamplerError: a setting is out of range.
+        SamplerError: a setting is unknown or out of range.
     """
     watch = Stopwatch()
-    prompts = _prompts(prompt)
-    sampler = make_sampler(temperature, top_k, top_p)
-    rows, request = _request(model, prompts, max_new_tokens, sampler, seed, cache, overflow)
-    logits, cache_after = first_logits(model.params, model.config, request)
-    jax.block_until_ready(logits)
-    prefill_seconds = watch.lap()
-    generated, _ = generate_from(model.params, model.config, request, logits, cache_after)
-    generated = jax.device_get(generated)
+    prompts, ending = _prompts(prompt), _ending(model, stop, stop_ids)
+    sampler = make_sampler(temperature, **settings)
+    rows, request = _request(model, prompts, max_new_tokens, sampler, seed, cache, overflow, ending, top_logprobs)
+    if ending.stops:
+        prefill_seconds, generated = _until_stopped(model, request, ending, watch)
+    else:
+        logits, cache_after = first_logits(model.params, model.config, request)
+        jax.block_until_ready(logits)
+        prefill_seconds = watch.lap()
+        generated = jax.device_get(generate_from(model.params, model.config, request, logits, cache_after)[0])
     decode_seconds = watch.lap()
-    count = max(_count(model, row) for row in generated.tokens)
+    outputs = [_generation(model, row, generated, i, ending) for i, row in enumerate(rows)]
+    count = max(len(out.token_ids) for out in outputs)
     timings = Timings(watch.compile, prefill_seconds, decode_seconds, count)
-    outputs = [_generation(model, row, generated, i, timings) for i, row in enumerate(rows)]
+    outputs = [dataclasses.replace(out, timings=timings) for out in outputs]
     return outputs[0] if isinstance(prompt, str) else outputs
 
 
@@ -149,31 +157,24 @@ def stream(
     max_new_tokens: int = 64,
     *,
     temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
     seed: int = 0,
     cache: str = "static",
     overflow: str | Reencode = "error",
+    stop: str | Sequence[str] | None = None,
+    stop_ids: Sequence[int] = (),
+    top_logprobs: int = 0,
+    **settings: Any,
 ) -> Iterator[Piece]:
     """Continues a prompt and gives each piece of text as soon as it is there; arguments and errors as `generate`.
 
     The text of all pieces, put together, is the text of `generate` with the same arguments.
     """
     watch = Stopwatch()
-    sampler = make_sampler(temperature, top_k, top_p)
-    _, request = _request(model, [prompt], max_new_tokens, sampler, seed, cache, overflow)
+    ending = _ending(model, stop, stop_ids)
+    sampler = make_sampler(temperature, **settings)
+    _, request = _request(model, [prompt], max_new_tokens, sampler, seed, cache, overflow, ending, top_logprobs)
     states = stream_states(model.params, model.config, request)
-    return _pieces(model, states, max_new_tokens, watch, prepare_seconds=watch.lap())
-
-
-def make_sampler(temperature: float, top_k: int | None = None, top_p: float | None = None) -> Sampler:
-    """`Greedy` for temperature 0, else `Sampling`.
-
-    Raises:
-        SamplerError: a setting is out of range, be it used or not.
-    """
-    sampling = Sampling.create(1.0 if temperature == 0 else temperature, top_k, top_p)
-    return Greedy() if temperature == 0 else sampling
+    return _pieces(model, states, max_new_tokens, ending, watch, prepare_seconds=watch.lap())
 
 
 def tokenizer_of(model: Model) -> Tokenizer:
@@ -193,6 +194,11 @@ def _prompts(prompt: str | list[str]) -> list[str]:
     return list(prompt)
 
 
+def _ending(model: Model, stop: str | Sequence[str] | None, stop_ids: Sequence[int]) -> Ending:
+    own = () if model.config.eos_token_id is None else (model.config.eos_token_id,)
+    return Ending(tuple(dict.fromkeys((*own, *stop_ids))), check_stops(stop))
+
+
 def _key(seed: int) -> jax.Array:
     if not isinstance(seed, int | np.integer):
         raise SamplerError(f"seed: expected a whole number, got {seed!r}")
@@ -207,58 +213,111 @@ def _request(
     seed: int,
     cache: str,
     overflow: str | Reencode,
+    ending: Ending,
+    top_logprobs: int,
 ) -> tuple[list[list[int]], Request]:
     """The prompts' tokens and the request for them."""
-    tokenizer = tokenizer_of(model)
+    tokenizer, config = tokenizer_of(model), model.config
     rows = [tokenizer.encode(text) for text in prompts]
     for i, row in enumerate(rows):
         if not row:
             raise TokenError(f"prompt {i}: expected at least one token, got an empty text")
     tokens, lengths = padded(rows)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(_key(seed), jnp.arange(len(rows)))
-    eos_id = model.config.eos_token_id
-    needed = min(tokens.shape[1] + max(max_new_tokens, 1) - 1, model.config.n_positions)
-    empty = fit_cache(model.config, cache, len(rows), needed)
-    request = prepare(model.config, tokens, max_new_tokens, empty, lengths, sampler, keys, eos_id, overflow)
+    needed = min(tokens.shape[1] + max(max_new_tokens, 1) - 1, config.n_positions)
+    empty = fit_cache(config, cache, len(rows), needed)
+    ids = ending.ids or None
+    request = prepare(
+        config, tokens, max_new_tokens, empty, lengths, sampler, keys, ids, overflow, top_logprobs=top_logprobs
+    )
     return rows, request
 
 
-def _count(model: Model, tokens: np.ndarray) -> int:
-    """How many of a row's tokens count: all, or those up to the first end-of-text id."""
-    ends = np.flatnonzero(tokens == model.config.eos_token_id)  # none where the model has no such id
-    return int(ends[0]) + 1 if ends.size else len(tokens)
+def _until_stopped(model: Model, request: Request, ending: Ending, watch: Stopwatch) -> tuple[float, Generated]:
+    """Step by step until every row has ended by an id or a stop string: seconds of the prefill, and what came."""
+    batch = request.tokens.shape[0]
+    decoders = [tokenizer_of(model).stream() for _ in range(batch)]
+    matchers = [StopMatcher(ending.stops) for _ in range(batch)]
+    parts: list[Generated] = []
+    prefill_seconds = 0.0
+    for state in stream_states(model.params, model.config, request):
+        parts.append(jax.tree.map(np.array, Generated(state.token, state.logprob, state.top)))
+        if len(parts) == 1:
+            prefill_seconds = watch.lap()
+        for token, decoder, matcher in zip(parts[-1].tokens.tolist(), decoders, matchers, strict=True):
+            if matcher.found is None and token not in ending.ids:
+                matcher.push(decoder.push(token))
+        finished = np.asarray(state.finished)
+        if all(matcher.found or done for matcher, done in zip(matchers, finished, strict=True)):
+            break
+    return prefill_seconds, jax.tree.map(lambda *steps: np.stack(steps, axis=1), *parts)
 
 
-def _generation(model: Model, prompt_ids: list[int], generated: Generated, row: int, timings: Timings) -> Generation:
-    count = _count(model, np.asarray(generated.tokens[row]))
-    ids = generated.tokens[row][:count].tolist()
-    stopped = ids[-1] == model.config.eos_token_id
+def _generation(model: Model, prompt_ids: list[int], generated: Generated, row: int, ending: Ending) -> Generation:
+    """What row `row` got; its timings are to be filled in."""
+    decoder, matcher = tokenizer_of(model).stream(), StopMatcher(ending.stops)
+    ids, text, reason = [], "", None
+    for token in np.asarray(generated.tokens[row]).tolist():
+        ids.append(token)
+        new, reason = _advance(decoder, matcher, ending, token)
+        text += new
+        if reason is not None:
+            break
+    if reason is None:
+        text += matcher.push(decoder.flush()) + matcher.flush()
+        reason = matcher.found
+    top = None if generated.top is None else jax.tree.map(lambda array: array[row, : len(ids)], generated.top)
     return Generation(
-        text=tokenizer_of(model).decode(ids[:-1] if stopped else ids),
+        text=text,
         token_ids=ids,
-        finish_reason="stop" if stopped else "length",
-        logprobs=generated.logprobs[row][:count].tolist(),
+        finish_reason="length" if reason is None else "stop",
+        logprobs=generated.logprobs[row][: len(ids)].tolist(),
         prompt_ids=prompt_ids,
-        timings=timings,
+        timings=Timings(0.0, 0.0, 0.0, 0),
+        stop_reason=reason,
+        top_logprobs=None
+        if top is None
+        else [_pairs(ids, logprobs) for ids, logprobs in zip(*_arrays(top), strict=True)],
     )
 
 
+def _advance(decoder: StreamDecoder, matcher: StopMatcher, ending: Ending, token: int) -> tuple[str, int | str | None]:
+    """The text that a token made certain, and the id or stop string by which it ended the text."""
+    if token in ending.ids:
+        text = matcher.push(decoder.flush())
+        return text + matcher.flush(), token
+    return matcher.push(decoder.push(token)), matcher.found
+
+
 def _pieces(
-    model: Model, states: Generator[DecodeState, None, Any], limit: int, watch: Stopwatch, prepare_seconds: float
+    model: Model, states: Iterator[DecodeState], limit: int, ending: Ending, watch: Stopwatch, prepare_seconds: float
 ) -> Iterator[Piece]:
-    decoder = tokenizer_of(model).stream()
+    decoder, matcher = tokenizer_of(model).stream(), StopMatcher(ending.stops)
     prefill_seconds, decode_seconds = prepare_seconds, 0.0
     watch.skip()  # what the caller did before asking for the first piece
     for count, state in enumerate(states, 1):
         token, logprob = int(state.token[0]), float(state.logprob[0])
+        top = None if state.top is None else _pairs(*(array[0] for array in _arrays(state.top)))
         if count == 1:
             prefill_seconds += watch.lap()
         else:
             decode_seconds += watch.lap()
-        stopped = token == model.config.eos_token_id
-        reason: FinishReason | None = "stop" if stopped else "length" if count == limit else None
-        text = "" if stopped else decoder.push(token)
+        text, stopped = _advance(decoder, matcher, ending, token)
+        if count == limit and stopped is None:
+            text += matcher.push(decoder.flush()) + matcher.flush()
+            stopped = matcher.found
+        reason: FinishReason | None = "stop" if stopped is not None else "length" if count == limit else None
+        timings = Timings(watch.compile, prefill_seconds, decode_seconds, count)
+        yield Piece(text, token, logprob, reason, timings, stopped, top)
         if reason:
-            text += decoder.flush()
-        yield Piece(text, token, logprob, reason, Timings(watch.compile, prefill_seconds, decode_seconds, count))
+            return
         watch.skip()  # what the caller did with the piece
+
+
+def _arrays(top: Alternatives) -> tuple[np.ndarray, np.ndarray]:
+    return np.asarray(top.ids), np.asarray(top.logprobs)
+
+
+def _pairs(ids: np.ndarray, logprobs: np.ndarray) -> TopLogprobs:
+    """Ids with their log-probabilities."""
+    return list(zip(ids.tolist(), logprobs.tolist(), strict=True))

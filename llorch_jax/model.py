@@ -147,6 +147,8 @@ def output_logits(params: Params, x: jax.Array, shape: tuple[int, ...]) -> jax.A
     """Logits float32 [*shape, V] of hidden states [D, M], M the product of `shape`."""
     projection = params.output_projection
     logits = jnp.matmul(projection, x, precision=EXACT, preferred_element_type=jnp.float32)  # [V, M]
+    if x.shape[1] > 1:  # else XLA makes x.T @ W.T of it, which takes up to five times as long
+        logits = jax.lax.optimization_barrier(logits)
     return logits.T.reshape(*shape, projection.shape[0])
 
 

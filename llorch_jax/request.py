@@ -16,7 +16,7 @@ from llorch_jax.checks import check_append, check_lengths, check_tokens
 from llorch_jax.config import GPT2Config
 from llorch_jax.errors import CapacityError, TokenError
 from llorch_jax.overflow import Reencode, check_overflow, context_of, padded, shortened
-from llorch_jax.sampling import Greedy, Sampler, SamplerError
+from llorch_jax.sampling import Greedy, History, Sampler, SamplerError
 
 _NEXT_PART = np.int32(2**31 - 1)  # no position: what keys are folded with after a re-encoding
 
@@ -29,11 +29,13 @@ class Policy:
         sampler: from logits to ids.
         keys: one per row [B]; the key of a token is this one folded with the token's position.
         eos_ids: int32 [E], ids that end a row; may be empty.
+        top_logprobs: how many alternatives to record at every step.
     """
 
     sampler: Any
     keys: jax.Array
     eos_ids: jax.Array
+    top_logprobs: int = struct.field(pytree_node=False, default=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Request:
         finished: bool [B], rows that have ended already.
         later: how many more tokens per row are to follow after a re-encoding.
         reencode: what is kept then; None where the context cannot overflow.
+        history: `History` of the prompt with room for all new tokens; None where the sampler does not look at it.
+        memory: what the sampler starts with.
     """
 
     tokens: jax.Array
@@ -59,6 +63,8 @@ class Request:
     finished: jax.Array
     later: int = 0
     reencode: Reencode | None = None
+    history: History | None = None
+    memory: Any = None
 
 
 def prepare(
@@ -71,14 +77,24 @@ def prepare(
     key: jax.Array | None = None,
     eos_id: int | Sequence[int] | None = None,
     overflow: str | Reencode = "error",
+    *,
+    top_logprobs: int = 0,
+    room: int | None = None,
 ) -> Request:
-    """Checks the arguments of `generate_tokens` on the host; see there."""
+    """Checks the arguments of `generate_tokens` on the host; see there.
+
+    `top_logprobs` alternatives are recorded at every step; the history has room for `room` tokens where that is more.
+    """
     if type(max_new_tokens) is not int or max_new_tokens < 1:
         raise CapacityError(f"max_new_tokens: expected a whole number from 1 up, got {max_new_tokens!r}")
     tokens = check_tokens(config, prompt_tokens)
     lengths = check_lengths(lengths, tokens)
     sampler = Greedy() if sampler is None else sampler
-    policy = Policy(sampler, _row_keys(sampler, key, tokens.shape[0]), _eos_ids(config, eos_id))
+    if type(top_logprobs) is not int or not 0 <= top_logprobs <= config.vocab_size:
+        raise SamplerError(f"top_logprobs: expected 0 .. vocab_size={config.vocab_size}, got {top_logprobs!r}")
+    if hasattr(sampler, "check_ids"):
+        sampler.check_ids(config.vocab_size)
+    policy = Policy(sampler, _row_keys(sampler, key, tokens.shape[0]), _eos_ids(config, eos_id), top_logprobs)
     reencode, later = check_overflow(overflow), 0
     if reencode is not None:
         context = context_of(config, cache)
@@ -90,20 +106,24 @@ def prepare(
         capacity = bucket(tokens.shape[1] + now - 1, config.n_positions)
         cache = StaticCache.init(config, batch_size=tokens.shape[0], capacity=capacity)
     finished = jnp.zeros(tokens.shape[0], bool)
-    return Request(pad_to_bucket(tokens, config), lengths, cache, policy, now, finished, later, reencode)
+    padded_tokens, history = pad_to_bucket(tokens, config), None
+    if getattr(sampler, "needs_history", False):
+        history = History.of(padded_tokens, lengths, bucket(max(tokens.shape[1] + max_new_tokens, room or 0)))
+    memory = sampler.start(tokens.shape[0]) if hasattr(sampler, "start") else None
+    return Request(padded_tokens, lengths, cache, policy, now, finished, later, reencode, history, memory)
 
 
-def following(config: GPT2Config, request: Request, new: np.ndarray, finished: jax.Array, cache: KVCache) -> Request:
+def following(config: GPT2Config, request: Request, new: np.ndarray, state: Any) -> Request:
     """The request that goes on after one that filled the context.
 
     Args:
         config: the model's hyperparameters.
         request: the one before, with `later` above 0.
         new: its new tokens, int32 [B, N].
-        finished: bool [B].
-        cache: what the one before left; it is cleared and used again.
+        state: of decoding in the end; its cache is cleared and used again.
     """
     assert request.reencode is not None
+    cache = state.cache
     rows = _grown_rows(request, new)
     cut = np.array([len(row) > cache.capacity for row in rows])  # the others go on as they would alone
     kept, counts = padded(
@@ -121,8 +141,10 @@ def following(config: GPT2Config, request: Request, new: np.ndarray, finished: j
         cache=cache,
         policy=dataclasses.replace(request.policy, keys=keys),
         max_new_tokens=now,
-        finished=finished,
+        finished=state.finished,
         later=request.later - now,
+        history=state.history,
+        memory=state.memory,
     )
 
 

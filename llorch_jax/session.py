@@ -17,11 +17,11 @@ from llorch_jax.cache.dynamic import DynamicCache
 from llorch_jax.cache.files import CACHE_CLASSES, check_savable
 from llorch_jax.checks import check_cache, check_context, check_tokens
 from llorch_jax.config import GPT2Config
-from llorch_jax.decoding import first_logits, run_steps
+from llorch_jax.decoding import begin, first_logits, run_steps
 from llorch_jax.errors import CacheError, CapacityError
 from llorch_jax.params import Params
 from llorch_jax.request import Policy, prepare
-from llorch_jax.sampling import Greedy, Sampler, Sampling
+from llorch_jax.sampling import Greedy, History, Mirostat, Sampler, Sampling
 
 
 @struct.dataclass
@@ -61,9 +61,8 @@ class Session:
         prompt = check_tokens(config, prompt_tokens)
         if cache is None:
             cache = DynamicCache.init(config, batch_size=prompt.shape[0])
-        request = prepare(config, prompt, 1, cache, lengths, sampler, key, eos_id)
-        logits, cache = first_logits(params, config, request)
-        state = steps.first_state(request.policy, logits, request.finished, cache)
+        request = prepare(config, prompt, 1, cache, lengths, sampler, key, eos_id, room=config.n_positions + 1)
+        state = begin(request, *first_logits(params, config, request))
         return cls(prompt, request.lengths, state, request.policy, pending=True)
 
     def generate(self, params: Params, config: GPT2Config, max_new_tokens: int) -> tuple[jax.Array, "Session"]:
@@ -113,7 +112,7 @@ class Session:
         return jax.device_put(tokens), jnp.asarray(counts + added)
 
 
-_CLASSES = (Session, steps.DecodeState, Policy, Greedy, Sampling, *CACHE_CLASSES)
+_CLASSES = (Session, steps.DecodeState, Policy, History, Greedy, Sampling, Mirostat, *CACHE_CLASSES)
 
 
 def save_session(path: str | os.PathLike[str], session: Session, *, fingerprint: str = "") -> None:

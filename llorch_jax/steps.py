@@ -29,12 +29,31 @@ class DecodeState:
         logprob: float32 [B], of `token` under the model, before the sampler's transforms.
         finished: bool [B], rows that have produced an end-of-text id.
         cache: of all tokens before `token`.
+        history: `History` of all tokens, `token` included; None where the sampler does not look at it.
+        memory: what the sampler remembers between steps.
+        top: the most likely alternatives, where they were asked for.
     """
 
     token: jax.Array
     logprob: jax.Array
     finished: jax.Array
     cache: Any
+    history: Any = None
+    memory: Any = None
+    top: Any = None
+
+
+@struct.dataclass
+class Alternatives:
+    """The most likely tokens of a step, most likely first.
+
+    Attributes:
+        ids: int32 [..., n].
+        logprobs: float32 [..., n], under the model.
+    """
+
+    ids: jax.Array
+    logprobs: jax.Array
 
 
 @struct.dataclass
@@ -44,10 +63,12 @@ class Generated:
     Attributes:
         tokens: int32 [B, N].
         logprobs: float32 [B, N].
+        top: `Alternatives` [B, N, n], where they were asked for.
     """
 
     tokens: jax.Array
     logprobs: jax.Array
+    top: Any = None
 
 
 @partial(jax.jit, static_argnames=("config", "fresh"), donate_argnames="cache")
@@ -74,27 +95,41 @@ def _feed(
     return output_logits(params, x, token.shape), cache.advance(count)
 
 
-def _choose(policy: Policy, logits: jax.Array, finished: jax.Array, cache: Cache) -> DecodeState:
+def _choose(
+    policy: Policy, logits: jax.Array, finished: jax.Array, cache: Cache, history: Any, memory: Any
+) -> DecodeState:
     """The state after sampling from logits [B, V]: finished rows get the end-of-text id again."""
     keys = jax.vmap(jax.random.fold_in)(policy.keys, cache.lengths)
-    token = policy.sampler(logits, keys)
+    if hasattr(policy.sampler, "sample"):
+        token, memory = policy.sampler.sample(logits, keys, history, policy.eos_ids, memory)
+    else:
+        token = policy.sampler(logits, keys)
+    if history is not None:
+        history = history.append(token, 1 - finished.astype(jnp.int32))
     if policy.eos_ids.size:
         token = jnp.where(finished, policy.eos_ids[0], token)
         finished = finished | jnp.isin(token, policy.eos_ids)
+    total = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
-    return DecodeState(token, chosen - jax.nn.logsumexp(logits, axis=-1), finished, cache)
+    top = None
+    if policy.top_logprobs:
+        values, ids = jax.lax.top_k(logits, policy.top_logprobs)
+        top = Alternatives(ids.astype(jnp.int32), values - total[:, None])
+    return DecodeState(token, chosen - total, finished, cache, history, memory, top)
 
 
 def _next_state(params: Params, config: GPT2Config, policy: Policy, state: DecodeState) -> DecodeState:
     """One decode step: feed the last token, sample the next."""
     count = 1 - state.finished.astype(jnp.int32)
     logits, cache = _feed(params, config, state.token, state.cache, count)
-    return _choose(policy, logits, state.finished, cache)
+    return _choose(policy, logits, state.finished, cache, state.history, state.memory)
 
 
 @partial(jax.jit, donate_argnames="cache")
-def first_state(policy: Policy, logits: jax.Array, finished: jax.Array, cache: Cache) -> DecodeState:
-    return _choose(policy, logits, finished, cache)
+def first_state(
+    policy: Policy, logits: jax.Array, finished: jax.Array, cache: Cache, history: Any = None, memory: Any = None
+) -> DecodeState:
+    return _choose(policy, logits, finished, cache, history, memory)
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="state")
@@ -123,16 +158,23 @@ def loop(
 
 def put(out: Generated, state: DecodeState, column: Any) -> Generated:
     """Writes a state's tokens and log-probabilities into one column."""
-    return Generated(
-        jax.lax.dynamic_update_slice(out.tokens, state.token[:, None], (0, column)),
-        jax.lax.dynamic_update_slice(out.logprobs, state.logprob[:, None], (0, column)),
-    )
+    new = Generated(state.token, state.logprob, state.top)
+
+    def write(buffer: jax.Array, values: jax.Array) -> jax.Array:
+        start = (0, column, *[0] * (buffer.ndim - 2))
+        return jax.lax.dynamic_update_slice(buffer, values[:, None], start)
+
+    return jax.tree.map(write, out, new)
 
 
 def filler(policy: Policy, batch: int, count: int) -> Generated:
     """What stands behind the end of a row."""
     token = policy.eos_ids[0] if policy.eos_ids.size else jnp.int32(0)
-    return Generated(jnp.full((batch, count), token), jnp.zeros((batch, count), jnp.float32))
+    shape, top = (batch, count), None
+    if policy.top_logprobs:
+        more = (*shape, policy.top_logprobs)
+        top = Alternatives(jnp.zeros(more, jnp.int32), jnp.zeros(more, jnp.float32))
+    return Generated(jnp.full(shape, token), jnp.zeros(shape, jnp.float32), top)
 
 
 def compile_count() -> int:

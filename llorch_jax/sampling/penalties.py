@@ -1,0 +1,145 @@
+"""Transforms of logits by the tokens that a row already has: each takes and returns float32 [B, V].
+
+Settings are traced, [] for all rows or [B], one per row.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from llorch_jax.sampling.base import MASKED, History, per_row
+
+_LARGEST_EXPONENT = 80.0  # of e, for which float32 still has a number
+
+
+def apply_repetition_penalty(logits: jax.Array, history: History, penalty: jax.Array) -> jax.Array:
+    """Divides positive and multiplies negative logits of tokens that occurred, in the prompt too, by `penalty`.
+
+    Keskar et al. 2019, 1909.05858, section 4.1, as transformers does it.
+    """
+    seen = _scatter_max(logits, history, history.filled)
+    penalised = jnp.where(logits < 0, logits * per_row(penalty), logits / per_row(penalty))
+    return jnp.where(seen, penalised, logits)
+
+
+def apply_frequency_penalty(logits: jax.Array, history: History, penalty: jax.Array) -> jax.Array:
+    """Subtracts `penalty` times the number of times that a token was generated (not counting the prompt)."""
+    return logits - per_row(penalty) * generated_counts(logits, history)
+
+
+def apply_presence_penalty(logits: jax.Array, history: History, penalty: jax.Array) -> jax.Array:
+    """Subtracts `penalty` from tokens that were generated (not counting the prompt)."""
+    return logits - per_row(penalty) * (generated_counts(logits, history) > 0).astype(logits.dtype)
+
+
+def generated_counts(logits: jax.Array, history: History) -> jax.Array:
+    """float32 [B, V], how often each token was generated."""
+    slots = jnp.arange(history.tokens.shape[1], dtype=jnp.int32)[None]
+    generated = history.filled & (slots >= history.prompts[:, None])
+    return jnp.zeros_like(logits).at[_rows(history), history.tokens].add(generated.astype(jnp.float32))
+
+
+def apply_no_repeat_ngram(logits: jax.Array, history: History, size: jax.Array) -> jax.Array:
+    """Bans tokens that would make a sequence of `size` (int32) tokens occur again; 0 bans none."""
+    size = jnp.broadcast_to(size, history.lengths.shape)[:, None]
+    lengths = match_lengths(history, jnp.max(size) - 1, None)
+    return jnp.where(_scatter_max(logits, history, history.filled & (lengths >= size - 1) & (size > 0)), MASKED, logits)
+
+
+def apply_dry(
+    logits: jax.Array,
+    history: History,
+    multiplier: jax.Array,
+    base: jax.Array,
+    allowed_length: jax.Array,
+    breakers: jax.Array,
+) -> jax.Array:
+    """Penalises tokens that would prolong a repetition, the more the longer it is.
+
+    DRY ("don't repeat yourself") as in llama.cpp: where the last n tokens occurred before and were followed by a token,
+    n at least `allowed_length`, this token's logit loses multiplier * base ** (n - allowed_length).
+
+    Args:
+        logits: float32 [B, V].
+        history: of the rows.
+        multiplier: of the penalty; 0 for none.
+        base: of the power, 1 or more.
+        allowed_length: int32, repetitions up to this length cost nothing.
+        breakers: int32 [E], tokens that no repetition extends over; may be empty.
+    """
+    lengths = match_lengths(history, None, breakers)
+    excess = (lengths - per_row(allowed_length)).astype(jnp.float32)
+    power = jnp.exp(jnp.minimum(excess * jnp.log(per_row(base)), _LARGEST_EXPONENT))
+    penalised = history.filled & (lengths >= per_row(allowed_length))
+    penalty = jnp.zeros_like(logits).at[_rows(history), history.tokens].max(jnp.where(penalised, power, 0))
+    return logits - jnp.where(penalty > 0, per_row(multiplier) * penalty, 0)
+
+
+@jax.jit  # compiled once for calls outside jit; inside, it is inlined
+def match_lengths(history: History, limit: jax.Array | None, breakers: jax.Array | None) -> jax.Array:
+    """int32 [B, S]: how many tokens before each place are those before the row's end, up to `limit` and a breaker."""
+    tokens, ends = history.tokens, history.lengths[:, None]
+    slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+
+    def longer(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        count, alive, lengths = state
+        here, last = slots - 1 - count, ends - 1 - count
+        wanted = jnp.take_along_axis(tokens, jnp.maximum(last, 0), axis=1)
+        alive &= (here >= 0) & (jnp.take_along_axis(tokens, jnp.maximum(here, 0), axis=1) == wanted)
+        if breakers is not None and breakers.size:
+            alive &= ~jnp.isin(wanted, breakers)
+        return count + 1, alive, lengths + alive.astype(jnp.int32)
+
+    def unfinished(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        count, alive, _ = state
+        return jnp.any(alive) & (True if limit is None else count < limit)
+
+    start = (jnp.int32(0), history.filled, jnp.zeros(tokens.shape, jnp.int32))
+    return jax.lax.while_loop(unfinished, longer, start)[2]
+
+
+def apply_bad_words(logits: jax.Array, history: History, words: jax.Array, sizes: jax.Array) -> jax.Array:
+    """Bans the last token of each sequence whose other tokens the row ends with.
+
+    Args:
+        logits: float32 [B, V].
+        history: of the rows.
+        words: int32 [W, M], sequences padded on the left.
+        sizes: int32 [W], tokens of each, 1 .. M.
+    """
+    count = words.shape[1]
+    places = history.lengths[:, None] - count + 1 + jnp.arange(count - 1, dtype=jnp.int32)[None]
+    ends = jnp.take_along_axis(history.tokens, jnp.maximum(places, 0), axis=1)  # [B, M - 1]
+    equal = (ends[:, None] == words[None, :, :-1]) & (places >= 0)[:, None]
+    needed = jnp.arange(count - 1)[None] >= count - sizes[:, None]
+    banned = jnp.all(equal | ~needed[None], axis=-1)  # [B, W]
+    rows = jnp.arange(logits.shape[0])[:, None]
+    last = jnp.broadcast_to(words[None, :, -1], banned.shape)
+    return jnp.where(jnp.zeros(logits.shape, bool).at[rows, last].max(banned), MASKED, logits)
+
+
+def apply_min_new_tokens(logits: jax.Array, history: History, eos_ids: jax.Array, count: jax.Array) -> jax.Array:
+    """Bans the ids that end a row, int32 [E], until it has `count` (int32) generated tokens."""
+    ending = jnp.zeros(logits.shape[-1], bool).at[eos_ids].set(True)
+    return jnp.where((history.generated[:, None] < per_row(count)) & ending[None], MASKED, logits)
+
+
+def apply_forced_tokens(logits: jax.Array, history: History, forced: jax.Array) -> jax.Array:
+    """Leaves only the token forced[i], int32 [N], for the i-th generated token; negative forces none."""
+    step = history.generated
+    token = jnp.where(step < forced.shape[0], forced[jnp.minimum(step, forced.shape[0] - 1)], -1)[:, None]
+    wanted = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None] == token
+    return jnp.where(wanted, 0.0, jnp.where(token >= 0, MASKED, logits))
+
+
+def apply_logit_bias(logits: jax.Array, ids: jax.Array, bias: jax.Array) -> jax.Array:
+    """Adds bias[i] to the logit of ids[i], int32 [N], in all rows."""
+    return logits.at[:, ids].add(bias[None])
+
+
+def _rows(history: History) -> jax.Array:
+    return jnp.broadcast_to(jnp.arange(history.tokens.shape[0])[:, None], history.tokens.shape)
+
+
+def _scatter_max(logits: jax.Array, history: History, where: jax.Array) -> jax.Array:
+    """bool [B, V], which tokens stand at a place of the history for which `where` [B, S] holds."""
+    return jnp.zeros(logits.shape, bool).at[_rows(history), history.tokens].max(where)

@@ -1,0 +1,121 @@
+"""Transforms of logits that need nothing but the logits: each takes and returns float32 [B, V].
+
+Settings are traced, [] for all rows or [B], one per row. What is cut off becomes minus infinity; the most likely token
+never is. Logits that are minus infinity already stay so, and count for nothing.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from llorch_jax.sampling.base import MASKED, per_row
+
+
+def apply_temperature(logits: jax.Array, temperature: jax.Array) -> jax.Array:
+    """Logits divided by a temperature."""
+    return logits / per_row(temperature)
+
+
+def apply_top_k(logits: jax.Array, top_k: jax.Array) -> jax.Array:
+    """Keeps each row's `top_k` (int32) largest (Fan et al. 2018, section 5.4)."""
+    return _mask_unsorted(logits, top_k, None)
+
+
+def apply_top_p(logits: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Keeps the most likely tokens that reach the probability `top_p` (Holtzman et al. 2020, section 3.1)."""
+    return _mask_unsorted(logits, None, top_p)
+
+
+def apply_min_p(logits: jax.Array, min_p: jax.Array) -> jax.Array:
+    """Keeps tokens at least `min_p` times as likely as the most likely one (Nguyen et al. 2024, 2407.01082)."""
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    most = jnp.max(probabilities, axis=-1, keepdims=True)
+    return _keep(logits, probabilities >= per_row(min_p) * most)
+
+
+def apply_typical_p(logits: jax.Array, typical_p: jax.Array) -> jax.Array:
+    """Keeps the tokens whose surprise is nearest to the entropy, until they reach the probability `typical_p`.
+
+    Locally typical sampling (Meister et al. 2023, 2202.00666, section 4).
+    """
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    probabilities = jnp.exp(logprobs)
+    distance = jnp.abs(-logprobs - _entropy(probabilities, logprobs))
+    distance = jnp.where(probabilities > 0, distance, jnp.inf)
+    order = jnp.argsort(distance, axis=-1)
+    reached = jnp.cumsum(jnp.take_along_axis(probabilities, order, axis=-1), axis=-1)
+    last = jnp.minimum(jnp.sum(reached < per_row(typical_p), axis=-1, keepdims=True), logits.shape[-1] - 1)
+    limit = jnp.take_along_axis(distance, jnp.take_along_axis(order, last, axis=-1), axis=-1)
+    return jnp.where(distance <= limit, logits, MASKED)
+
+
+def apply_epsilon_cutoff(logits: jax.Array, epsilon: jax.Array) -> jax.Array:
+    """Keeps tokens of probability `epsilon` and more (Hewitt et al. 2022, 2210.15191, section 4)."""
+    return _keep(logits, jax.nn.softmax(logits, axis=-1) >= per_row(epsilon))
+
+
+def apply_eta_cutoff(logits: jax.Array, epsilon: jax.Array) -> jax.Array:
+    """Keeps tokens of probability min(epsilon, sqrt(epsilon) exp(-entropy)) and more (Hewitt et al. 2022)."""
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    probabilities, epsilon = jnp.exp(logprobs), per_row(epsilon)
+    eta = jnp.minimum(epsilon, jnp.sqrt(epsilon) * jnp.exp(-_entropy(probabilities, logprobs)))
+    return _keep(logits, probabilities >= eta)
+
+
+def apply_top_n_sigma(logits: jax.Array, n: jax.Array) -> jax.Array:
+    """Keeps logits within `n` standard deviations of the largest (Tang et al. 2024, 2411.07641, section 3)."""
+    finite = jnp.isfinite(logits)
+    count = jnp.sum(finite, axis=-1, keepdims=True, dtype=logits.dtype)
+    mean = jnp.sum(jnp.where(finite, logits, 0), axis=-1, keepdims=True) / count
+    variance = jnp.sum(jnp.where(finite, jnp.square(logits - mean), 0), axis=-1, keepdims=True) / count
+    most = jnp.max(logits, axis=-1, keepdims=True)
+    return _keep(logits, logits >= most - per_row(n) * jnp.sqrt(variance))
+
+
+def apply_xtc(logits: jax.Array, keys: jax.Array, probability: jax.Array, threshold: jax.Array) -> jax.Array:
+    """With some probability, cuts off all tokens that reach a threshold but the least likely of them.
+
+    XTC ("exclude top choices") as in llama.cpp: it does nothing where fewer than two tokens reach the threshold.
+
+    Args:
+        logits: float32 [B, V].
+        keys: one per row [B].
+        probability: with which a row is transformed, 0 .. 1.
+        threshold: probability of a token that counts as a top choice; above 0.5 there cannot be two.
+    """
+    active = jax.vmap(jax.random.uniform)(keys) < jnp.broadcast_to(probability, keys.shape)
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    top = probabilities >= per_row(threshold)
+    least = jnp.argmin(jnp.where(top, probabilities, jnp.inf), axis=-1)
+    spared = jnp.arange(logits.shape[-1])[None] == least[:, None]
+    active &= jnp.sum(top, axis=-1) >= 2
+    return jnp.where(active[:, None] & top & ~spared, MASKED, logits)
+
+
+def keep_sorted(values: jax.Array, top_k: jax.Array | None, top_p: jax.Array | None) -> jax.Array:
+    """Which of the logits [B, C], sorted downwards, are kept: bool [B, C]. The first always is."""
+    rank = jnp.arange(values.shape[-1], dtype=jnp.int32)[None]
+    kept = jnp.ones(values.shape, bool) if top_k is None else rank < jnp.broadcast_to(per_row(top_k), values.shape)
+    if top_p is None:
+        return kept
+    probabilities = jax.nn.softmax(jnp.where(kept, values, MASKED), axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    limit = jnp.where(top_p < 1, top_p, jnp.inf)  # sums of many probabilities may round to 1 before the last
+    return (kept & (before < per_row(limit))) | (rank == 0)
+
+
+def _mask_unsorted(logits: jax.Array, top_k: jax.Array | None, top_p: jax.Array | None) -> jax.Array:
+    values, ids = jax.lax.top_k(logits, logits.shape[-1])
+    masked = jnp.where(keep_sorted(values, top_k, top_p), values, MASKED)
+    rows = jnp.arange(logits.shape[0])[:, None]
+    return jnp.zeros_like(logits).at[rows, ids].set(masked)
+
+
+def _keep(logits: jax.Array, kept: jax.Array) -> jax.Array:
+    """Logits where `kept` or largest, minus infinity elsewhere."""
+    return jnp.where(kept | (logits == jnp.max(logits, axis=-1, keepdims=True)), logits, MASKED)
+
+
+def _entropy(probabilities: jax.Array, logprobs: jax.Array) -> jax.Array:
+    """In nats, [B, 1]."""
+    terms = jnp.where(probabilities > 0, probabilities * logprobs, 0)
+    return -jnp.sum(terms, axis=-1, keepdims=True)
