@@ -152,7 +152,7 @@ def test_parts_of_a_step_sum_to_the_step(reports):
 def test_signals_have_todays_values(reports):
     found = reports["profile_cache"]["signals"]
     assert list(found) == ["performance", "features", "code", "requirements"]
-    assert found["features"]["value"].startswith("5 strategies")
+    assert found["features"]["value"].startswith("6 strategies")
     assert found["code"]["on"]
     assert "saving and loading" in found["requirements"]["value"]
 

@@ -333,7 +333,7 @@ class TestCrop:
     def test_a_length_beyond_the_row_changes_nothing(self):
         cache = written(make_ring(WINDOWED, 4), 9)
         np.testing.assert_array_equal(cache.crop(40).ends, cache.ends)
-        with pytest.raises(CacheError, match="length of 0 or more"):
+        with pytest.raises(CacheError, match="whole numbers from 0 up"):
             cache.crop(-1)
 
     def test_what_jit_could_not_refuse_is_refused_by_the_next_call(self):
