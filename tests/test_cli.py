@@ -75,6 +75,8 @@ class TestGenerate:
             "token_ids": expected.token_ids,
             "finish_reason": "length",
             "prompt_ids": expected.prompt_ids,
+            "stop_reason": None,
+            "top_logprobs": None,
         }
 
     def test_reads_standard_input(self, run, folder):
