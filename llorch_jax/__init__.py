@@ -1,6 +1,8 @@
 """GPT-2 inference as pure functions in JAX, with the KV cache as an immutable pytree."""
 
-from llorch_jax.beam import Beams, beam_search
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from llorch_jax.branching import SearchError
 from llorch_jax.cache import (
     CachePool,
@@ -21,23 +23,52 @@ from llorch_jax.cache import (
 )
 from llorch_jax.checkpoint import Model, convert, load, save_model
 from llorch_jax.config import GPT2Config
-from llorch_jax.contrastive import contrastive_search
 from llorch_jax.decoding import compile_count, decode_step, generate_tokens, prefill, stream_tokens
-from llorch_jax.drafts import DraftError, DraftModel, PromptLookup
 from llorch_jax.errors import CacheError, CapacityError, CheckpointError, ConfigError, LlorchError, TokenError
 from llorch_jax.generation import Generation, ModelError, Piece, generate, stream
-from llorch_jax.likelihood import Choice, choices
 from llorch_jax.model import forward
 from llorch_jax.overflow import Reencode
 from llorch_jax.params import BlockParams, Params, count_params, init_params, param_shapes
 from llorch_jax.probes import intermediates
-from llorch_jax.samples import generate_n
 from llorch_jax.sampling import Greedy, Mirostat, SamplerError, Sampling
 from llorch_jax.scoring import Score, score
-from llorch_jax.session import Session, load_session, save_session
-from llorch_jax.speculative import Speculation, speculate_tokens
-from llorch_jax.speculative_text import generate_speculative
 from llorch_jax.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llorch_jax.beam import Beams, beam_search
+    from llorch_jax.contrastive import contrastive_search
+    from llorch_jax.drafts import DraftError, DraftModel, PromptLookup
+    from llorch_jax.likelihood import Choice, choices
+    from llorch_jax.samples import generate_n
+    from llorch_jax.session import Session, load_session, save_session
+    from llorch_jax.speculative import Speculation, speculate_tokens
+    from llorch_jax.speculative_text import generate_speculative
+
+# Imported when they are first asked for: `import llorch_jax` stays quick.
+_LATER = {
+    "Beams": "beam",
+    "Choice": "likelihood",
+    "DraftError": "drafts",
+    "DraftModel": "drafts",
+    "PromptLookup": "drafts",
+    "Session": "session",
+    "Speculation": "speculative",
+    "beam_search": "beam",
+    "choices": "likelihood",
+    "contrastive_search": "contrastive",
+    "generate_n": "samples",
+    "generate_speculative": "speculative_text",
+    "load_session": "session",
+    "save_session": "session",
+    "speculate_tokens": "speculative",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(importlib.import_module(f"llorch_jax.{_LATER[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __version__ = "0.1.0"
 
