@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--batch", type=int, default=1)
     options.add_argument("--prompt", type=int, default=64)
     options.add_argument("--new", type=int, default=64)
-    options.add_argument("--capacity", type=int, help="slots of the cache (prompt + new)")
+    options.add_argument("--capacity", type=int, help="slots of the cache, rounded up to a bucket (prompt + new)")
     options.add_argument("--cache", default="static", help="layout, as of `make_cache`")
     chosen = options.parse_args(argv)
     setting = (chosen.preset, chosen.batch, chosen.prompt, chosen.new, chosen.capacity, chosen.cache)

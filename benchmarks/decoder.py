@@ -11,6 +11,7 @@ import llorch_jax as lj
 from benchmarks.measure import seconds
 from llorch_jax import steps
 from llorch_jax.buckets import bucket
+from llorch_jax.cache.memory import fit_cache
 from llorch_jax.decoding import first_logits
 from llorch_jax.request import prepare
 from llorch_jax.timing import compile_seconds
@@ -80,6 +81,5 @@ def random_tokens(config: lj.GPT2Config, batch: int, length: int) -> np.ndarray:
 
 
 def make_cache(config: lj.GPT2Config, layout: str, batch: int, capacity: int) -> lj.KVCache:
-    """An empty cache; a rotating one has its window and no capacity."""
-    room = {} if layout.startswith("rotating") else {"capacity": capacity}
-    return lj.make_cache(config, layout, batch_size=batch, **room)
+    """An empty cache with room for so many tokens, rounded up to a bucket, or with its layout's window or budget."""
+    return fit_cache(config, layout, batch, capacity)

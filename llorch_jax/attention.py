@@ -74,13 +74,18 @@ def attend(
     count, slots = q.shape[1], view.k.shape[2]
     if count == 1:
         return _attend_single(q, view, positions, scale, window)
+    batch, *_, head_dim = q.shape
+    queries = q.reshape(batch, count, view.k.shape[1], -1, head_dim).transpose(0, 2, 4, 3, 1)  # [B, K, H, N / K, T]
+    values = view.v.astype(jnp.float32).swapaxes(2, 3)
     blocks = []
     for first in range(0, count, BLOCK):
         last = min(first + BLOCK, count)
         end = slots if start is None else min(start + last, slots)
-        seen = view._replace(k=view.k[:, :, :end], v=view.v[:, :, :end], positions=view.positions[..., :end])
-        blocks.append(_attend_block(q[:, first:last], seen, positions[:, first:last], scale, window))
-    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
+        seen = view._replace(k=view.k[:, :, :end], positions=view.positions[..., :end])
+        block = queries[..., first:last], seen, values[..., :end], positions[:, first:last]
+        blocks.append(_attend_block(*block, scale, window))
+    out = blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=-1)
+    return out.transpose(0, 4, 1, 3, 2).reshape(q.shape)
 
 
 def attention_mass(
@@ -117,29 +122,25 @@ def _attention_weights(q: jax.Array, view: KVView, positions: jax.Array, scale: 
     return jax.nn.softmax(jnp.where(allowed, scores, MASKED), axis=-1)
 
 
-def _attend_block(q: jax.Array, view: KVView, positions: jax.Array, scale: float, window: int | None) -> jax.Array:
-    weights = _attention_weights(q, view, positions, scale, window)
-    out = jnp.einsum("BKGTS,BKSH->BTKGH", weights, view.v.astype(jnp.float32), precision=EXACT)
-    return out.reshape(q.shape)
+def _attend_block(
+    q: jax.Array, view: KVView, values: jax.Array, positions: jax.Array, scale: float, window: int | None
+) -> jax.Array:
+    """A block of queries, [B, K, H, N / K, T] like the result, over values [B, K, H, S].
+
+    With slots before queries both products are of a matrix and columns, the form that XLA's CPU backend is fastest at.
+    """
+    scores = jnp.einsum("BKSH,BKHGT->BKSGT", view.k.astype(jnp.float32), q, precision=EXACT) * scale
+    allowed = allowed_slots(positions, view, window).swapaxes(2, 3)[:, :, :, None]
+    weights = jax.nn.softmax(jnp.where(allowed, scores, MASKED), axis=2)
+    return jnp.einsum("BKHS,BKSGT->BKHGT", values, weights, precision=EXACT)
 
 
 def _attend_single(q: jax.Array, view: KVView, positions: jax.Array, scale: float, window: int | None) -> jax.Array:
-    """One query per row. On a CPU one small product per head is up to three times as fast as a batched one."""
-    allowed = allowed_slots(positions, view, window)[:, :, 0]
-    rows = (q[:, 0], view.k, view.v, jnp.broadcast_to(allowed, (q.shape[0], *allowed.shape[1:])))
-    if q.shape[0] == 1:
-        return _attend_row(jax.tree.map(lambda array: array[0], rows), scale)[None, None]
-    return jax.lax.map(lambda row: _attend_row(row, scale), rows)[:, None]
-
-
-def _attend_row(row: tuple[jax.Array, ...], scale: float) -> jax.Array:
-    """float32 [N, H] from the queries [N, H] of one token, k, v [K, S, H], and where it may look, [1 or K, S]."""
-    q, k, v, allowed = row
-    groups = q.reshape(k.shape[0], -1, q.shape[1])  # [K, N / K, H]
-    out = []
-    for head, (keys, values) in enumerate(zip(k.astype(jnp.float32), v.astype(jnp.float32), strict=True)):
-        scores = jnp.matmul(keys, groups[head].T, precision=EXACT) * scale  # [S, N / K]
-        seen = allowed[min(head, allowed.shape[0] - 1), :, None]
-        weights = jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=0)
-        out.append(jnp.matmul(weights.T, values, precision=EXACT))
-    return jnp.concatenate(out)
+    """One query per row. In this form XLA's CPU backend takes keys and values as they lie, without a copy."""
+    batch, *_, head_dim = q.shape
+    grouped = q.reshape(batch, view.k.shape[1], -1, head_dim)
+    scores = jnp.einsum("BKGH,BKSH->BKGS", grouped, view.k.astype(jnp.float32), precision=EXACT) * scale
+    allowed = allowed_slots(positions, view, window)
+    weights = jax.nn.softmax(jnp.where(allowed, scores, MASKED), axis=-1)
+    out = jnp.einsum("BKGS,BKSH->BKGH", weights, view.v.astype(jnp.float32), precision=EXACT)
+    return out.reshape(q.shape)

@@ -4,6 +4,7 @@ Activations are feature-major, [D, M] with M = B * T columns, so that every dens
 `params`. Public functions take and return the usual [B, T, ...].
 """
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar, overload
@@ -19,6 +20,7 @@ from llorch_jax.params import BlockParams, Dense, Norm, Params
 
 Cache = TypeVar("Cache", bound=KVCache)
 MaybeCache = TypeVar("MaybeCache", bound=KVCache | None)
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 Probe = Callable[[str, int, jax.Array], None]  # is shown (name, layer, value) while the pass is traced
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -146,7 +148,7 @@ def embed(params: Params, tokens: jax.Array, positions: jax.Array) -> jax.Array:
 def output_logits(params: Params, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Logits float32 [*shape, V] of hidden states [D, M], M the product of `shape`."""
     projection = params.output_projection
-    logits = jnp.matmul(projection, x, precision=EXACT, preferred_element_type=jnp.float32)  # [V, M]
+    logits = product(projection, x)  # [V, M]
     if x.shape[1] > 1:  # else XLA makes x.T @ W.T of it, which takes up to five times as long
         logits = jax.lax.optimization_barrier(logits)
     return logits.T.reshape(*shape, projection.shape[0])
@@ -190,8 +192,22 @@ def _attention(
 
 def dense(params: Dense, x: jax.Array) -> jax.Array:
     """`weight @ x + bias` on x [in, M], in float32."""
-    out = jnp.matmul(params.weight, x, precision=EXACT, preferred_element_type=jnp.float32)
-    return out + params.bias[:, None]
+    return product(params.weight, x) + params.bias[:, None]
+
+
+def product(weight: jax.Array, x: jax.Array) -> jax.Array:
+    """`weight @ x` for weight [out, in], x [in, M], in float32.
+
+    XLA's CPU backend cuts a single matrix-vector product into pieces that do not divide evenly among the cores; as a
+    batch of products of equal size it takes up to a quarter less time.
+    """
+    rows, columns = weight.shape
+    if x.shape[1] > 1 or rows % _CORES:
+        return jnp.matmul(weight, x, precision=EXACT, preferred_element_type=jnp.float32)
+    vectors = jnp.broadcast_to(x[:, 0], (_CORES, columns))
+    pieces = weight.reshape(_CORES, rows // _CORES, columns)
+    out = jnp.einsum("PRK,PK->PR", pieces, vectors, precision=EXACT, preferred_element_type=jnp.float32)
+    return out.reshape(rows, 1)
 
 
 def layer_norm(params: Norm, x: jax.Array, epsilon: float) -> jax.Array:

@@ -160,9 +160,10 @@ def _grown_rows(request: Request, new: np.ndarray) -> list[np.ndarray]:
 
 
 def pad_to_bucket(tokens: jax.Array, config: GPT2Config) -> jax.Array:
-    """Tokens [B, T] with padding behind them, so that T is the size of a bucket."""
+    """Tokens [B, T] with padding behind them, so that T is the size of a bucket; single tokens stay by themselves."""
     count = tokens.shape[1]
-    padding = ((0, 0), (0, bucket(count, config.n_positions) - count))
+    size = 1 if count == 1 else bucket(count, config.n_positions)
+    padding = ((0, 0), (0, size - count))
     if is_concrete(tokens):  # by NumPy: jnp.pad, and jnp.asarray, would be compiled for every length
         return jax.device_put(np.pad(np.asarray(tokens), padding))
     return jnp.pad(tokens, padding)

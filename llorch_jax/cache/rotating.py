@@ -233,7 +233,10 @@ def _write_token(ring: jax.Array, new: jax.Array, slots: jax.Array, count: jax.A
         block = lax.dynamic_slice_in_dim(new, row, 1)
         start = (row, 0, slots[row], 0)
         # A static cache can take padding behind its end; here the slot holds a token that the row may still need.
-        return lax.cond(count[row] > 0, lambda: lax.dynamic_update_slice(ring, block, start), lambda: ring)
+        # The second condition always holds. Where XLA knows the first one too, and there is one row, it would drop the
+        # `cond` and write twice, for attention and for the result, into copies of the ring.
+        real = (count[row] > 0) & (slots[row] < ring.shape[2])
+        return lax.cond(real, lambda: lax.dynamic_update_slice(ring, block, start), lambda: ring)
 
     return write(0, ring) if ring.shape[0] == 1 else lax.fori_loop(0, ring.shape[0], write, ring)
 
