@@ -157,9 +157,9 @@ def _segment(params: Params, config: GPT2Config, request: Request, rows: Rows) -
     logits, cache = first_logits(params, config, request)
     history, memory, room = request.history, request.memory, 0
     for left in range(request.max_new_tokens - 1, -1, -1):
-        sampler = Masked(request.policy.sampler, jnp.asarray(rows.mask))
+        sampler = Masked(request.policy.sampler, rows.mask)
         policy = dataclasses.replace(request.policy, sampler=sampler)
-        state = steps.first_state(policy, logits, jnp.array(rows.complete), cache, history, memory)
+        state = steps.first_state(policy, logits, rows.complete.copy(), cache, history, memory)
         cache, history, memory = state.cache, state.history, state.memory
         rows.push(np.asarray(state.token))
         if left and not rows.complete.all():
@@ -168,6 +168,7 @@ def _segment(params: Params, config: GPT2Config, request: Request, rows: Rows) -
                 room = cache.room()
             logits, cache = steps.decode(params, config, state.token, cache)
             room -= 1
+        if left or request.later:
             rows.fill()  # while the logits are computed
         yield state
         if rows.complete.all():
@@ -201,7 +202,8 @@ def _pieces(
     prefill_seconds, decode_seconds = prepare_seconds, 0.0
     watch.skip()  # what the caller did before asking for the first piece
     for count, state in enumerate(states, 1):
-        token, logprob = int(state.token[0]), float(state.logprob[0])
+        # As NumPy arrays: an index into a JAX array is a program of its own, which would wait for the model's.
+        token, logprob = int(np.asarray(state.token)[0]), float(np.asarray(state.logprob)[0])
         top = None if state.top is None else _pairs(*(array[0] for array in _arrays(state.top)))
         if count == 1:
             prefill_seconds += watch.lap()

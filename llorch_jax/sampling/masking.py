@@ -22,7 +22,7 @@ class Masked:
     """
 
     sampler: Any
-    mask: jax.Array
+    mask: Any
 
     @property
     def needs_key(self) -> bool:
