@@ -36,6 +36,7 @@ from llorch_jax.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llorch_jax.beam import Beams, beam_search
+    from llorch_jax.constraints import Constraint, ConstraintError
     from llorch_jax.contrastive import contrastive_search
     from llorch_jax.drafts import DraftError, DraftModel, PromptLookup
     from llorch_jax.likelihood import Choice, choices
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
 _LATER = {
     "Beams": "beam",
     "Choice": "likelihood",
+    "Constraint": "constraints",
+    "ConstraintError": "constraints",
     "DraftError": "drafts",
     "DraftModel": "drafts",
     "PromptLookup": "drafts",
@@ -81,6 +84,8 @@ __all__ = [
     "CheckpointError",
     "Choice",
     "ConfigError",
+    "Constraint",
+    "ConstraintError",
     "DraftError",
     "DraftModel",
     "DynamicCache",

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from llorch_jax.cache.memory import SYNTAX, plan_memory
 from llorch_jax.checkpoint import Model, convert, load, load_config, locate
+from llorch_jax.constraints import ConstraintError
 from llorch_jax.drafts import DraftError
 from llorch_jax.errors import LlorchError, TokenError
 from llorch_jax.generation import Generation, generate, stream
@@ -71,6 +72,13 @@ def generate_command(
     xtc_probability: Annotated[float | None, typer.Option(help="Of excluding the top choices.")] = None,
     mirostat_tau: Annotated[float | None, typer.Option(help="Keep the surprise near so many bits per token.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    regex: Annotated[str | None, typer.Option(help="The new text matches this regular expression.")] = None,
+    json_schema: Annotated[
+        str | None, typer.Option(help="The new text is JSON by this schema, a file or the schema itself.")
+    ] = None,
+    grammar: Annotated[
+        str | None, typer.Option(help="The new text follows this grammar (Lark or GBNF), a file or the grammar itself.")
+    ] = None,
     top_logprobs: Annotated[int, typer.Option(help="With --json: so many alternatives per token.")] = 0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     cache: CacheOption = "static",
@@ -94,6 +102,7 @@ def generate_command(
     settings |= {"dry_multiplier": dry_multiplier, "no_repeat_ngram_size": no_repeat_ngram_size}
     settings |= {"min_new_tokens": min_new_tokens, "xtc_probability": xtc_probability, "mirostat_tau": mirostat_tau}
     settings |= {"stop": stop, "top_logprobs": top_logprobs, "seed": seed, "cache": cache, "overflow": overflow}
+    settings |= {"regex": regex, "json_schema": _content(json_schema), "grammar": _content(grammar)}
     if speculative or draft:
         spent = _speculate(loaded, text, max_new_tokens, settings, speculative, draft, as_json)
     elif stream and not as_json:
@@ -192,6 +201,16 @@ def _text(argument: str) -> str:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
         raise TokenError(f"standard input: expected {error.encoding} text ({error.reason})") from None
+
+
+def _content(argument: str | None) -> str | None:
+    """What a file holds where the argument is the path of one, else the argument."""
+    if argument is None or not os.path.isfile(argument):
+        return argument
+    try:
+        return Path(argument).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConstraintError(f"{argument}: expected a readable file in UTF-8 ({error})") from None
 
 
 def _load(source: str) -> tuple[Model, float]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from llorch_jax.cache.memory import fit_cache
 from llorch_jax.checkpoint import Model
+from llorch_jax.constraints import take_constraint
 from llorch_jax.decoding import first_logits, generate_from, stream_states
 from llorch_jax.errors import LlorchError, TokenError
 from llorch_jax.overflow import Reencode, padded
@@ -121,7 +122,9 @@ def generate(
         stop: a text, or several, before which the new text ends.
         stop_ids: ids that end a text, beside the model's own.
         top_logprobs: how many of the most likely tokens to report at every step.
-        settings: top_k, top_p and the others of `Sampling.create`, or mirostat_tau and mirostat_eta.
+        settings: top_k, top_p and the others of `Sampling.create`, or mirostat_tau and mirostat_eta. Also one of regex,
+            json_schema, grammar and choices, what a `Constraint` is made of: the text matches it in full unless its
+            finish_reason is "length". Or constraint: a `Constraint`, or a list with one or None for each prompt.
 
     Returns:
         A `Generation`, or a list of them where `prompt` is a list.
@@ -131,7 +134,21 @@ def generate(
         TokenError: a prompt is empty or holds what the tokenizer has no token for.
         CapacityError: a prompt and its new tokens do not fit the model's context.
         SamplerError: a setting is unknown or out of range.
+        ConstraintError: a constraint is invalid, or llguidance (`pip install 'llorch-jax[constrained]'`) is missing.
     """
+    constraint = take_constraint(settings)
+    if constraint is not None:
+        from llorch_jax.constrained import generate_constrained
+
+        common: dict[str, Any] = {
+            "temperature": temperature,
+            "seed": seed,
+            "cache": cache,
+            "overflow": overflow,
+            "stop": stop,
+        }
+        common |= {"stop_ids": stop_ids, "top_logprobs": top_logprobs}
+        return generate_constrained(model, prompt, max_new_tokens, constraint, **common, **settings)
     watch = Stopwatch()
     prompts, ending = _prompts(prompt), _ending(model, stop, stop_ids)
     sampler = make_sampler(temperature, **settings)
@@ -169,6 +186,19 @@ def stream(
 
     The text of all pieces, put together, is the text of `generate` with the same arguments.
     """
+    constraint = take_constraint(settings)
+    if constraint is not None:
+        from llorch_jax.constrained import stream_constrained
+
+        common: dict[str, Any] = {
+            "temperature": temperature,
+            "seed": seed,
+            "cache": cache,
+            "overflow": overflow,
+            "stop": stop,
+        }
+        common |= {"stop_ids": stop_ids, "top_logprobs": top_logprobs}
+        return stream_constrained(model, prompt, max_new_tokens, constraint, **common, **settings)
     watch = Stopwatch()
     ending = _ending(model, stop, stop_ids)
     sampler = make_sampler(temperature, **settings)

@@ -144,6 +144,10 @@ class Tokenizer:
         kind = _ByteStream if isinstance(self._backend.decoder, decoders.ByteLevel) else _WindowStream
         return kind(self, skip_special_tokens)
 
+    def to_json(self) -> str:
+        """The tokenizer in the format of `tokenizer.json`."""
+        return self._backend.to_str()
+
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes `tokenizer.json`, which transformers reads too, into a directory, made where there is none."""
         folder = Path(directory)

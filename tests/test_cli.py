@@ -91,6 +91,23 @@ class TestGenerate:
         line = rf"load {number} s, compile {number} s, prefill {number} ms, {number} ms/token over 4 tokens\n"
         assert re.fullmatch(line, err)
 
+    def test_constraints(self, run, folder, tmp_path):
+        pytest.importorskip("llguidance")
+        schema = tmp_path / "schema.json"
+        schema.write_text('{"enum": ["grün", 12]}', encoding="utf-8")
+        options = {
+            "--regex": ("[xyz]{3}[0-9]", "[xyz]{3}[0-9]"),
+            "--json-schema": (schema, '"grün"|12'),
+            "--grammar": ('root ::= "a" | "bc"', "a|bc"),
+        }
+        for option, (given, pattern) in options.items():
+            code, out, err = run("generate", PROMPT, "-m", folder, "-n", 12, option, given)
+            assert (code, err) == (0, "")
+            assert re.fullmatch(f"{PROMPT}({pattern})\n", out)
+        assert run("generate", PROMPT, "-m", folder, "-n", 12, "--json-schema", schema.read_text("utf-8"))[0] == 0
+        result = run("generate", PROMPT, "-m", folder, "--json-schema", tmp_path / "none.json")
+        check_error(result, "json_schema: expected the JSON of an object, got")
+
 
 class TestOtherCommands:
     def test_score(self, run, model, folder):

@@ -34,6 +34,7 @@ def test_leaves_out_what_only_the_command_line_and_tools_need():
     new, everything = subprocess.check_output([sys.executable, "-c", code], env=ENVIRONMENT, text=True).splitlines()
     assert "rich" not in new.split()  # flax brings its own part of it
     unwanted = {"typer", "huggingface_hub", "matplotlib", "optax", "llorch_jax.cli", "llorch_jax.terminal"}
+    unwanted |= {"llguidance", "llorch_jax.constrained"}
     assert not unwanted & set(everything.split())
     assert {"llorch_jax", "jax", "llorch_jax.generation"} <= set(everything.split())
 
