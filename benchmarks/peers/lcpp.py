@@ -1,12 +1,18 @@
-"""llama.cpp through llama-cpp-python, in float32 and Q8_0, one row at a time; converted from the checkpoint here."""
+"""llama.cpp through the wheel of xllamacpp, in float32 and Q8_0, one row at a time; converted from the checkpoint here.
+
+Its server runs inside this process. The wheel is compiled for AVX2: a build of llama.cpp for the machine itself may be
+faster where much is computed per weight, that is in prefill.
+"""
 
 import json
 import os
+import re
 from typing import Any
 
 import gguf
-import llama_cpp
 import numpy as np
+import xllamacpp
+from gguf import GGMLQuantizationType as Stored
 from safetensors.numpy import load_file
 from worker import Generate, serve
 
@@ -21,50 +27,35 @@ NAMES = {
 
 
 def load(directory: str, work: str, threads: int) -> dict[str, Generate]:
-    exact, rounded = f"{work}/f32.gguf", f"{work}/q8_0.gguf"
-    if not os.path.exists(exact):
-        _convert(directory, exact)
-    if not os.path.exists(rounded):
-        settings = llama_cpp.llama_model_quantize_default_params()
-        settings.ftype, settings.nthread = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, threads
-        llama_cpp.llama_model_quantize(exact.encode(), rounded.encode(), settings)
-    return {"f32": _generator(exact, threads), "q8_0": _generator(rounded, threads)}
+    paths = {"f32": f"{work}/f32.gguf", "q8_0": f"{work}/q8_0.gguf"}
+    for kind, path in paths.items():
+        if not os.path.exists(path):
+            _convert(directory, path, Stored[kind.upper()])
+    return {kind: _generator(path, threads) for kind, path in paths.items()}
 
 
 def _generator(path: str, threads: int) -> Generate:
-    float32 = llama_cpp.GGML_TYPE_F32
-    model = llama_cpp.Llama(
-        path,
-        n_ctx=1024,
-        n_threads=threads,
-        n_threads_batch=threads,
-        n_batch=1024,
-        type_k=float32,
-        type_v=float32,
-        verbose=False,
-    )
+    settings = xllamacpp.CommonParams()
+    settings.model.path = path
+    settings.n_ctx, settings.n_batch, settings.n_ubatch, settings.n_parallel = 1024, 1024, 1024, 1
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
+    settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    server = xllamacpp.Server(settings)
+    greedy = {"temperature": 0, "ignore_eos": True, "cache_prompt": False}
 
     def generate(tokens: list[list[int]], new: int) -> list[list[int]]:
         if len(tokens) > 1:
             raise NotImplementedError("a batch of several rows")
-        model.reset()
-        model.eval(tokens[0])
-        chosen = [_argmax(model)]
-        while len(chosen) < new:
-            model.eval(chosen[-1:])
-            chosen.append(_argmax(model))
-        return [chosen]
+        answer = server.handle_completions({"prompt": tokens[0], "n_predict": new, **greedy})
+        if "choices" not in answer:
+            raise RuntimeError(json.dumps(answer))
+        words = answer["choices"][0]["text"]  # such as t17t4, the words that the comparison's vocabulary has
+        return [[int(number) for number in re.findall(r"t(\d+)", words)]]
 
     return generate
 
 
-def _argmax(model: Any) -> int:
-    """The likeliest token: by NumPy over llama.cpp's logits, which is faster than its sampler through Python."""
-    pointer = llama_cpp.llama_get_logits_ith(model.ctx, -1)
-    return int(np.ctypeslib.as_array(pointer, (model.n_vocab(),)).argmax())
-
-
-def _convert(directory: str, path: str) -> None:
+def _convert(directory: str, path: str, kind: Stored) -> None:
     with open(f"{directory}/config.json") as file:
         config = json.load(file)
     with open(f"{directory}/vocab.json") as file:
@@ -78,17 +69,21 @@ def _convert(directory: str, path: str) -> None:
     writer.add_feed_forward_length(config["n_inner"] or 4 * config["n_embd"])
     writer.add_head_count(config["n_head"])
     writer.add_layer_norm_eps(config["layer_norm_epsilon"])
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     _add_vocabulary(writer, words)
-    for name, target in {"wte": "token_embd", "wpe": "position_embd"}.items():
-        writer.add_tensor(f"{target}.weight", tensors[f"{name}.weight"])
-    writer.add_tensor("output.weight", tensors.get("lm_head.weight", tensors["wte.weight"]))
-    for kind in ("weight", "bias"):
-        writer.add_tensor(f"output_norm.{kind}", tensors[f"ln_f.{kind}"])
+
+    def add_matrix(name: str, array: np.ndarray) -> None:
+        writer.add_tensor(name, gguf.quantize(array, kind), raw_dtype=kind)
+
+    writer.add_tensor("position_embd.weight", tensors["wpe.weight"])
+    add_matrix("token_embd.weight", tensors["wte.weight"])
+    add_matrix("output.weight", tensors.get("lm_head.weight", tensors["wte.weight"]))
+    for part in ("weight", "bias"):
+        writer.add_tensor(f"output_norm.{part}", tensors[f"ln_f.{part}"])
         for layer in range(config["n_layer"]):
             for name, target in NAMES.items():
-                array = np.ascontiguousarray(tensors[f"h.{layer}.{name}.{kind}"].T)  # stored as [in, out]
-                writer.add_tensor(f"blk.{layer}.{target}.{kind}", array)
+                array = np.ascontiguousarray(tensors[f"h.{layer}.{name}.{part}"].T)  # stored as [in, out]
+                add = add_matrix if array.ndim == 2 else writer.add_tensor
+                add(f"blk.{layer}.{target}.{part}", array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -106,4 +101,4 @@ def _add_vocabulary(writer: Any, words: dict[str, int]) -> None:
 
 
 if __name__ == "__main__":
-    serve(load, ["f32"], ["llama-cpp-python"])
+    serve(load, ["f32"], ["xllamacpp"])
