@@ -63,7 +63,7 @@ class TestTransformers:
         logits, past = self.given()
         names = ("repetition_penalty", "no_repeat_ngram_size", "temperature", "top_k", "top_p")
         sampler = lj.Sampling.create(**{name: references.sidecar("sampling")["parameters"][name] for name in names})
-        self.check("chain", sampler.filtered(sampler.penalised(logits, past, NONE)))
+        self.check("chain", sampler.replace(more={}).filtered(sampler.penalised(logits, past, NONE)))
 
     def setting(self, name):
         return jnp.float32(references.sidecar("sampling")["parameters"][name])

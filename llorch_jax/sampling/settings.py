@@ -96,7 +96,7 @@ def check_settings(settings: dict[str, Any]) -> None:
     for name, value in settings.items():
         if name not in known:
             raise SamplerError(f"{name}: expected one of {', '.join(known)}; got an unknown setting")
-        if value is None:
+        if value is None and name != "temperature":
             continue
         valid = known[name].valid
         if valid is not None:
