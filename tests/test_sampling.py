@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import llorch_jax as lj
-from llorch_jax.sampling import apply_temperature, apply_top_k, apply_top_p
+from llorch_jax.sampling import apply_temperature, apply_top_k, apply_top_p, apply_typical_p
+from llorch_jax.sampling.drawing import CHUNK, draw, random_bits
 
 DRAWS = 5_000
 PEAKED = np.random.default_rng(3).normal(0, 2, 300).astype(np.float32)  # more tokens than the least candidates
@@ -27,7 +28,7 @@ def keys(count, seed=0):
     return jax.random.split(jax.random.key(seed), count)
 
 
-def draw(sampler, logits, count=DRAWS, seed=0):
+def draw_often(sampler, logits, count=DRAWS, seed=0):
     """Many draws from the same logits [V]."""
     rows = jnp.broadcast_to(jnp.asarray(logits), (count, len(logits)))
     return np.asarray(jax.jit(lambda sampler, rows, keys: sampler(rows, keys))(sampler, rows, keys(count, seed)))
@@ -106,7 +107,7 @@ class TestDraws:
         if "top_p" in settings:
             logits = apply_top_p(logits, jnp.float32(settings["top_p"]))
         expected = DRAWS * softmax(logits)[0]
-        observed = np.bincount(draw(lj.Sampling.create(**settings), PEAKED), minlength=300)
+        observed = np.bincount(draw_often(lj.Sampling.create(**settings), PEAKED), minlength=300)
         assert observed[expected == 0].sum() == 0
         common = expected >= 10
         expected = np.append(expected[common], expected[~common].sum() + 1e-9)
@@ -116,16 +117,16 @@ class TestDraws:
 
     def test_top_k_decides_before_top_p(self):
         logits = np.log(np.asarray([0.3, 0.25, 0.2, 0.15, 0.1], np.float32))
-        drawn = set(draw(lj.Sampling.create(1.0, top_k=3, top_p=0.7), logits, 2000).tolist())
+        drawn = set(draw_often(lj.Sampling.create(1.0, top_k=3, top_p=0.7), logits, 2000).tolist())
         assert drawn == {0, 1}  # 0.4 and 0.33 of what three tokens hold; of all five tokens three would be needed
 
     def test_equal_tokens_beyond_top_k_are_never_drawn(self):
-        assert set(draw(lj.Sampling.create(1.0, top_k=3), np.zeros(300, np.float32), 2000).tolist()) == {0, 1, 2}
+        assert set(draw_often(lj.Sampling.create(1.0, top_k=3), np.zeros(300, np.float32), 2000).tolist()) == {0, 1, 2}
 
     @pytest.mark.parametrize("settings", [{}, {"top_k": 10}, {"top_p": 0.9}])
     def test_the_coldest_temperature_takes_the_most_likely(self, settings):
         logits = np.asarray([-1e4, 9999, 1e4, 9998], np.float32)
-        assert set(draw(lj.Sampling.create(1e-30, **settings), logits, 100).tolist()) == {2}
+        assert set(draw_often(lj.Sampling.create(1e-30, **settings), logits, 100).tolist()) == {2}
 
     def test_a_setting_per_row(self):
         rows = np.stack([PEAKED, PEAKED[::-1].copy(), np.roll(PEAKED, 9)])
@@ -146,9 +147,9 @@ class TestDraws:
 
     def test_same_key_same_token_and_another_key_others(self):
         sampler = lj.Sampling.create(1.0, top_k=50)
-        first = draw(sampler, PEAKED, 50)
-        np.testing.assert_array_equal(draw(sampler, PEAKED, 50), first)
-        assert not np.array_equal(draw(sampler, PEAKED, 50, seed=1), first)
+        first = draw_often(sampler, PEAKED, 50)
+        np.testing.assert_array_equal(draw_often(sampler, PEAKED, 50), first)
+        assert not np.array_equal(draw_often(sampler, PEAKED, 50, seed=1), first)
 
     def test_a_changed_setting_compiles_nothing(self):
         sample = jax.jit(lambda sampler, rows, keys: sampler(rows, keys))
@@ -162,6 +163,59 @@ class TestDraws:
         assert lj.Sampling.create(1.0, top_k=2**40)(PEAKED[None], keys(1)) == lj.Sampling.create(1.0, top_k=300)(
             PEAKED[None], keys(1)
         )
+
+
+class TestLargeVocabularies:
+    """GPT-2's has more tokens than are sorted at once, and than are drawn from at once."""
+
+    ranks = np.random.default_rng(5).permutation(50257)
+    zipf = (-1.5 * np.log1p(ranks)).astype(np.float32)  # the first 250 tokens or so hold 95 %
+
+    def test_draws_are_those_of_categorical(self):
+        logits = np.stack([self.zipf, np.zeros(50257, np.float32), self.zipf[::-1]])
+        logits[1, :100] = -np.inf
+        for seed in range(3):
+            expected = jax.vmap(jax.random.categorical)(keys(3, seed), jnp.asarray(logits))
+            np.testing.assert_array_equal(jax.jit(draw)(logits, keys(3, seed)), expected)
+
+    @pytest.mark.parametrize("count", [1, CHUNK, CHUNK + 1])
+    def test_bits(self, count):
+        expected = [jax.random.bits(key, (count,)) for key in keys(2)]
+        np.testing.assert_array_equal(random_bits(keys(2), count), expected)
+
+    def test_another_kind_of_key(self):
+        others = jax.random.split(jax.random.key(0, impl="rbg"), 2)
+        logits = jnp.stack([self.zipf, self.zipf])
+        np.testing.assert_array_equal(draw(logits, others), jax.vmap(jax.random.categorical)(others, logits))
+
+    @pytest.mark.parametrize("scale", [1.0, 0.6, 0.0], ids=["few", "more", "all"])
+    def test_top_p_alone_draws_as_if_all_were_sorted(self, scale):
+        logits = np.broadcast_to(self.zipf * np.float32(scale), (8, 50257))
+        values, ids = jax.lax.top_k(logits, 50257)
+        probabilities = softmax(values)
+        before = np.cumsum(probabilities, axis=-1) - probabilities
+        kept = jnp.where(jnp.asarray(before < 0.9), values, -jnp.inf)
+        for seed in range(4):
+            ranks = jax.vmap(jax.random.categorical)(keys(8, seed), kept)
+            drawn = _sample(lj.Sampling.create(1.0, top_p=0.9), logits, keys(8, seed))
+            np.testing.assert_array_equal(
+                drawn, np.take_along_axis(np.asarray(ids), np.asarray(ranks)[:, None], 1)[:, 0]
+            )
+
+    @pytest.mark.parametrize("scale", [1.0, 0.6, 0.01], ids=["few", "more", "all"])
+    def test_typical_p_keeps_the_nearest_to_the_entropy(self, scale):
+        logits = self.zipf[None] * np.float32(scale)
+        probabilities = softmax(logits)[0]
+        surprise = -np.log(probabilities)
+        distance = np.abs(surprise - (probabilities * surprise).sum())
+        order = np.argsort(distance, kind="stable")
+        expected = order[: np.searchsorted(np.cumsum(probabilities[order]), 0.5) + 1]
+        kept = np.flatnonzero(np.isfinite(_typical(logits, jnp.float32(0.5))[0]))
+        assert len(np.setxor1d(kept, expected)) <= len(expected) // 1000  # sums in float32 end a few tokens off
+
+
+_sample = jax.jit(lambda sampler, logits, keys: sampler(logits, keys))
+_typical = jax.jit(apply_typical_p)
 
 
 def test_greedy_takes_the_lowest_of_equal_ids():

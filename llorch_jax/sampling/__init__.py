@@ -1,6 +1,7 @@
 """From logits to token ids: samplers, and the transforms of logits that they are made of."""
 
 from llorch_jax.sampling.base import History, Sampler, SamplerError
+from llorch_jax.sampling.mirostat import Mirostat
 from llorch_jax.sampling.penalties import (
     apply_bad_words,
     apply_dry,
@@ -12,7 +13,7 @@ from llorch_jax.sampling.penalties import (
     apply_presence_penalty,
     apply_repetition_penalty,
 )
-from llorch_jax.sampling.sampler import Greedy, Mirostat, Sampling, breakers_of, make_sampler
+from llorch_jax.sampling.sampler import Greedy, Sampling, breakers_of, make_sampler
 from llorch_jax.sampling.truncation import (
     apply_epsilon_cutoff,
     apply_eta_cutoff,

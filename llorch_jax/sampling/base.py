@@ -75,11 +75,6 @@ def per_row(setting: jax.Array) -> jax.Array:
     return setting.reshape(-1, 1)
 
 
-def draw(logits: jax.Array, keys: jax.Array) -> jax.Array:
-    """One index per row, int32 [B], in proportion to exp(logits)."""
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
-
-
 def check(name: str, value: Any, valid: Callable[[np.ndarray], Any], expected: str) -> None:
     """Raises SamplerError unless a setting is one number or one per row, all of them valid."""
     known = np.asarray(value)

@@ -10,7 +10,9 @@ from flax import struct
 
 from llorch_jax.cache.base import is_concrete
 from llorch_jax.sampling import penalties, truncation
-from llorch_jax.sampling.base import MASKED, History, SamplerError, check, draw
+from llorch_jax.sampling.base import MASKED, History, SamplerError, per_row
+from llorch_jax.sampling.drawing import draw
+from llorch_jax.sampling.mirostat import Mirostat
 from llorch_jax.sampling.settings import SETTINGS, check_settings, prepare_settings
 
 _CANDIDATE_BUCKETS = (64, 256, 1024)
@@ -148,40 +150,73 @@ class Sampling:
         """Logits [B, V] whose softmax is what tokens are drawn from: minus infinity where a token never is."""
         if not self.is_plain:
             raise SamplerError(f"sampler: expected one that goes by the logits alone, got settings {list(self.more)}")
-        values, ids = self._candidates(logits)
-        if ids is None:
-            return values
         rows = jnp.arange(logits.shape[0])[:, None]
-        return jnp.full_like(logits, MASKED).at[rows, ids].set(values)
+
+        def spread(values: jax.Array, ids: jax.Array | None) -> jax.Array:
+            return values if ids is None else jnp.full_like(logits, MASKED).at[rows, ids].set(values)
+
+        return self._truncated(logits, spread)
 
     def _choose(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
-        values, ids = self._candidates(logits)
-        if "xtc_probability" in self.more:
-            coins = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
-            more = self.more
-            values = truncation.apply_xtc(values, coins, more["xtc_probability"], more["xtc_threshold"])
-        choice = jnp.argmax(values, axis=-1).astype(jnp.int32) if self.greedy else draw(values, keys)
-        return choice if ids is None else jnp.take_along_axis(ids, choice[:, None], axis=1)[:, 0]
+        def choose(values: jax.Array, ids: jax.Array | None) -> jax.Array:
+            if "xtc_probability" in self.more:
+                coins = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
+                more = self.more
+                values = truncation.apply_xtc(values, coins, more["xtc_probability"], more["xtc_threshold"])
+            choice = jnp.argmax(values, axis=-1).astype(jnp.int32) if self.greedy else draw(values, keys)
+            return choice if ids is None else jnp.take_along_axis(ids, choice[:, None], axis=1)[:, 0]
 
-    def _candidates(self, logits: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """What is left of the logits [B, V]: all in order of ids, or the largest [B, C] with their ids, sorted."""
+        return self._truncated(logits, choose)
+
+    def _truncated(self, logits: jax.Array, finish: Callable[[jax.Array, jax.Array | None], jax.Array]) -> jax.Array:
+        """What `finish` makes of what is left of the logits [B, V].
+
+        That is either all of them in order of ids, or the largest [B, C], sorted, with their ids.
+        """
         self._check_rows(logits.shape[0])
-        values, ids = truncation.apply_temperature(logits, self.temperature), None
+        values = truncation.apply_temperature(logits, self.temperature)
         if "top_n_sigma" in self.more:
             values = truncation.apply_top_n_sigma(values, self.more["top_n_sigma"])
-        if self.top_k is not None or self.top_p is not None:
-            values, ids = jax.lax.top_k(values, min(self.candidates or values.shape[-1], values.shape[-1]))
-            values = jnp.where(truncation.keep_sorted(values, self.top_k, self.top_p), values, MASKED)
+        if self.top_k is None and self.top_p is None:
+            return finish(self._truncate_more(values), None)
+        if self.top_p is not None and self.top_k is None:
+            return self._nucleus(values, self.top_p, finish)
+        largest, ids = jax.lax.top_k(values, min(self.candidates or values.shape[-1], values.shape[-1]))
+        kept = truncation.keep_sorted(largest, self.top_k, self.top_p)
+        return finish(self._truncate_more(jnp.where(kept, largest, MASKED)), ids)
+
+    def _nucleus(
+        self, values: jax.Array, top_p: jax.Array, finish: Callable[[jax.Array, jax.Array | None], jax.Array]
+    ) -> jax.Array:
+        """Top-p alone: more of the logits [B, V] are sorted only if fewer do not reach it in some row."""
+        total = jax.nn.logsumexp(values, axis=-1, keepdims=True)
+
+        def attempt(size: int, *larger: int) -> jax.Array:
+            largest, ids = jax.lax.top_k(values, size)
+
+            def finish_sorted() -> jax.Array:
+                kept = truncation.keep_sorted(largest, None, top_p, total)
+                return finish(self._truncate_more(jnp.where(kept, largest, MASKED)), ids)
+
+            if not larger:
+                return finish_sorted()
+            reached = jnp.sum(jnp.exp(largest - total), axis=-1, keepdims=True) >= per_row(top_p)
+            enough = jnp.all(reached & (per_row(top_p) < 1))
+            return jax.lax.cond(enough, finish_sorted, lambda: attempt(*larger))
+
+        return attempt(*truncation.sizes_to_sort(values.shape[-1]))
+
+    def _truncate_more(self, values: jax.Array) -> jax.Array:
         for name, apply in _TRUNCATIONS.items():
             if name in self.more:
                 values = apply(values, self.more[name])
-        return values, ids
+        return values
 
     def _check_rows(self, batch: int) -> None:
         first = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
         for name, setting in {**first, **self.more}.items():
-            per_row = name in first or SETTINGS[name].per_row
-            if setting is not None and per_row and setting.shape not in ((), (1,), (batch,)):
+            varies = name in first or SETTINGS[name].per_row
+            if setting is not None and varies and setting.shape not in ((), (1,), (batch,)):
                 raise SamplerError(f"{name}: expected one value or {batch}, one per row, got {setting.shape[0]}")
 
 
@@ -201,58 +236,6 @@ _PENALTIES: dict[str, Callable[[jax.Array, History, Mapping[str, Any]], jax.Arra
     "no_repeat_ngram_size": lambda x, past, of: penalties.apply_no_repeat_ngram(x, past, of["no_repeat_ngram_size"]),
     "bad_words": lambda x, past, of: penalties.apply_bad_words(x, past, *of["bad_words"]),
 }
-
-
-@struct.dataclass
-class Mirostat:
-    """Keeps the surprise of the text near a target (Basu et al. 2021, 2007.14966; version 2 as in llama.cpp).
-
-    Tokens whose surprise in bits is above mu are cut off, one of the others is drawn, and mu moves against the error of
-    its surprise. Each row has a mu of its own, at first twice the target. Make one with `Mirostat.create`.
-
-    Attributes:
-        tau: target surprise in bits, float32 [] or [B].
-        eta: learning rate of mu, float32 [] or [B].
-        temperature: float32 [] or [B].
-    """
-
-    tau: jax.Array
-    eta: jax.Array
-    temperature: jax.Array
-    needs_key: bool = struct.field(pytree_node=False, default=True)
-    needs_history: bool = struct.field(pytree_node=False, default=False)
-
-    @classmethod
-    def create(cls, tau: Any = 5.0, eta: Any = 0.1, temperature: Any = 1.0) -> "Mirostat":
-        """A sampler with settings for all rows (scalars) or per row (sequences of length B).
-
-        Raises:
-            SamplerError: a setting is not above 0.
-        """
-        for name, value in (("tau", tau), ("eta", eta), ("temperature", temperature)):
-            check(name, value, lambda x: (x > 0) & np.isfinite(x), "finite numbers above 0")
-        rate, warmth = jnp.asarray(eta, jnp.float32), jnp.asarray(temperature, jnp.float32)
-        return cls(jnp.asarray(tau, jnp.float32), rate, warmth)
-
-    def start(self, batch: int) -> jax.Array:
-        """mu float32 [B]."""
-        return jnp.broadcast_to(2 * self.tau, (batch,))
-
-    def __call__(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
-        return self.sample(logits, keys, None, jnp.zeros(0, jnp.int32), self.start(logits.shape[0]))[0]
-
-    def sample(
-        self, logits: jax.Array, keys: jax.Array, history: None, eos_ids: jax.Array, memory: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Token ids int32 [B], and mu for the next step."""
-        logits = truncation.apply_temperature(logits, self.temperature)
-        surprise = -jax.nn.log_softmax(logits, axis=-1) / jnp.log(2.0)
-        kept = (surprise <= memory[:, None]) | (logits == jnp.max(logits, axis=-1, keepdims=True))
-        left = jnp.where(kept, logits, MASKED)
-        token = draw(left, keys)
-        chosen = jnp.take_along_axis(left, token[:, None], axis=1)[:, 0]
-        observed = (jax.nn.logsumexp(left, axis=-1) - chosen) / jnp.log(2.0)
-        return token, memory - self.eta * (observed - self.tau)
 
 
 def make_sampler(temperature: float = 1.0, **settings: Any) -> Any:

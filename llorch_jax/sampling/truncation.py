@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from llorch_jax.sampling.base import MASKED, per_row
 
+_SIZES = (1024, 8192)
+
 
 def apply_temperature(logits: jax.Array, temperature: jax.Array) -> jax.Array:
     """Logits divided by a temperature."""
@@ -41,11 +43,22 @@ def apply_typical_p(logits: jax.Array, typical_p: jax.Array) -> jax.Array:
     probabilities = jnp.exp(logprobs)
     distance = jnp.abs(-logprobs - _entropy(probabilities, logprobs))
     distance = jnp.where(probabilities > 0, distance, jnp.inf)
-    order = jnp.argsort(distance, axis=-1)
-    reached = jnp.cumsum(jnp.take_along_axis(probabilities, order, axis=-1), axis=-1)
-    last = jnp.minimum(jnp.sum(reached < per_row(typical_p), axis=-1, keepdims=True), logits.shape[-1] - 1)
-    limit = jnp.take_along_axis(distance, jnp.take_along_axis(order, last, axis=-1), axis=-1)
-    return jnp.where(distance <= limit, logits, MASKED)
+
+    def limit(size: int, *larger: int) -> jax.Array:
+        found, reached = _reaching(distance, probabilities, typical_p, size)
+        return jax.lax.cond(jnp.all(reached), lambda: found, lambda: limit(*larger)) if larger else found
+
+    return jnp.where(distance <= limit(*sizes_to_sort(logits.shape[-1])), logits, MASKED)
+
+
+def _reaching(
+    distance: jax.Array, probabilities: jax.Array, mass: jax.Array, count: int
+) -> tuple[jax.Array, jax.Array]:
+    """The distance [B, 1] up to which the `count` nearest tokens reach a mass, and whether they do, bool [B, 1]."""
+    negative, order = jax.lax.top_k(-distance, count)
+    sums = jnp.cumsum(jnp.take_along_axis(probabilities, order, axis=-1), axis=-1)
+    short = jnp.sum(sums < per_row(mass), axis=-1, keepdims=True)
+    return -jnp.take_along_axis(negative, jnp.minimum(short, count - 1), axis=-1), short < count
 
 
 def apply_epsilon_cutoff(logits: jax.Array, epsilon: jax.Array) -> jax.Array:
@@ -91,13 +104,24 @@ def apply_xtc(logits: jax.Array, keys: jax.Array, probability: jax.Array, thresh
     return jnp.where(active[:, None] & top & ~spared, MASKED, logits)
 
 
-def keep_sorted(values: jax.Array, top_k: jax.Array | None, top_p: jax.Array | None) -> jax.Array:
-    """Which of the logits [B, C], sorted downwards, are kept: bool [B, C]. The first always is."""
+def sizes_to_sort(size: int) -> tuple[int, ...]:
+    """How many of `size` values are sorted to reach a probability, at the first attempt and at later ones."""
+    return (*(few for few in _SIZES if few < size), size)
+
+
+def keep_sorted(
+    values: jax.Array, top_k: jax.Array | None, top_p: jax.Array | None, total: jax.Array | None = None
+) -> jax.Array:
+    """Which of the logits [B, C], sorted downwards, are kept: bool [B, C]. The first always is.
+
+    `total` [B, 1] is the logarithm of the sum of exp over all logits, where these are not all.
+    """
     rank = jnp.arange(values.shape[-1], dtype=jnp.int32)[None]
     kept = jnp.ones(values.shape, bool) if top_k is None else rank < jnp.broadcast_to(per_row(top_k), values.shape)
     if top_p is None:
         return kept
-    probabilities = jax.nn.softmax(jnp.where(kept, values, MASKED), axis=-1)
+    left = jnp.where(kept, values, MASKED)
+    probabilities = jax.nn.softmax(left, axis=-1) if total is None else jnp.exp(left - total)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     limit = jnp.where(top_p < 1, top_p, jnp.inf)  # sums of many probabilities may round to 1 before the last
     return (kept & (before < per_row(limit))) | (rank == 0)
