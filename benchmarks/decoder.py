@@ -12,7 +12,6 @@ from benchmarks.measure import seconds
 from llorch_jax import steps
 from llorch_jax.buckets import bucket
 from llorch_jax.cache.memory import fit_cache
-from llorch_jax.decoding import first_logits
 from llorch_jax.request import prepare
 from llorch_jax.timing import compile_seconds
 
@@ -42,7 +41,7 @@ class Decoder:
     def _fill(self) -> None:
         policy, finished = self.request.policy, self.request.finished
         request = dataclasses.replace(self.request, cache=self._cache)
-        logits, cache = first_logits(self.params, self.config, request)
+        logits, cache = steps.first_logits(self.params, self.config, request)
         self.state = steps.first_state(policy, logits, finished, cache.reserve(self.new))
         self._token = np.array(self.state.token)
 

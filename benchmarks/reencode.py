@@ -17,8 +17,8 @@ import numpy as np
 
 import llorch_jax as lj
 from benchmarks.measure import Sample, machine, write_json
-from llorch_jax.decoding import stream_states
 from llorch_jax.request import prepare
+from llorch_jax.streaming import stream_steps
 
 
 def measure(model: lj.Model, tokens: int, reencode: lj.Reencode) -> dict[str, Any]:
@@ -50,13 +50,11 @@ def run(
     key = jax.random.key(0)
     request = prepare(model.config, prompt, tokens, cache, None, sampler, key, None, reencode)
     segments: list[list[float]] = [[]]
-    memory, length, start = [], 0, time.perf_counter()
-    for state in stream_states(model.params, model.config, request):
-        held = int(np.asarray(state.cache.lengths)[0])  # waits for the step
-        if held < length:
+    memory, start = [], time.perf_counter()
+    for step in stream_steps(model.params, model.config, request):
+        if step.part == len(segments):
             memory.append(resident_mb())
             segments.append([])
-        length = held
         segments[-1].append(1000 * (time.perf_counter() - start))
         start = time.perf_counter()
     return segments, [*memory, resident_mb()]

@@ -8,7 +8,7 @@ from unittest import mock
 
 import jax
 
-from benchmarks import batch, compare, decode, long_context, memory, prefill, profile_cache, startup
+from benchmarks import batch, compare, decode, long_context, memory, prefill, profile_cache, startup, stream
 from benchmarks.caches import LAYOUTS
 from benchmarks.reports import Report
 
@@ -27,6 +27,7 @@ def full(peers: Peers) -> dict[str, Task]:
         "long_context": lambda: long_context.measure(
             "gpt2", 1, [64, 128, 256, 512, 1000], ["static", "dynamic"], 16, 5
         ),
+        "stream": lambda: stream.measure("gpt2", 64, 64, 5),
         "startup": lambda: startup.measure("gpt2", 64, 32, 3),
         "memory": lambda: memory.measure("gpt2", 1, 64, 32, None, list(LAYOUTS), 1),
         "profile_cache": lambda: profile_cache.measure("gpt2", 1, [64, 900], ["static", "dynamic", "paged", "int8"], 5),
@@ -44,6 +45,7 @@ def quick(peers: Peers) -> dict[str, Task]:
         "prefill": lambda: prefill.measure("tiny", 1, [16], 2),
         "batch": lambda: batch.measure("tiny", [1], [1], 16, 16, 2),
         "long_context": lambda: long_context.measure("tiny", 1, [15, 16], ["static"], 16, 2),
+        "stream": lambda: stream.measure("tiny", 16, 8, 1),
         "startup": lambda: startup.measure("tiny", 16, 8, 1),
         "memory": lambda: memory.measure("tiny", 1, 16, 8, None, ["static"], 1),
         "profile_cache": lambda: profile_cache.measure("tiny", 1, [16], ["static"], 1),

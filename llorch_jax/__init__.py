@@ -35,6 +35,7 @@ from llorch_jax.scoring import Score, score
 from llorch_jax.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from llorch_jax.asynchronous import astream
     from llorch_jax.beam import Beams, beam_search
     from llorch_jax.constraints import Constraint, ConstraintError
     from llorch_jax.contrastive import contrastive_search
@@ -56,6 +57,7 @@ _LATER = {
     "PromptLookup": "drafts",
     "Session": "session",
     "Speculation": "speculative",
+    "astream": "asynchronous",
     "beam_search": "beam",
     "choices": "likelihood",
     "contrastive_search": "contrastive",
@@ -115,6 +117,7 @@ __all__ = [
     "StaticCache",
     "TokenError",
     "Tokenizer",
+    "astream",
     "beam_search",
     "choices",
     "compile_count",

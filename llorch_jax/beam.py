@@ -19,9 +19,9 @@ from llorch_jax.branching import SearchError, check_untraced, check_whole, feed,
 from llorch_jax.buckets import bucket
 from llorch_jax.cache.base import KVCache
 from llorch_jax.config import GPT2Config
-from llorch_jax.decoding import first_logits
 from llorch_jax.params import Params
 from llorch_jax.request import Request, prepare
+from llorch_jax.steps import first_logits
 
 _NEVER = -1e9  # a score that no text has
 

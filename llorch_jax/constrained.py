@@ -5,7 +5,7 @@ runs the host finds out which tokens may come next. `steps.first_state` then sam
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,6 @@ from llorch_jax import steps
 from llorch_jax.checkpoint import Model
 from llorch_jax.config import GPT2Config
 from llorch_jax.constraints import ConstraintError, Constraints, per_row
-from llorch_jax.decoding import first_logits
 from llorch_jax.generation import (
     Ending,
     FinishReason,
@@ -124,7 +123,7 @@ def stream_constrained(
     stop_ids: Sequence[int] = (),
     top_logprobs: int = 0,
     **settings: Any,
-) -> Iterator[Piece]:
+) -> Generator[Piece, None, None]:
     """What `stream` does where it is given a constraint; arguments and errors as there."""
     watch = Stopwatch()
     ending = _strict_ending(model, stop, stop_ids)
@@ -154,7 +153,7 @@ def constrained_states(params: Params, config: GPT2Config, request: Request, row
 
 def _segment(params: Params, config: GPT2Config, request: Request, rows: Rows) -> Iterator[DecodeState]:
     """The states until the context is full or all rows are complete."""
-    logits, cache = first_logits(params, config, request)
+    logits, cache = steps.first_logits(params, config, request)
     history, memory, room = request.history, request.memory, 0
     for left in range(request.max_new_tokens - 1, -1, -1):
         sampler = Masked(request.policy.sampler, rows.mask)
@@ -197,7 +196,7 @@ def _pieces(
     ending: Ending,
     watch: Stopwatch,
     prepare_seconds: float,
-) -> Iterator[Piece]:
+) -> Generator[Piece, None, None]:
     decoder = tokenizer_of(model).stream()
     prefill_seconds, decode_seconds = prepare_seconds, 0.0
     watch.skip()  # what the caller did before asking for the first piece

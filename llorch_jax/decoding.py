@@ -6,8 +6,7 @@ buffers, and must not be used again. `forward` is the variant that leaves its ca
 The loop inside `generate_tokens` and the one behind `stream_tokens` run the same step, of `steps`.
 """
 
-import dataclasses
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -24,6 +23,7 @@ from llorch_jax.overflow import Reencode
 from llorch_jax.params import Params
 from llorch_jax.request import Policy, Request, following, pad_to_bucket, prepare
 from llorch_jax.sampling import Sampler
+from llorch_jax.streaming import Step, stream_steps
 
 Cache = TypeVar("Cache", bound=KVCache)
 
@@ -114,7 +114,7 @@ def generate_tokens(
         SamplerError: a random sampler got no key.
     """
     request = prepare(config, prompt_tokens, max_new_tokens, cache, lengths, sampler, key, eos_id, overflow)
-    logits, cache_after = first_logits(params, config, request)
+    logits, cache_after = steps.first_logits(params, config, request)
     generated, cache_after = generate_from(params, config, request, logits, cache_after)
     return generated.tokens, cache_after
 
@@ -142,23 +142,12 @@ def stream_tokens(
         The cache, as the generator's return value.
     """
     request = prepare(config, prompt_tokens, max_new_tokens, cache, lengths, sampler, key, eos_id, overflow)
-    return _tokens_of(stream_states(params, config, request))
+    return _tokens_of(stream_steps(params, config, request))
 
 
 def compile_count() -> int:
     """How many variants of prefill, decode step and generation loop have been compiled in this process."""
     return steps.compile_count()
-
-
-def first_logits(params: Params, config: GPT2Config, request: Request) -> tuple[jax.Array, KVCache]:
-    """The prefill of a prepared request: logits float32 [B, V] of each row's last token, and the cache."""
-    cache = request.cache
-    return steps.prefill_step(params, config, request.tokens, request.lengths, cache, fresh=cache.is_empty())
-
-
-def begin(request: Request, logits: jax.Array, cache: KVCache) -> steps.DecodeState:
-    """The state with the first token of a prepared request after its prefill."""
-    return steps.first_state(request.policy, logits, request.finished, cache, request.history, request.memory)
 
 
 def generate_from(
@@ -175,7 +164,7 @@ def generate_from(
         if request.later == 0 or _all_finished(request.policy, state):
             break
         request = following(config, request, np.asarray(part.tokens), state)
-        logits, cache = first_logits(params, config, request)
+        logits, cache = steps.first_logits(params, config, request)
     missing = total - sum(part.tokens.shape[1] for part in parts)
     if missing:
         parts.append(steps.filler(request.policy, parts[0].tokens.shape[0], missing))
@@ -190,7 +179,7 @@ def _generate_segment(
     The loop runs in spans as long as the cache has room; between them a cache that grows may do so.
     """
     policy, limit = request.policy, request.max_new_tokens
-    state = begin(request, logits, cache)
+    state = steps.begin(request, logits, cache)
     out = steps.put(steps.filler(policy, logits.shape[0], bucket(limit)), state, 0)
     if not is_concrete(state):  # inside a caller's own jit: the cache must have room from the start
         out, state = steps.loop(params, config, policy, out, state, jnp.asarray([1, limit], jnp.int32))
@@ -217,7 +206,7 @@ def _run_spans(
     """Fills the columns of a span of `out`, as long as rows have not ended, and cuts it to the span's end."""
     done, end = span
     while done < end and not _all_finished(policy, state):
-        state = _with_room(state)
+        state = steps.with_room(state)
         until = min(end, done + state.cache.room())
         out, state = steps.loop(params, config, policy, out, state, jnp.asarray([done, until], jnp.int32))
         done = until
@@ -229,43 +218,10 @@ def _all_finished(policy: Policy, state: steps.DecodeState) -> bool:
     return policy.eos_ids.size > 0 and bool(np.all(state.finished))
 
 
-def _with_room(state: steps.DecodeState) -> steps.DecodeState:
-    """The state, its cache with room for one more token in every row."""
-    return dataclasses.replace(state, cache=state.cache.reserve(1))
-
-
-def stream_states(params: Params, config: GPT2Config, request: Request) -> Generator[steps.DecodeState, None, KVCache]:
-    """The states of a prepared request after each step. A state is donated by the next step: read it at once."""
-    while True:
-        new = []
-        for state in _stream_segment(params, config, request):
-            if request.later:
-                new.append(np.array(state.token))
-            yield state
-        if request.later == 0 or _all_finished(request.policy, state):
-            return state.cache
-        request = following(config, request, np.stack(new, 1), state)
-
-
-def _stream_segment(params: Params, config: GPT2Config, request: Request) -> Iterator[steps.DecodeState]:
-    """The states until the context is full or all rows have ended."""
-    logits, cache = first_logits(params, config, request)
-    state, room = begin(request, logits, cache), 0
-    yield state
-    for _ in range(request.max_new_tokens - 1):
-        if _all_finished(request.policy, state):
-            return
-        if room == 0:
-            state = _with_room(state)
-            room = state.cache.room()
-        state, room = steps.step(params, config, request.policy, state), room - 1
-        yield state
-
-
-def _tokens_of(states: Generator[steps.DecodeState, None, KVCache]) -> Generator[np.ndarray, None, KVCache]:
+def _tokens_of(stream: Generator[Step, None, KVCache]) -> Generator[np.ndarray, None, KVCache]:
     while True:
         try:
-            state = next(states)
+            step = next(stream)
         except StopIteration as end:
             return end.value
-        yield np.array(state.token)
+        yield step.token

@@ -1,7 +1,7 @@
 """Text in, text out: generate and stream."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, Literal, overload
 
 import jax
@@ -11,13 +11,14 @@ import numpy as np
 from llorch_jax.cache.memory import fit_cache
 from llorch_jax.checkpoint import Model
 from llorch_jax.constraints import take_constraint
-from llorch_jax.decoding import first_logits, generate_from, stream_states
+from llorch_jax.decoding import generate_from
 from llorch_jax.errors import LlorchError, TokenError
 from llorch_jax.overflow import Reencode, padded
 from llorch_jax.request import Request, prepare
 from llorch_jax.sampling import Sampler, SamplerError, make_sampler
-from llorch_jax.steps import Alternatives, DecodeState, Generated
+from llorch_jax.steps import Alternatives, Generated, first_logits
 from llorch_jax.stopping import StopMatcher, check_stops
+from llorch_jax.streaming import Step, stream_steps
 from llorch_jax.timing import Stopwatch, Timings
 from llorch_jax.tokenizer import StreamDecoder, Tokenizer
 
@@ -181,7 +182,7 @@ def stream(
     stop_ids: Sequence[int] = (),
     top_logprobs: int = 0,
     **settings: Any,
-) -> Iterator[Piece]:
+) -> Generator[Piece, None, None]:
     """Continues a prompt and gives each piece of text as soon as it is there; arguments and errors as `generate`.
 
     The text of all pieces, put together, is the text of `generate` with the same arguments.
@@ -203,8 +204,8 @@ def stream(
     ending = _ending(model, stop, stop_ids)
     sampler = make_sampler(temperature, **settings)
     _, request = _request(model, [prompt], max_new_tokens, sampler, seed, cache, overflow, ending, top_logprobs)
-    states = stream_states(model.params, model.config, request)
-    return _pieces(model, states, max_new_tokens, ending, watch, prepare_seconds=watch.lap())
+    steps = stream_steps(model.params, model.config, request)
+    return _pieces(model, steps, max_new_tokens, ending, watch, prepare_seconds=watch.lap())
 
 
 def tokenizer_of(model: Model) -> Tokenizer:
@@ -268,19 +269,18 @@ def _until_stopped(model: Model, request: Request, ending: Ending, watch: Stopwa
     batch = request.tokens.shape[0]
     decoders = [tokenizer_of(model).stream() for _ in range(batch)]
     matchers = [StopMatcher(ending.stops) for _ in range(batch)]
-    parts: list[Generated] = []
+    parts: list[tuple] = []
     prefill_seconds = 0.0
-    for state in stream_states(model.params, model.config, request):
-        parts.append(jax.tree.map(np.array, Generated(state.token, state.logprob, state.top)))
+    for step in stream_steps(model.params, model.config, request):
+        parts.append((step.token, step.logprob, step.top))
         if len(parts) == 1:
             prefill_seconds = watch.lap()
-        for token, decoder, matcher in zip(parts[-1].tokens.tolist(), decoders, matchers, strict=True):
+        for token, decoder, matcher in zip(step.token.tolist(), decoders, matchers, strict=True):
             if matcher.found is None and token not in ending.ids:
                 matcher.push(decoder.push(token))
-        finished = np.asarray(state.finished)
-        if all(matcher.found or done for matcher, done in zip(matchers, finished, strict=True)):
+        if all(matcher.found or done for matcher, done in zip(matchers, step.finished, strict=True)):
             break
-    return prefill_seconds, jax.tree.map(lambda *steps: np.stack(steps, axis=1), *parts)
+    return prefill_seconds, Generated(*jax.tree.map(lambda *steps: np.stack(steps, axis=1), *parts))
 
 
 def _generation(model: Model, prompt_ids: list[int], generated: Generated, row: int, ending: Ending) -> Generation:
@@ -320,14 +320,14 @@ def _advance(decoder: StreamDecoder, matcher: StopMatcher, ending: Ending, token
 
 
 def _pieces(
-    model: Model, states: Iterator[DecodeState], limit: int, ending: Ending, watch: Stopwatch, prepare_seconds: float
-) -> Iterator[Piece]:
+    model: Model, steps: Iterator[Step], limit: int, ending: Ending, watch: Stopwatch, prepare_seconds: float
+) -> Generator[Piece, None, None]:
     decoder, matcher = tokenizer_of(model).stream(), StopMatcher(ending.stops)
     prefill_seconds, decode_seconds = prepare_seconds, 0.0
     watch.skip()  # what the caller did before asking for the first piece
-    for count, state in enumerate(states, 1):
-        token, logprob = int(state.token[0]), float(state.logprob[0])
-        top = None if state.top is None else _pairs(*(array[0] for array in _arrays(state.top)))
+    for count, step in enumerate(steps, 1):
+        token, logprob = int(step.token[0]), float(step.logprob[0])
+        top = None if step.top is None else _pairs(*(array[0] for array in _arrays(step.top)))
         if count == 1:
             prefill_seconds += watch.lap()
         else:

@@ -10,11 +10,12 @@ import numpy as np
 from llorch_jax.branching import SearchError, check_whole
 from llorch_jax.cache.memory import fit_cache
 from llorch_jax.checkpoint import Model
-from llorch_jax.decoding import first_logits, generate_from
+from llorch_jax.decoding import generate_from
 from llorch_jax.errors import TokenError
 from llorch_jax.generation import Generation, _ending, _generation, _key, tokenizer_of
 from llorch_jax.request import prepare
 from llorch_jax.sampling import Sampler, make_sampler
+from llorch_jax.steps import first_logits
 from llorch_jax.timing import Stopwatch, Timings
 
 

@@ -17,7 +17,7 @@ from llorch_jax.cache.dynamic import DynamicCache
 from llorch_jax.cache.files import CACHE_CLASSES, check_savable
 from llorch_jax.checks import check_cache, check_context, check_tokens
 from llorch_jax.config import GPT2Config
-from llorch_jax.decoding import begin, first_logits, run_steps
+from llorch_jax.decoding import run_steps
 from llorch_jax.errors import CacheError, CapacityError
 from llorch_jax.params import Params
 from llorch_jax.request import Policy, prepare
@@ -62,7 +62,7 @@ class Session:
         if cache is None:
             cache = DynamicCache.init(config, batch_size=prompt.shape[0])
         request = prepare(config, prompt, 1, cache, lengths, sampler, key, eos_id, room=config.n_positions + 1)
-        state = begin(request, *first_logits(params, config, request))
+        state = steps.begin(request, *steps.first_logits(params, config, request))
         return cls(prompt, request.lengths, state, request.policy, pending=True)
 
     def generate(self, params: Params, config: GPT2Config, max_new_tokens: int) -> tuple[jax.Array, "Session"]:

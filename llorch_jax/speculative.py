@@ -21,14 +21,13 @@ from llorch_jax.buckets import bucket
 from llorch_jax.cache.base import KVCache, is_concrete
 from llorch_jax.cache.rotating import RotatingCache
 from llorch_jax.config import GPT2Config
-from llorch_jax.decoding import first_logits
 from llorch_jax.drafts import Context, Draft, DraftError, PromptLookup
 from llorch_jax.errors import CacheError
 from llorch_jax.model import hidden_states, output_logits
 from llorch_jax.params import Params
 from llorch_jax.request import Policy, Request, prepare
 from llorch_jax.sampling import Sampler
-from llorch_jax.steps import Generated, first_state
+from llorch_jax.steps import Generated, first_logits, first_state
 from llorch_jax.verification import match, reject
 
 

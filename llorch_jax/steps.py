@@ -4,6 +4,7 @@ All of them own the cache that they are given: it is donated, and XLA writes the
 check nothing; `decoding` does.
 """
 
+import dataclasses
 from functools import partial
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from llorch_jax.cache.base import KVCache
 from llorch_jax.config import GPT2Config
 from llorch_jax.model import hidden_states, output_logits
 from llorch_jax.params import Params
-from llorch_jax.request import Policy
+from llorch_jax.request import Policy, Request
 
 Cache = TypeVar("Cache", bound=KVCache)
 
@@ -154,6 +155,22 @@ def loop(
 
     _, out, state = jax.lax.while_loop(unfinished, advance, (span[0], out, state))
     return out, state
+
+
+def first_logits(params: Params, config: GPT2Config, request: Request) -> tuple[jax.Array, KVCache]:
+    """The prefill of a prepared request: logits float32 [B, V] of each row's last token, and the cache."""
+    cache = request.cache
+    return prefill_step(params, config, request.tokens, request.lengths, cache, fresh=cache.is_empty())
+
+
+def begin(request: Request, logits: jax.Array, cache: KVCache) -> DecodeState:
+    """The state with the first token of a prepared request after its prefill."""
+    return first_state(request.policy, logits, request.finished, cache, request.history, request.memory)
+
+
+def with_room(state: DecodeState) -> DecodeState:
+    """The state, its cache with room for one more token in every row."""
+    return dataclasses.replace(state, cache=state.cache.reserve(1))
 
 
 def put(out: Generated, state: DecodeState, column: Any) -> Generated:
