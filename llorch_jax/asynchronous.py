@@ -13,7 +13,7 @@ from llorch_jax.generation import Piece, stream
 async def astream(model: Model, prompt: str, max_new_tokens: int = 64, **settings: Any) -> AsyncIterator[Piece]:
     """`stream` as an asynchronous generator: the same pieces, arguments and errors, the latter at the first piece.
 
-    The model runs in a thread of its own, so that the event loop goes on meanwhile. Closing the generator, or cancelling
+    The model runs in a thread of its own, and the event loop goes on meanwhile. Closing the generator, or cancelling
     the task that reads it, stops the work and frees the cache after the steps that are under way (`streaming.LONGEST`
     at most, twice).
     """

@@ -1,4 +1,4 @@
-"""The command line: llorch-jax generate, score, inspect, validate, convert. No logic, only words in and out."""
+"""The command line: llorch-jax generate, chat, score, inspect, validate, convert. No logic, only words in and out."""
 
 import dataclasses
 import json
@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from llorch_jax import chat_terminal
+from llorch_jax.batch_file import generate_file
 from llorch_jax.cache.memory import SYNTAX, plan_memory
 from llorch_jax.checkpoint import Model, convert, load, load_config, locate
 from llorch_jax.constraints import ConstraintError
@@ -23,7 +25,7 @@ from llorch_jax.params import count_params, nbytes, param_shapes
 from llorch_jax.probes import Verdict, compare, intermediates, load_reference
 from llorch_jax.scoring import score
 from llorch_jax.speculative_text import generate_speculative
-from llorch_jax.terminal import enable_compilation_cache, messages, show_bytes, show_timings, waiting
+from llorch_jax.terminal import bar, enable_compilation_cache, messages, show_bytes, show_timings, waiting
 from llorch_jax.timing import Timings
 
 app = typer.Typer(
@@ -54,7 +56,7 @@ def main() -> None:
 
 @app.command(name="generate")
 def generate_command(
-    prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
+    prompt: Annotated[str | None, typer.Argument(help="The text to continue; - reads it from standard input.")] = None,
     model: ModelOption = "demo",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="At most so many tokens.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.8,
@@ -92,9 +94,17 @@ def generate_command(
         str | None, typer.Option(help="lookup: guess repetitions of the text and check several tokens at once.")
     ] = None,
     draft: Annotated[str | None, typer.Option(help="A smaller model that guesses tokens; see --model.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help='Prompts from JSON lines, {"prompt": ...}; goes with --out.')
+    ] = None,
+    target: Annotated[Path | None, typer.Option("--out", help="Where results go; goes on where it stopped.")] = None,
+    batch_size: Annotated[int, typer.Option(help="With --file: so many prompts at once.")] = 8,
+    overwrite: Annotated[bool, typer.Option(help="With --file: start --out anew.")] = False,
 ) -> None:
-    """Continue a text."""
-    text = _text(prompt)
+    """Continue a text, or the prompts of a file."""
+    if (prompt is None) == (file is None) or (file is None) != (target is None):
+        raise typer.BadParameter("expected a prompt, or --file and --out")
+    text = "" if prompt is None else _text(prompt)
     loaded, load_seconds = _load(model)
     settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     settings |= {"typical_p": typical_p, "top_n_sigma": top_n_sigma, "repetition_penalty": repetition_penalty}
@@ -103,6 +113,11 @@ def generate_command(
     settings |= {"min_new_tokens": min_new_tokens, "xtc_probability": xtc_probability, "mirostat_tau": mirostat_tau}
     settings |= {"stop": stop, "top_logprobs": top_logprobs, "seed": seed, "cache": cache, "overflow": overflow}
     settings |= {"regex": regex, "json_schema": _content(json_schema), "grammar": _content(grammar)}
+    if file is not None and target is not None:
+        if speculative or draft:
+            raise DraftError("--file: expected neither --speculative nor --draft with it")
+        _generate_file(loaded, file, target, batch_size, overwrite, {**settings, "max_new_tokens": max_new_tokens})
+        return
     if speculative or draft:
         spent = _speculate(loaded, text, max_new_tokens, settings, speculative, draft, as_json)
     elif stream and not as_json:
@@ -114,6 +129,9 @@ def generate_command(
         spent = out.timings
     if timings:
         show_timings(load_seconds, spent)
+
+
+app.command(name="chat")(chat_terminal.start(load))
 
 
 @app.command(name="score")
@@ -230,6 +248,17 @@ def _stream_to_stdout(model: Model, prompt: str, max_new_tokens: int, settings: 
         print(piece.text, end="", flush=True)
     print()
     return piece.timings
+
+
+def _generate_file(
+    model: Model, file: Path, target: Path, batch_size: int, overwrite: bool, settings: dict[str, Any]
+) -> None:
+    given = {name: value for name, value in settings.items() if value not in (None, [])}
+    with bar("prompts") as progress:
+        count = generate_file(
+            model, file, target, batch_size=batch_size, overwrite=overwrite, progress=progress, **given
+        )
+    messages.print(f"continued {count} prompts; all results are in {target}", markup=False)
 
 
 def _speculate(

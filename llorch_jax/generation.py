@@ -101,7 +101,7 @@ def generate(
     max_new_tokens: int = 64,
     *,
     temperature: float = 0.0,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     cache: str = "static",
     overflow: str | Reencode = "error",
     stop: str | Sequence[str] | None = None,
@@ -116,7 +116,8 @@ def generate(
         prompt: a text, or several, which then run as one batch.
         max_new_tokens: how many tokens each gets at most.
         temperature: 0 takes the most likely token; above, tokens are drawn.
-        seed: of the draws; the same seed gives the same text. Of larger numbers the lowest 32 bits count.
+        seed: of the draws; the same seed gives the same text. Of larger numbers the lowest 32 bits count. One per
+            prompt gives each what it would get alone.
         cache: layout of the KV cache, such as static, dynamic, rotating:WINDOW[+SINKS], paged, int8 or h2o:BUDGET.
         overflow: "error" refuses texts that would outgrow the context; "reencode" (or a `Reencode`) goes on with the
             first and newest tokens, as `generate_tokens` does.
@@ -236,12 +237,21 @@ def _key(seed: int) -> jax.Array:
     return jax.random.key(int(seed) % 2**32)
 
 
+def _row_keys(seed: int | Sequence[int], count: int) -> jax.Array:
+    """A key per row: of one seed and the row's number, or of the row's own seed and number 0."""
+    if isinstance(seed, int | np.integer) or not isinstance(seed, Sequence):
+        return jax.vmap(jax.random.fold_in, (None, 0))(_key(seed), jnp.arange(count))
+    if len(seed) != count:
+        raise SamplerError(f"seed: expected one, or {count}, one per prompt, got {len(seed)}")
+    return jax.vmap(jax.random.fold_in, (0, None))(jnp.stack([_key(each) for each in seed]), 0)
+
+
 def _request(
     model: Model,
     prompts: list[str],
     max_new_tokens: int,
     sampler: Sampler,
-    seed: int,
+    seed: int | Sequence[int],
     cache: str,
     overflow: str | Reencode,
     ending: Ending,
@@ -254,7 +264,7 @@ def _request(
         if not row:
             raise TokenError(f"prompt {i}: expected at least one token, got an empty text")
     tokens, lengths = padded(rows)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(_key(seed), jnp.arange(len(rows)))
+    keys = _row_keys(seed, len(rows))
     needed = min(tokens.shape[1] + max(max_new_tokens, 1) - 1, config.n_positions)
     empty = fit_cache(config, cache, len(rows), needed)
     ids = ending.ids or None

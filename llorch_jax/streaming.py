@@ -52,7 +52,7 @@ def stream_steps(params: Params, config: GPT2Config, request: Request) -> Genera
     part = 0
     while True:
         new = []
-        segment = _Segment(params, config, request)
+        segment = Segment(params, config, request)
         for step in segment.run():
             if request.later:
                 new.append(step.token)
@@ -62,7 +62,7 @@ def stream_steps(params: Params, config: GPT2Config, request: Request) -> Genera
         request, part = following(config, request, np.stack(new, 1), segment.state), part + 1
 
 
-class _Segment:
+class Segment:
     """The steps of a request until the context is full or all rows have ended; in the end `state` is the last one."""
 
     def __init__(self, params: Params, config: GPT2Config, request: Request) -> None:

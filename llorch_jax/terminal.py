@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from llorch_jax.timing import Timings
 
@@ -44,6 +45,15 @@ def waiting(what: str) -> Iterator[Callable[[int, int], None]]:
         timer.cancel()
         timer.join(PATIENCE) if timer.is_alive() else None
         status.stop()
+
+
+@contextmanager
+def bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error, where there is a terminal; yields a function of what is done and the total."""
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=messages, disable=not messages.is_terminal) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def show_timings(load_seconds: float, timings: Timings) -> None:

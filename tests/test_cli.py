@@ -297,3 +297,17 @@ class TestProcess:
         assert out.startswith(b"perplexity ")
         kept = os.listdir(os.path.join(environment["XDG_CACHE_HOME"], "llorch_jax", "xla"))
         assert any("_logprobs" in name for name in kept)
+
+
+def test_prompts_from_a_file(run, folder, tmp_path):
+    source, target = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "One", "max_new_tokens": 4}\n{"prompt": "Two"}\n')
+    arguments = ["generate", "-m", folder, "--file", source, "--out", target, "-n", 5, "--seed", 2]
+    code, out, err = run(*arguments)
+    assert (code, out) == (0, "")
+    assert err.startswith("continued 2 prompts")
+    first = target.read_text("utf-8")
+    assert [json.loads(line)["line"] for line in first.splitlines()] == [1, 2]
+    assert run(*arguments)[2].startswith("continued 0 prompts")
+    assert target.read_text("utf-8") == first
+    assert run("generate", "--file", source)[0] == 2
