@@ -1,6 +1,6 @@
 """Decode steps with one part left out: what the part costs in its place is the difference to the whole step.
 
-The programs are the library's own step (`llorch_jax.steps.step`) on other values: a cache that does not write, or that
+The programs are the library's own step (`llorch_jax.steps.next_state`) on other values: a cache that does not write, or that
 shows a single slot; a model whose feed-forward layers are one wide, or that knows 16 words; a sampler that does not
 look. They are called one after the other without waiting, so that calls overlap with computing.
 """
@@ -18,6 +18,8 @@ from benchmarks.measure import seconds
 from llorch_jax import steps
 from llorch_jax.model import dense
 
+_step = jax.jit(steps.next_state, static_argnames="config", donate_argnames="state")
+
 
 class StepProgram:
     """A compiled decode step that is run on from the state that it was made for."""
@@ -25,7 +27,7 @@ class StepProgram:
     def __init__(self, params: lj.Params, config: lj.GPT2Config, policy: Any, state: steps.DecodeState) -> None:
         """Compiles the step; the state is copied, and its cache must have room for all steps to come."""
         self.params, self.policy, self.state = params, policy, jax.tree.map(jnp.array, state)
-        self._compiled = steps.step.lower(params, config, policy, self.state).compile()
+        self._compiled = _step.lower(params, config, policy, self.state).compile()
 
     def step_ms(self, count: int) -> float:
         """Milliseconds per step of so many steps in a row."""

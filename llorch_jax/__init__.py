@@ -25,13 +25,14 @@ from llorch_jax.checkpoint import Model, convert, load, save_model
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding import compile_count, decode_step, generate_tokens, prefill, stream_tokens
 from llorch_jax.errors import CacheError, CapacityError, CheckpointError, ConfigError, LlorchError, TokenError
-from llorch_jax.generation import Generation, ModelError, Piece, generate, stream
+from llorch_jax.generation import generate, stream
 from llorch_jax.model import forward
 from llorch_jax.overflow import Reencode
 from llorch_jax.params import BlockParams, Params, count_params, init_params, param_shapes
 from llorch_jax.probes import intermediates
 from llorch_jax.sampling import Greedy, Mirostat, SamplerError, Sampling
 from llorch_jax.scoring import Score, score
+from llorch_jax.texts import Generation, ModelError, Piece
 from llorch_jax.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from functools import partial
 from typing import Any
 
 from llorch_jax.checkpoint import Model
-from llorch_jax.generation import Piece, stream
+from llorch_jax.generation import stream
+from llorch_jax.texts import Piece
 
 
 async def astream(model: Model, prompt: str, max_new_tokens: int = 64, **settings: Any) -> AsyncIterator[Piece]:

@@ -17,8 +17,9 @@ from typing import Any
 
 from llorch_jax.checkpoint import Model
 from llorch_jax.errors import LlorchError
-from llorch_jax.generation import Generation, generate, tokenizer_of
+from llorch_jax.generation import generate
 from llorch_jax.sampling import make_sampler
+from llorch_jax.texts import Generation, tokenizer_of
 
 _LENGTH = "max_new_tokens"
 _OWN = ("prompt", "id")

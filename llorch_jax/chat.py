@@ -22,11 +22,11 @@ from llorch_jax.cache.files import CACHE_CLASSES, fingerprint
 from llorch_jax.cache.memory import fit_cache
 from llorch_jax.checkpoint import Model
 from llorch_jax.errors import CacheError, CapacityError, LlorchError
-from llorch_jax.generation import tokenizer_of
 from llorch_jax.request import prepare
 from llorch_jax.sampling import History, make_sampler
 from llorch_jax.stopping import StopMatcher
 from llorch_jax.streaming import Segment
+from llorch_jax.texts import tokenizer_of
 
 
 class ChatError(LlorchError):

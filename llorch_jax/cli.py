@@ -20,12 +20,13 @@ from llorch_jax.checkpoint import Model, convert, load, load_config, locate
 from llorch_jax.constraints import ConstraintError
 from llorch_jax.drafts import DraftError
 from llorch_jax.errors import LlorchError, TokenError
-from llorch_jax.generation import Generation, generate, stream
+from llorch_jax.generation import generate, stream
 from llorch_jax.params import count_params, nbytes, param_shapes
 from llorch_jax.probes import Verdict, compare, intermediates, load_reference
 from llorch_jax.scoring import score
 from llorch_jax.speculative_text import generate_speculative
 from llorch_jax.terminal import bar, enable_compilation_cache, messages, show_bytes, show_timings, waiting
+from llorch_jax.texts import Generation
 from llorch_jax.timing import Timings
 
 app = typer.Typer(

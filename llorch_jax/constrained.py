@@ -16,19 +16,6 @@ from llorch_jax import steps
 from llorch_jax.checkpoint import Model
 from llorch_jax.config import GPT2Config
 from llorch_jax.constraints import ConstraintError, Constraints, per_row
-from llorch_jax.generation import (
-    Ending,
-    FinishReason,
-    Generation,
-    Piece,
-    _arrays,
-    _ending,
-    _generation,
-    _pairs,
-    _prompts,
-    _request,
-    tokenizer_of,
-)
 from llorch_jax.matching import Matcher, compiler_of
 from llorch_jax.overflow import Reencode
 from llorch_jax.params import Params
@@ -36,6 +23,19 @@ from llorch_jax.request import Request, following
 from llorch_jax.sampling import make_sampler
 from llorch_jax.sampling.masking import Masked
 from llorch_jax.steps import DecodeState, Generated
+from llorch_jax.texts import (
+    Ending,
+    FinishReason,
+    Generation,
+    Piece,
+    ending_of,
+    generation_of,
+    id_logprobs,
+    on_host,
+    prompt_list,
+    text_request,
+    tokenizer_of,
+)
 from llorch_jax.timing import Stopwatch, Timings
 
 
@@ -93,9 +93,9 @@ def generate_constrained(
 ) -> Generation | list[Generation]:
     """What `generate` does where it is given a constraint; arguments and errors as there."""
     watch = Stopwatch()
-    prompts, ending = _prompts(prompt), _strict_ending(model, stop, stop_ids)
+    prompts, ending = prompt_list(prompt), _strict_ending(model, stop, stop_ids)
     sampler = make_sampler(temperature, **settings)
-    ids, request = _request(model, prompts, max_new_tokens, sampler, seed, cache, overflow, ending, top_logprobs)
+    ids, request = text_request(model, prompts, max_new_tokens, sampler, seed, cache, overflow, ending, top_logprobs)
     rows = Rows(model, constraint, len(prompts), ending.ids)
     parts, prefill_seconds = [], 0.0
     for state in constrained_states(model.params, model.config, request, rows):
@@ -128,7 +128,7 @@ def stream_constrained(
     watch = Stopwatch()
     ending = _strict_ending(model, stop, stop_ids)
     sampler = make_sampler(temperature, **settings)
-    _, request = _request(model, [prompt], max_new_tokens, sampler, seed, cache, overflow, ending, top_logprobs)
+    _, request = text_request(model, [prompt], max_new_tokens, sampler, seed, cache, overflow, ending, top_logprobs)
     rows = Rows(model, constraint, 1, ending.ids)
     states = constrained_states(model.params, model.config, request, rows)
     return _pieces(model, states, rows, max_new_tokens, ending, watch, prepare_seconds=watch.lap())
@@ -178,13 +178,13 @@ def _strict_ending(model: Model, stop: str | Sequence[str] | None, stop_ids: Seq
     """When texts end. A stop string would cut them where the constraint does not allow it."""
     if stop:
         raise ConstraintError(f"stop: expected none with a constraint, which says where a text ends, got {stop!r}")
-    return _ending(model, None, stop_ids)
+    return ending_of(model, None, stop_ids)
 
 
 def _output(model: Model, ids: list[int], generated: Generated, rows: Rows, row: int, ending: Ending) -> Generation:
     """What a row with the prompt `ids` got, without what stands behind its end; its timings are to be filled in."""
     own = jax.tree.map(lambda array: array[row : row + 1, : rows.counts[row]], generated)
-    out = _generation(model, ids, own, 0, ending)
+    out = generation_of(model, ids, own, 0, ending)
     return dataclasses.replace(out, finish_reason="stop") if rows.complete[row] else out
 
 
@@ -203,7 +203,7 @@ def _pieces(
     for count, state in enumerate(states, 1):
         # As NumPy arrays: an index into a JAX array is a program of its own, which would wait for the model's.
         token, logprob = int(np.asarray(state.token)[0]), float(np.asarray(state.logprob)[0])
-        top = None if state.top is None else _pairs(*(array[0] for array in _arrays(state.top)))
+        top = None if state.top is None else id_logprobs(*(array[0] for array in on_host(state.top)))
         if count == 1:
             prefill_seconds += watch.lap()
         else:

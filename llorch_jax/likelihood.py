@@ -17,9 +17,9 @@ from llorch_jax.checks import check_context
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding import prefill
 from llorch_jax.errors import TokenError
-from llorch_jax.generation import tokenizer_of
 from llorch_jax.model import hidden_states, output_logits
 from llorch_jax.params import Params
+from llorch_jax.texts import tokenizer_of
 from llorch_jax.tokenizer import Tokenizer
 
 ROWS = 8  # continuations that are scored at once

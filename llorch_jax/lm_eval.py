@@ -12,9 +12,9 @@ import jax
 from llorch_jax.checkpoint import Model, load
 from llorch_jax.decoding import stream_tokens
 from llorch_jax.errors import LlorchError, TokenError
-from llorch_jax.generation import tokenizer_of
 from llorch_jax.likelihood import encode_pair, first_token, score_continuations
 from llorch_jax.sampling import make_sampler
+from llorch_jax.texts import tokenizer_of
 
 NAME = "llorch-jax"
 

@@ -12,10 +12,10 @@ from llorch_jax.cache.memory import fit_cache
 from llorch_jax.checkpoint import Model
 from llorch_jax.decoding import generate_from
 from llorch_jax.errors import TokenError
-from llorch_jax.generation import Generation, _ending, _generation, _key, tokenizer_of
 from llorch_jax.request import prepare
 from llorch_jax.sampling import Sampler, make_sampler
 from llorch_jax.steps import first_logits
+from llorch_jax.texts import Generation, ending_of, generation_of, key_of_seed, tokenizer_of
 from llorch_jax.timing import Stopwatch, Timings
 
 
@@ -85,13 +85,13 @@ def _draw(
     logits, after = first_logits(model.params, config, request)
     jax.block_until_ready(logits)
     prefill_seconds = watch.lap()
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(_key(seed), jnp.arange(count))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key_of_seed(seed), jnp.arange(count))
     policy = dataclasses.replace(request.policy, keys=keys)
     request = dataclasses.replace(request, policy=policy, finished=jnp.zeros(count, bool))
     logits = jnp.repeat(logits, count, axis=0)
     generated, _ = generate_from(model.params, config, request, logits, after.fork(count))
     generated = jax.device_get(generated)
     timings = Timings(watch.compile, prefill_seconds, watch.lap(), generated.tokens.shape[1])
-    ending = _ending(model, None, ())
-    rows = [_generation(model, ids, generated, row, ending) for row in range(count)]
+    ending = ending_of(model, None, ())
+    rows = [generation_of(model, ids, generated, row, ending) for row in range(count)]
     return [dataclasses.replace(row, timings=timings) for row in rows]

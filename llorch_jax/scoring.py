@@ -14,9 +14,9 @@ from llorch_jax.checkpoint import Model
 from llorch_jax.checks import check_tokens
 from llorch_jax.config import GPT2Config
 from llorch_jax.errors import LlorchError, TokenError
-from llorch_jax.generation import tokenizer_of
 from llorch_jax.model import hidden_states, output_logits
 from llorch_jax.params import Params
+from llorch_jax.texts import tokenizer_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,9 +7,9 @@ import jax
 
 from llorch_jax.checkpoint import Model
 from llorch_jax.drafts import Draft, DraftError, DraftModel, PromptLookup
-from llorch_jax.generation import Generation, _ending, _generation, _request
 from llorch_jax.sampling import make_sampler
 from llorch_jax.speculative import Speculation, begin, finish
+from llorch_jax.texts import Generation, ending_of, generation_of, text_request
 from llorch_jax.timing import Stopwatch, Timings
 
 
@@ -47,15 +47,15 @@ def generate_speculative(
     """
     watch = Stopwatch()
     sampler = make_sampler(temperature, top_k=top_k, top_p=top_p)
-    ending = _ending(model, None, ())
-    rows, request = _request(model, [prompt], max_new_tokens, sampler, seed, cache, "error", ending, 0)
+    ending = ending_of(model, None, ())
+    rows, request = text_request(model, [prompt], max_new_tokens, sampler, seed, cache, "error", ending, 0)
     chosen_draft = _draft(draft)
     state = begin(model.params, model.config, request, chosen_draft)
     jax.block_until_ready(state)
     prefill_seconds = watch.lap()
     generated, _, speculation = finish(model.params, model.config, request, chosen_draft, state)
     timings = Timings(watch.compile, prefill_seconds, watch.lap(), int(speculation.new_tokens[0]))
-    return dataclasses.replace(_generation(model, rows[0], generated, 0, ending), timings=timings), speculation
+    return dataclasses.replace(generation_of(model, rows[0], generated, 0, ending), timings=timings), speculation
 
 
 def _draft(draft: Literal["lookup"] | Model | Draft) -> Draft:

@@ -119,7 +119,7 @@ def _choose(
     return DecodeState(token, chosen - total, finished, cache, history, memory, top)
 
 
-def _next_state(params: Params, config: GPT2Config, policy: Policy, state: DecodeState) -> DecodeState:
+def next_state(params: Params, config: GPT2Config, policy: Policy, state: DecodeState) -> DecodeState:
     """One decode step: feed the last token, sample the next."""
     count = 1 - state.finished.astype(jnp.int32)
     logits, cache = _feed(params, config, state.token, state.cache, count)
@@ -131,11 +131,6 @@ def first_state(
     policy: Policy, logits: jax.Array, finished: jax.Array, cache: Cache, history: Any = None, memory: Any = None
 ) -> DecodeState:
     return _choose(policy, logits, finished, cache, history, memory)
-
-
-@partial(jax.jit, static_argnames="config", donate_argnames="state")
-def step(params: Params, config: GPT2Config, policy: Policy, state: DecodeState) -> DecodeState:
-    return _next_state(params, config, policy, state)
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames=("out", "state"))
@@ -150,7 +145,7 @@ def loop(
 
     def advance(carry: tuple) -> tuple:
         count, out, state = carry
-        state = _next_state(params, config, policy, state)
+        state = next_state(params, config, policy, state)
         return count + 1, put(out, state, count), state
 
     _, out, state = jax.lax.while_loop(unfinished, advance, (span[0], out, state))
@@ -196,5 +191,5 @@ def filler(policy: Policy, batch: int, count: int) -> Generated:
 
 def compile_count() -> int:
     """How many variants of these programs have been compiled in this process."""
-    compiled: tuple[Any, ...] = (prefill_step, decode, first_state, step, loop)
+    compiled: tuple[Any, ...] = (prefill_step, decode, first_state, loop)
     return sum(function._cache_size() for function in compiled)

@@ -7,6 +7,7 @@ import pytest
 import llorch_jax as lj
 from llorch_jax import batch_file
 from llorch_jax.batch_file import BatchFileError, generate_file
+from llorch_jax.timing import Timings
 
 PROMPTS = [
     {"prompt": "The king", "seed": 3},
@@ -51,7 +52,7 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_file(model, source, tmp_path
 
     def fake(model, prompts, seed, **settings):
         calls.append(prompts)
-        timings = lj.generation.Timings(0, 0, 0, 1)
+        timings = Timings(0, 0, 0, 1)
         return [
             lj.Generation(f"{text}|{each}|{len(prompts)}", [each], "length", [0.0], [1], timings)
             for text, each in zip(prompts, seed, strict=True)

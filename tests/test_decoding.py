@@ -69,7 +69,6 @@ class TestInPlace:
         programs = [
             steps.prefill_step.lower(params, CONFIG, jnp.zeros((batch, 16), jnp.int32), token + 16, cache, fresh=True),
             steps.decode.lower(params, CONFIG, token, cache),
-            steps.step.lower(params, CONFIG, policy, state),
             steps.loop.lower(params, CONFIG, policy, out, state, jnp.zeros(2, jnp.int32)),
         ]
         buffer = re.escape(f"f32[{batch},2,48,8]")
