@@ -1,8 +1,8 @@
 """Decode steps with one part left out: what the part costs in its place is the difference to the whole step.
 
-The programs are the library's own step (`llorch_jax.steps.next_state`) on other values: a cache that does not write, or that
-shows a single slot; a model whose feed-forward layers are one wide, or that knows 16 words; a sampler that does not
-look. They are called one after the other without waiting, so that calls overlap with computing.
+The programs are the library's own step (`llorch_jax.steps.next_state`) on other values: a cache that does not write, or
+that shows a single slot; a model whose feed-forward layers are one wide, or that knows 16 words; a sampler that does
+not look. They are called one after the other without waiting, so that calls overlap with computing.
 """
 
 import dataclasses

@@ -13,3 +13,8 @@ def bucket(size: int, limit: int | None = None) -> int:
         power *= 2
     rounded = power * 3 // 4 if power > SMALLEST and size <= power * 3 // 4 else power
     return rounded if limit is None else min(rounded, limit)
+
+
+def power_of_two(size: int) -> int:
+    """The least power of two that is at least `size`; 0 for 0."""
+    return 1 << (size - 1).bit_length() if size else 0

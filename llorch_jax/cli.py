@@ -23,10 +23,11 @@ from llorch_jax.errors import LlorchError, TokenError
 from llorch_jax.generation import generate, stream
 from llorch_jax.params import count_params, nbytes, param_shapes
 from llorch_jax.probes import Verdict, compare, intermediates, load_reference
+from llorch_jax.sampling import breakers_of
 from llorch_jax.scoring import score
 from llorch_jax.speculative_text import generate_speculative
 from llorch_jax.terminal import bar, enable_compilation_cache, messages, show_bytes, show_timings, waiting
-from llorch_jax.texts import Generation
+from llorch_jax.texts import Generation, tokenizer_of
 from llorch_jax.timing import Timings
 
 app = typer.Typer(
@@ -70,10 +71,17 @@ def generate_command(
     frequency_penalty: Annotated[float | None, typer.Option(help="Per time that a token was generated.")] = None,
     presence_penalty: Annotated[float | None, typer.Option(help="Of tokens that were generated.")] = None,
     dry_multiplier: Annotated[float | None, typer.Option(help="Of the DRY penalty on repeated sequences.")] = None,
+    dry_base: Annotated[float | None, typer.Option(help="DRY: by which it grows with the sequence (1.75).")] = None,
+    dry_allowed_length: Annotated[int | None, typer.Option(help="DRY: up to here it costs nothing (2).")] = None,
+    dry_breaker: Annotated[
+        list[str] | None, typer.Option(help="DRY: no sequence extends over tokens with this text; may be repeated.")
+    ] = None,
     no_repeat_ngram_size: Annotated[int | None, typer.Option(help="No so many tokens occur twice in a row.")] = None,
     min_new_tokens: Annotated[int | None, typer.Option(help="The text does not end before.")] = None,
     xtc_probability: Annotated[float | None, typer.Option(help="Of excluding the top choices.")] = None,
+    xtc_threshold: Annotated[float | None, typer.Option(help="XTC: how likely a top choice is at least (0.1).")] = None,
     mirostat_tau: Annotated[float | None, typer.Option(help="Keep the surprise near so many bits per token.")] = None,
+    mirostat_eta: Annotated[float | None, typer.Option(help="Mirostat: how fast it learns (0.1).")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     regex: Annotated[str | None, typer.Option(help="The new text matches this regular expression.")] = None,
     json_schema: Annotated[
@@ -111,7 +119,10 @@ def generate_command(
     settings |= {"typical_p": typical_p, "top_n_sigma": top_n_sigma, "repetition_penalty": repetition_penalty}
     settings |= {"frequency_penalty": frequency_penalty, "presence_penalty": presence_penalty}
     settings |= {"dry_multiplier": dry_multiplier, "no_repeat_ngram_size": no_repeat_ngram_size}
-    settings |= {"min_new_tokens": min_new_tokens, "xtc_probability": xtc_probability, "mirostat_tau": mirostat_tau}
+    settings |= {"dry_base": dry_base, "dry_allowed_length": dry_allowed_length}
+    settings |= {"dry_breakers": _breakers(loaded, dry_breaker) if dry_breaker else None}
+    settings |= {"min_new_tokens": min_new_tokens, "xtc_probability": xtc_probability, "xtc_threshold": xtc_threshold}
+    settings |= {"mirostat_tau": mirostat_tau, "mirostat_eta": mirostat_eta}
     settings |= {"stop": stop, "top_logprobs": top_logprobs, "seed": seed, "cache": cache, "overflow": overflow}
     settings |= {"regex": regex, "json_schema": _content(json_schema), "grammar": _content(grammar)}
     if file is not None and target is not None:
@@ -220,6 +231,12 @@ def _text(argument: str) -> str:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
         raise TokenError(f"standard input: expected {error.encoding} text ({error.reason})") from None
+
+
+def _breakers(model: Model, marks: list[str]) -> list[int]:
+    """The ids of tokens that hold one of the marks."""
+    tokenizer = tokenizer_of(model)
+    return breakers_of([tokenizer.decode([token]) for token in range(tokenizer.vocab_size)], marks)
 
 
 def _content(argument: str | None) -> str | None:

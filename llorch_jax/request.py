@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from llorch_jax.buckets import bucket
+from llorch_jax.buckets import bucket, power_of_two
 from llorch_jax.cache.base import KVCache, is_concrete
 from llorch_jax.cache.static import StaticCache
 from llorch_jax.checks import check_append, check_lengths, check_tokens
@@ -100,6 +100,8 @@ def prepare(
         context = context_of(config, cache)
         tokens, lengths = shortened(reencode, tokens, lengths, context)
         later = max(0, max_new_tokens - (context + 1 - int(np.max(lengths))))
+        if later and cache is not None:  # pages for rows that fill the context, as in the end they do
+            cache.check_room(context)
     now = max_new_tokens - later
     tokens, cache = check_append(config, tokens, cache, lengths, later=now - 1)
     if cache is None:
@@ -185,9 +187,9 @@ def _row_keys(sampler: Sampler, key: jax.Array | None, batch: int) -> jax.Array:
 
 
 def _eos_ids(config: GPT2Config, eos_id: int | Sequence[int] | None) -> jax.Array:
-    """The ids that end a row, int32 [E]."""
+    """The ids that end a row, int32 [E]; the first is repeated up to a power of two, so that few sizes are compiled."""
     ids = [] if eos_id is None else np.atleast_1d(np.asarray(eos_id)).tolist()
     for value in ids:
         if type(value) is not int or not 0 <= value < config.vocab_size:
             raise TokenError(f"eos_id: expected ids in 0 .. {config.vocab_size - 1}, got {value!r}")
-    return jnp.asarray(ids, jnp.int32)
+    return jnp.asarray(ids + ids[:1] * (power_of_two(len(ids)) - len(ids)), jnp.int32)

@@ -240,3 +240,22 @@ def test_the_demo_model():
     out = lj.generate(model, "Once upon a time", max_new_tokens=24)
     assert out.text.count(" ") >= 10  # words, and not the noise of random weights
     assert np.mean(out.logprobs) > -3
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.9, "top_p": 0.9, "repetition_penalty": 1.1}])
+def test_the_same_seed_gives_the_same_text_everywhere(settings):
+    model = lj.load("demo")
+    prompts, seeds, asked = (
+        ["The king", "Once upon a time there was", "A"],
+        [5, 6, 7],
+        {"max_new_tokens": 20, **settings},
+    )
+    alone = [
+        lj.generate(model, prompt, seed=seed, **asked).token_ids for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    for order in ([0, 1, 2], [2, 0, 1]):
+        batch = lj.generate(model, [prompts[i] for i in order], seed=[seeds[i] for i in order], **asked)
+        assert [out.token_ids for out in batch] == [alone[i] for i in order]
+    for cache in ("static", "dynamic", "paged:8", "rotating:64", "h2o:64"):
+        pieces = list(lj.stream(model, prompts[1], seed=seeds[1], cache=cache, **asked))
+        assert [piece.token_id for piece in pieces] == alone[1]

@@ -114,3 +114,14 @@ def test_the_cache_of_an_ended_row_holds_no_filler(params):
 def test_impossible_settings_are_named(params, impossible):
     with pytest.raises(lj.CapacityError, match="overflow: expected sinks >= 0 and window >= 1"):
         lj.generate_tokens(params, CONFIG, prompts(1, 9), 60, overflow=impossible)
+
+
+def test_a_pool_too_small_for_a_later_part_is_told_at_once(params):
+    tokens, lengths = prompts(2, 20), [20, 3]
+    pool = lj.PagedCache.init(CONFIG, batch_size=2, page_size=4, num_pages=8)  # enough for the first part only
+    with pytest.raises(lj.CapacityError, match="pages"):
+        lj.generate_tokens(params, CONFIG, tokens, 50, cache=pool, lengths=lengths, overflow="reencode")
+    enough = lj.PagedCache.init(CONFIG, batch_size=2, page_size=4, num_pages=12)
+    paged, _ = lj.generate_tokens(params, CONFIG, tokens, 50, cache=enough, lengths=lengths, overflow="reencode")
+    static, _ = lj.generate_tokens(params, CONFIG, tokens, 50, lengths=lengths, overflow="reencode")
+    np.testing.assert_array_equal(paged, static)

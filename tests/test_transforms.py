@@ -2,6 +2,7 @@
 
 import collections
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -163,7 +164,7 @@ class TestPenalties:
     @settings(max_examples=25)
     @given(rows_of_few_tokens, st.integers(1, 3))
     def test_dry(self, rows, allowed):
-        arguments = jnp.float32(0.8), jnp.float32(1.75), jnp.int32(allowed), jnp.asarray([3], jnp.int32)
+        arguments = jnp.float32(0.8), jnp.float32(1.75), jnp.int32(allowed), jnp.asarray([[3]], jnp.int32)
         ours = JITTED["apply_dry"](jnp.zeros((3, V)), history(rows), *arguments)
         for row, logits in zip(rows, np.asarray(ours), strict=True):
             penalty = collections.defaultdict(float)
@@ -195,6 +196,42 @@ class TestPenalties:
         assert (logits[:, 3] == 1.5).all()
         assert (logits[:, 0] == -100).all()
         assert np.count_nonzero(logits) == 4
+
+
+class TestIdsPerRow:
+    ROWS: ClassVar[dict[str, list]] = {
+        "logit_bias": [{3: 2.0, 5: -1.0}, {}, {1: 4.0}],
+        "bad_words": [[[2], [4, 1]], [], [[5, 6, 2]]],
+        "forced_tokens": [[4], [None, 2, 3], []],
+        "dry_breakers": [[], [2], [1, 3, 6]],
+    }
+
+    @pytest.mark.parametrize("name", ROWS)
+    def test_each_row_is_as_alone(self, name):
+        past, logits = history([[2, 4, 2, 4], [6, 2, 6, 2, 6], [5, 6, 5, 6]], [3, 4, 4]), jnp.asarray(random_logits(8))
+        more = {"dry_multiplier": 0.5} if name == "dry_breakers" else {}
+        together = lj.Sampling.create(**{name: self.ROWS[name]}, **more).penalised(logits, past, NONE)
+        for row, value in enumerate(self.ROWS[name]):
+            alone = lj.Sampling.create(**({name: value} if value else {}), **more)
+            one = jax.tree.map(lambda array, row=row: array[row : row + 1], past)
+            expected = alone.penalised(logits[row : row + 1], one, NONE)
+            np.testing.assert_array_equal(together[row : row + 1], expected)
+
+    def test_other_ids_compile_nothing(self):
+        traces = []
+
+        @jax.jit
+        def run(sampler, logits, past):
+            traces.append(1)
+            return sampler.penalised(logits, past, NONE)
+
+        past, logits = history([[2, 4, 2, 4], [6, 2, 6, 2, 6], [5, 6, 5, 6]]), random_logits(8)
+        for bias, words, forced in [
+            ({1: 1.0, 2: 1.0, 3: 1.0}, [[1, 2, 3], [4], [5]], [None, 1, 2]),
+            ({1: 1.0, 2: 1.0, 3: 1.0, 4: 1.0}, [[1, 2, 3, 4], [4], [5], [6]], [None, 1, 2, 3]),
+        ]:
+            run(lj.Sampling.create(logit_bias=bias, bad_words=words, forced_tokens=forced), logits, past)
+        assert len(traces) == 1
 
 
 class TestMirostat:

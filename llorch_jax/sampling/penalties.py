@@ -64,7 +64,7 @@ def apply_dry(
         multiplier: of the penalty; 0 for none.
         base: of the power, 1 or more.
         allowed_length: int32, repetitions up to this length cost nothing.
-        breakers: int32 [E], tokens that no repetition extends over; may be empty.
+        breakers: int32 [1 or B, E], tokens that no repetition extends over, filled up with -1; E may be 0.
     """
     lengths = match_lengths(history, None, breakers)
     excess = (lengths - per_row(allowed_length)).astype(jnp.float32)
@@ -86,7 +86,7 @@ def match_lengths(history: History, limit: jax.Array | None, breakers: jax.Array
         wanted = jnp.take_along_axis(tokens, jnp.maximum(last, 0), axis=1)
         alive &= (here >= 0) & (jnp.take_along_axis(tokens, jnp.maximum(here, 0), axis=1) == wanted)
         if breakers is not None and breakers.size:
-            alive &= ~jnp.isin(wanted, breakers)
+            alive &= ~jnp.any(wanted == breakers, axis=1, keepdims=True)
         return count + 1, alive, lengths + alive.astype(jnp.int32)
 
     def unfinished(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
@@ -103,17 +103,17 @@ def apply_bad_words(logits: jax.Array, history: History, words: jax.Array, sizes
     Args:
         logits: float32 [B, V].
         history: of the rows.
-        words: int32 [W, M], sequences padded on the left.
-        sizes: int32 [W], tokens of each, 1 .. M.
+        words: int32 [1 or B, W, M], sequences padded on the left.
+        sizes: int32 [1 or B, W], tokens of each, 1 .. M; 0 where there is none.
     """
-    count = words.shape[1]
+    count = words.shape[2]
     places = history.lengths[:, None] - count + 1 + jnp.arange(count - 1, dtype=jnp.int32)[None]
     ends = jnp.take_along_axis(history.tokens, jnp.maximum(places, 0), axis=1)  # [B, M - 1]
-    equal = (ends[:, None] == words[None, :, :-1]) & (places >= 0)[:, None]
-    needed = jnp.arange(count - 1)[None] >= count - sizes[:, None]
-    banned = jnp.all(equal | ~needed[None], axis=-1)  # [B, W]
+    equal = (ends[:, None] == words[:, :, :-1]) & (places >= 0)[:, None]
+    needed = jnp.arange(count - 1)[None, None] >= count - sizes[..., None]
+    banned = jnp.all(equal | ~needed, axis=-1) & (sizes > 0)  # [B, W]
     rows = jnp.arange(logits.shape[0])[:, None]
-    last = jnp.broadcast_to(words[None, :, -1], banned.shape)
+    last = jnp.broadcast_to(words[:, :, -1], banned.shape)
     return jnp.where(jnp.zeros(logits.shape, bool).at[rows, last].max(banned), MASKED, logits)
 
 
@@ -124,16 +124,18 @@ def apply_min_new_tokens(logits: jax.Array, history: History, eos_ids: jax.Array
 
 
 def apply_forced_tokens(logits: jax.Array, history: History, forced: jax.Array) -> jax.Array:
-    """Leaves only the token forced[i], int32 [N], for the i-th generated token; negative forces none."""
-    step = history.generated
-    token = jnp.where(step < forced.shape[0], forced[jnp.minimum(step, forced.shape[0] - 1)], -1)[:, None]
+    """Leaves only the token forced[:, i], int32 [1 or B, N], for the i-th generated token; negative forces none."""
+    step, forced = history.generated[:, None], jnp.broadcast_to(forced, (logits.shape[0], forced.shape[1]))
+    there = jnp.take_along_axis(forced, jnp.minimum(step, forced.shape[1] - 1), axis=1)
+    token = jnp.where(step < forced.shape[1], there, -1)
     wanted = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None] == token
     return jnp.where(wanted, 0.0, jnp.where(token >= 0, MASKED, logits))
 
 
 def apply_logit_bias(logits: jax.Array, ids: jax.Array, bias: jax.Array) -> jax.Array:
-    """Adds bias[i] to the logit of ids[i], int32 [N], in all rows."""
-    return logits.at[:, ids].add(bias[None])
+    """Adds bias[:, i] to the logits of ids[:, i], int32 [1 or B, N]."""
+    rows, shape = jnp.arange(logits.shape[0])[:, None], (logits.shape[0], ids.shape[1])
+    return logits.at[rows, jnp.broadcast_to(ids, shape)].add(jnp.broadcast_to(bias, shape))
 
 
 def _rows(history: History) -> jax.Array:

@@ -13,7 +13,7 @@ from llorch_jax.sampling import penalties, truncation
 from llorch_jax.sampling.base import MASKED, History, SamplerError, per_row
 from llorch_jax.sampling.drawing import draw
 from llorch_jax.sampling.mirostat import Mirostat
-from llorch_jax.sampling.settings import SETTINGS, check_settings, prepare_settings
+from llorch_jax.sampling.settings import SETTINGS, check_settings, prepare_settings, rows_of
 
 _CANDIDATE_BUCKETS = (64, 256, 1024)
 
@@ -58,15 +58,16 @@ class Sampling:
         Transforms are applied in the order in which they are listed here, that of transformers where it has them.
 
         Args:
-            logit_bias: dict from id to what is added to its logit; for all rows.
+            logit_bias: dict from id to what is added to its logit; per row a list of dicts.
             repetition_penalty: above 0; divides (multiplies where negative) logits of tokens in prompt and text.
             frequency_penalty: subtracted for each time a token was generated.
             presence_penalty: subtracted if a token was generated.
-            dry_multiplier: of the DRY penalty; with dry_base (1.75), dry_allowed_length (2) and dry_breakers (ids).
+            dry_multiplier: of the DRY penalty; with dry_base (1.75), dry_allowed_length (2) and dry_breakers (ids;
+                per row a list of lists).
             no_repeat_ngram_size: no sequence of so many tokens occurs twice; 0 for none.
-            bad_words: list of token sequences that must not occur; for all rows.
+            bad_words: list of token sequences that must not occur; per row a list of such lists.
             min_new_tokens: rows do not end before.
-            forced_tokens: list of ids that the text starts with; None in it forces none. For all rows.
+            forced_tokens: list of ids that the text starts with; None in it forces none. Per row a list of lists.
             temperature: logits are divided by it; 1e-30 or more.
             top_n_sigma: logits within so many standard deviations of the largest are kept.
             top_k: how many of the most likely tokens are kept, 1 or more (Fan et al. 2018, section 5.4).
@@ -215,9 +216,8 @@ class Sampling:
     def _check_rows(self, batch: int) -> None:
         first = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
         for name, setting in {**first, **self.more}.items():
-            varies = name in first or SETTINGS[name].per_row
-            if setting is not None and varies and setting.shape not in ((), (1,), (batch,)):
-                raise SamplerError(f"{name}: expected one value or {batch}, one per row, got {setting.shape[0]}")
+            if setting is not None and rows_of(setting) not in (1, batch):
+                raise SamplerError(f"{name}: expected one value or {batch}, one per row, got {rows_of(setting)}")
 
 
 _TRUNCATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
