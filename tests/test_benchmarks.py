@@ -10,7 +10,19 @@ import jax
 import pytest
 
 import llorch_jax as lj
-from benchmarks import batch, check, compare, decode, long_context, memory, prefill, profile_cache, startup, suite
+from benchmarks import (
+    batch,
+    check,
+    compare,
+    decode,
+    long_context,
+    memory,
+    prefill,
+    profile_cache,
+    sampling,
+    startup,
+    suite,
+)
 from benchmarks import report as html_report
 from benchmarks.__main__ import main as run_suite
 from benchmarks.decoder import Decoder
@@ -264,3 +276,11 @@ def test_the_suite_keeps_its_figures(tmp_path, reports):
 def test_help_needs_no_model():
     out = subprocess.run([sys.executable, "-m", "benchmarks", "--help"], capture_output=True, text=True, check=True)
     assert "--check BASELINE.json" in out.stdout
+
+
+def test_sampling_is_measured_beside_a_step(monkeypatch):
+    chosen = {name: sampling.SETTINGS[name] for name in ("greedy", "repetition, top_k, top_p")}
+    monkeypatch.setattr(sampling, "SETTINGS", chosen)
+    figures = sampling.measure("tiny", 2, 20, 1)
+    assert [row["name"] for row in figures["rows"]] == list(chosen)
+    assert all(row["value"]["median"] > 0 for row in figures["rows"])
