@@ -75,10 +75,11 @@ class Segment:
 
     def run(self) -> Generator[Step, None, None]:
         state = self.state
-        first = jax.device_get(steps.Generated(state.token, state.logprob, state.top))
-        finished = np.array(state.finished)
-        yield Step(first.tokens, first.logprobs, first.top, finished)
-        del state  # which the next block takes over
+        # Copies: the next block takes the state's buffers over.
+        first = jax.tree.map(np.array, (state.token, state.logprob, state.top, state.finished))
+        finished = first[-1]
+        yield Step(*first)
+        del state, first
         eos_ids = np.asarray(self._policy.eos_ids)
         while (self._left or self._under_way) and not finished.all():
             for step in self._next_block():
@@ -93,8 +94,7 @@ class Segment:
         while self._left and len(self._under_way) < 2:
             self._dispatch()
         out, count = self._under_way.popleft()
-        block = jax.device_get(out)
-        block = jax.tree.map(np.array, block)  # copies: the buffers are used again
+        block = jax.tree.map(np.array, out)  # copies: the buffers are used again
         self._spare.append(out)
         if time.perf_counter() - start < SHORT:
             self._size = min(2 * self._size, LONGEST)
