@@ -116,7 +116,11 @@ class Chat:
         if not self.tokens and not new:
             raise ChatError("expected some text to go on from, got none")
         if room < 1:
-            raise CapacityError(f"expected at most {context - before} more tokens in this context, got {len(new)}")
+            left = max(0, context - before)
+            raise CapacityError(
+                f"expected a turn of {left} tokens or fewer, which the context of {context} has left, got {len(new)}; "
+                "take back a turn or begin anew"
+            )
         return self._reply(new, min(max_new_tokens, room))
 
     def _reply(self, new: list[int], limit: int) -> Generator[str, None, None]:
