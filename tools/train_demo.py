@@ -1,19 +1,26 @@
 """Trains the demo model that ships in llorch_jax/assets/demo, with the package's own forward pass.
 
-    python tools/train_demo.py train TALES.txt[.xz] HELDOUT.txt WORK_DIR --steps 3600   # resumes where it left off
-    python tools/train_demo.py export WORK_DIR HELDOUT.txt MODEL_DIR                    # float16, with a model card
+    python tools/train_demo.py train TALES.txt[.xz] HELDOUT.txt FIRST --layers 6 --steps 6250
+    python tools/train_demo.py export FIRST HELDOUT.txt FIRST_MODEL      # float16
+    python tools/train_demo.py train TALES.txt[.xz] HELDOUT.txt SECOND \\
+        --start FIRST_MODEL --plainest 0.3 --rate 0.6 --fall 1 --steps 3400
+    python tools/train_demo.py export SECOND HELDOUT.txt MODEL_DIR --card tools/demo_card.md
 
 Needs the `train` extra (optax, tqdm, matplotlib). A blank line in the corpus separates stories. Weights of the blocks
 are trained by Muon (Jordan et al. 2024), embeddings, norms and biases by AdamW, with a warm-up, a constant and a
 linearly falling learning rate, so that a run can be prolonged or cut short by naming another number of steps before
-the rate starts to fall.
+the rate starts to fall. A run that was stopped goes on from its checkpoint when the same command is given again.
+
+A model this small is grammatical where the language is simple, so a second run gives most of its windows to the
+stories that the first model finds plainest; it may have more blocks than the first, which start as the identity.
 """
 
 import argparse
+import dataclasses
 import json
-import lzma
 import math
 import os
+import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -24,9 +31,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tokenizers
+from demo_data import batches, encode, read, train_tokenizer
 from flax import serialization
 from optax import contrib
-from tokenizers import decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from llorch_jax.checkpoint import load, save_model
@@ -36,59 +43,48 @@ from llorch_jax.params import Params, count_params, init_params
 from llorch_jax.scoring import score
 from llorch_jax.tokenizer import Tokenizer
 
-END = "<|endoftext|>"
 LENGTH, BATCH = 512, 8
 MUON_RATE, ADAM_RATE, DECAY = 4e-3, 2e-3, 0.1
-WARMUP, FALL = 100, 0.35  # steps of warm-up; share of all steps in which the rate falls to 0
+WARMUP = 100  # steps
+PLAIN_WINDOWS = 6  # of the BATCH windows of a step, where some stories are preferred
 CONFIG = GPT2Config(
-    vocab_size=4096, n_positions=LENGTH, n_embd=256, n_layer=6, n_head=4, bos_token_id=0, eos_token_id=0
+    vocab_size=4096, n_positions=LENGTH, n_embd=256, n_layer=8, n_head=4, bos_token_id=0, eos_token_id=0
 )
 
 
-def read(path: Path) -> list[str]:
-    """The stories of a corpus file."""
-    data = path.read_bytes()
-    text = (lzma.decompress(data) if path.suffix == ".xz" else data).decode("utf-8")
-    return [story.strip() for story in text.split("\n\n") if story.strip()]
+def bits_per_byte(params: Params, tokenizer: tokenizers.Tokenizer, stories: list[str]) -> np.ndarray:
+    """What the model needs for the beginning, up to LENGTH tokens, of each story."""
+    encodings = tokenizer.encode_batch(stories)
+    windows = np.full((-(-len(stories) // BATCH) * BATCH, LENGTH + 1), -1, np.int32)
+    for window, encoding in zip(windows, encodings, strict=False):
+        ids = [0, *encoding.ids][: LENGTH + 1]
+        window[: len(ids)] = ids
+    ends = [encoding.offsets[min(len(encoding.ids), LENGTH) - 1][1] for encoding in encodings]
+    lengths = [len(story[:end].encode()) for story, end in zip(stories, ends, strict=True)]
+    evaluate = jax.jit(token_losses)
+    totals = [np.asarray(evaluate(params, w)).sum(1) for w in tqdm(windows.reshape(-1, BATCH, LENGTH + 1))]
+    return np.concatenate(totals)[: len(stories)] / math.log(2) / np.array(lengths)
 
 
-def train_tokenizer(stories: list[str], path: Path) -> tokenizers.Tokenizer:
-    """A byte-level BPE whose id 0 ends a story; kept in `path`."""
-    if not path.exists():
-        tokenizer = tokenizers.Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=CONFIG.vocab_size,
-            special_tokens=[END],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        tokenizer.train_from_iterator(stories, trainer)
-        tokenizer.save(str(path))
-    return tokenizers.Tokenizer.from_file(str(path))
+def plainest(params: Params, tokenizer: tokenizers.Tokenizer, stories: list[str], share: float) -> list[str]:
+    """The stories that cost a model least, in their order, up to a share of all characters."""
+    order = np.argsort(bits_per_byte(params, tokenizer, stories))
+    sums = np.cumsum([len(stories[i]) for i in order])
+    return [stories[i] for i in sorted(order[: np.searchsorted(sums, share * sums[-1])])]
 
 
-def encode(tokenizer: tokenizers.Tokenizer, stories: list[str]) -> np.ndarray:
-    """All stories as one row of ids, each behind the end-of-text id."""
-    return np.concatenate([[0, *encoding.ids] for encoding in tokenizer.encode_batch(stories)]).astype(np.int32)
-
-
-def batches(ids: np.ndarray, step: int) -> np.ndarray:
-    """The ids [BATCH, LENGTH + 1] of a step: windows in an order and at an offset that differ from epoch to epoch."""
-    per_epoch = (len(ids) - 2 * LENGTH) // (LENGTH * BATCH)
-    epoch, index = divmod(step, per_epoch)
-    random = np.random.default_rng(epoch)
-    offset, order = random.integers(LENGTH), random.permutation(per_epoch * BATCH)
-    starts = offset + LENGTH * order[index * BATCH : (index + 1) * BATCH]
-    return ids[starts[:, None] + np.arange(LENGTH + 1)]
+def token_losses(params: Params, windows: jax.Array) -> jax.Array:
+    """Cross-entropy of each token [B, T] behind the first of windows [B, T + 1], in nats; 0 where the id is -1."""
+    inputs, targets = windows[:, :-1], windows[:, 1:]
+    config = dataclasses.replace(CONFIG, n_layer=len(params.blocks))
+    logits = output_logits(params, hidden_states(params, config, jnp.maximum(inputs, 0), None)[0], inputs.shape)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
+    return jnp.where(targets < 0, 0, losses)
 
 
 def loss_of(params: Params, windows: jax.Array) -> jax.Array:
     """Mean cross-entropy, in nats per token."""
-    inputs, targets = windows[:, :-1], windows[:, 1:]
-    logits = output_logits(params, hidden_states(params, CONFIG, inputs, None)[0], inputs.shape)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+    return token_losses(params, windows).mean()
 
 
 def make_optimizer() -> optax.GradientTransformation:
@@ -119,9 +115,9 @@ def train_step(params: Params, state: Any, windows: jax.Array, rate: jax.Array) 
     return jax.tree.map(lambda p, u: p + rate * u, params, updates), state, loss
 
 
-def schedule(step: int, steps: int) -> float:
-    """The factor of the learning rates: warm-up, constant, linear to 0."""
-    return min(1.0, (step + 1) / WARMUP, (steps - step) / (FALL * steps))
+def schedule(step: int, steps: int, fall: float) -> float:
+    """The factor of the learning rates: warm-up, constant, linear to 0 over a share `fall` of all steps."""
+    return min(1.0, (step + 1) / WARMUP, (steps - step) / (fall * steps))
 
 
 def heldout_loss(params: Params, ids: np.ndarray, evaluate: Any) -> float:
@@ -139,57 +135,111 @@ def save(folder: Path, content: dict[str, Any]) -> None:
 
 
 def restore(folder: Path) -> dict[str, Any]:
-    """The checkpoint in a folder, or a fresh start."""
-    params = init_params(CONFIG, jax.random.key(0))
-    content = {"params": params, "state": make_optimizer().init(params), "step": 0}
-    if (folder / "checkpoint.msgpack").exists():
-        content = serialization.from_bytes(content, (folder / "checkpoint.msgpack").read_bytes())
+    """The checkpoint in a folder."""
+    data = (folder / "checkpoint.msgpack").read_bytes()
+    layers = len(serialization.msgpack_restore(data)["params"]["blocks"])
+    content = serialization.from_bytes(fresh(layers), data)
     return {**content, **jax.tree.map(jnp.asarray, {name: content[name] for name in ("params", "state")})}
 
 
+def fresh(layers: int) -> dict[str, Any]:
+    """What a run begins with."""
+    params = init_params(dataclasses.replace(CONFIG, n_layer=layers), jax.random.key(0))
+    return {"params": params, "state": make_optimizer().init(params), "step": 0}
+
+
+def grow(params: Params, layers: int) -> Params:
+    """The same function in more blocks: copies that add nothing yet, spread over the depth (Chen et al. 2015)."""
+    sources = [int((i + 0.5) * len(params.blocks) / layers) for i in range(layers)]
+    blocks = []
+    for source, before in zip(sources, [None, *sources], strict=False):
+        block = params.blocks[source]
+        if source == before:
+            silent = {name: jax.tree.map(jnp.zeros_like, getattr(block, name)) for name in ("attn_proj", "mlp_proj")}
+            block = block.replace(**silent)
+        blocks.append(block)
+    return jax.tree.map(jnp.copy, params.replace(blocks=tuple(blocks)))  # for their buffers are donated
+
+
+def begin(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The run's checkpoint; where there is none, the grown parameters of another model, or new ones."""
+    if (arguments.work / "checkpoint.msgpack").exists():
+        return restore(arguments.work)
+    if arguments.start is None:
+        return fresh(arguments.layers)
+    params = grow(load(arguments.start).params, arguments.layers)
+    return {"params": params, "state": make_optimizer().init(params), "step": 0}
+
+
+def preferred(arguments: argparse.Namespace, stories: list[str], tokenizer: tokenizers.Tokenizer) -> list[str]:
+    """The plainest stories for the model that the run starts from; kept in plainest.json."""
+    path = arguments.work / "plainest.json"
+    if not path.exists():
+        chosen = plainest(load(arguments.start).params, tokenizer, stories, arguments.plainest)
+        path.write_text(json.dumps(chosen))
+    return json.loads(path.read_text())
+
+
+def prepare(arguments: argparse.Namespace) -> tuple[list[tuple[np.ndarray, int]], np.ndarray]:
+    """The texts to train on, each with its number of windows in a step, and the held-out text, as ids."""
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    path, stories = arguments.work / "tokenizer.json", read(arguments.corpus)
+    if arguments.start and not path.exists():
+        shutil.copy(arguments.start / "tokenizer.json", path)
+    tokenizer = train_tokenizer(stories, path, CONFIG.vocab_size)
+    ids, heldout = encode(tokenizer, stories), encode(tokenizer, read(arguments.heldout))
+    if not arguments.plainest:
+        return [(ids, BATCH)], heldout
+    plain = encode(tokenizer, preferred(arguments, stories, tokenizer))
+    return [(plain, PLAIN_WINDOWS), (ids, BATCH - PLAIN_WINDOWS)], heldout
+
+
 def train(arguments: argparse.Namespace) -> None:
-    folder = arguments.work
-    folder.mkdir(parents=True, exist_ok=True)
-    stories, heldout = read(arguments.corpus), read(arguments.heldout)
-    tokenizer = train_tokenizer(stories, folder / "tokenizer.json")
-    ids, heldout_ids = encode(tokenizer, stories), encode(tokenizer, heldout)
-    content = restore(folder)
-    params, state = content["params"], content["state"]
-    print(f"{count_params(params):,} parameters, {len(ids):,} training tokens, {len(heldout_ids):,} held out")
+    texts, heldout = prepare(arguments)
+    content = begin(arguments)
+    params, state, first = content["params"], content["state"], content["step"]
+    print(f"{count_params(params):,} parameters, {len(texts[-1][0]):,} training tokens, {len(heldout):,} held out")
     evaluate, started, running = jax.jit(loss_of), time.time(), None
-    bar = tqdm(range(content["step"], arguments.steps), initial=content["step"], total=arguments.steps, mininterval=5)
+    bar = tqdm(range(first, arguments.steps), initial=first, total=arguments.steps, mininterval=5)
     for step in bar:
-        rate = jnp.float32(schedule(step, arguments.steps))
-        params, state, loss = train_step(params, state, batches(ids, step), rate)
+        rate = jnp.float32(arguments.rate * schedule(step, arguments.steps, arguments.fall))
+        windows = np.concatenate([batches(ids, step, count, LENGTH) for ids, count in texts])
+        params, state, loss = train_step(params, state, windows, rate)
         running = float(loss) if running is None else 0.98 * running + 0.02 * float(loss)
         bar.set_postfix(loss=f"{running:.3f}")
         if (step + 1) % arguments.every == 0 or step + 1 == arguments.steps:
-            record = {"step": step + 1, "train": running, "heldout": heldout_loss(params, heldout_ids, evaluate)}
-            record["seconds"] = time.time() - started
-            with (folder / "log.jsonl").open("a") as log:
-                log.write(json.dumps(record) + "\n")
-            save(folder, {"params": params, "state": state, "step": step + 1})
-            plot(folder)
+            record = {"step": step + 1, "train": running, "heldout": heldout_loss(params, heldout, evaluate)}
+            save(arguments.work, {"params": params, "state": state, "step": step + 1})
+            log(arguments.work, {**record, "seconds": time.time() - started})
+
+
+def log(folder: Path, record: dict[str, float]) -> None:
+    """Adds a line to log.jsonl and plots all of them."""
+    with (folder / "log.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    plot(folder)
 
 
 def export(arguments: argparse.Namespace) -> None:
-    """Writes the model in float16, scores the held-out stories with what was written, and adds the model card."""
+    """Writes the model in float16, scores the held-out stories with what was written, and fills in the model card."""
     content, folder = restore(arguments.work), arguments.model
-    tokenizer = Tokenizer.from_directory(arguments.work)
-    save_model(folder, CONFIG, content["params"], tokenizer, dtype="float16")
+    config = dataclasses.replace(CONFIG, n_layer=len(content["params"].blocks))
+    save_model(folder, config, content["params"], Tokenizer.from_directory(arguments.work), dtype="float16")
     model = load(folder)
     scores = [score(model, story) for story in read(arguments.heldout)]
     bits = -sum(s.total for s in scores) / math.log(2) / sum(s.num_bytes for s in scores)
-    card = (Path(__file__).parent / "demo_card.md").read_text("utf-8")
+    print(f"{bits:.4f} bits per byte on the held-out text")
+    if arguments.card is None:
+        return
     facts = {
         "parameters": f"{count_params(content['params']):,}",
+        "layers": config.n_layer,
         "steps": f"{content['step']:,}",
         "tokens": f"{content['step'] * BATCH * LENGTH:,}",
         "bits_per_byte": f"{bits:.3f}",
         "heldout_bytes": f"{sum(s.num_bytes for s in scores):,}",
     }
-    (folder / "README.md").write_text(card.format(**facts), encoding="utf-8")
-    print(f"{bits:.4f} bits per byte on the held-out text")
+    (folder / "README.md").write_text(arguments.card.read_text("utf-8").format(**facts), encoding="utf-8")
 
 
 def plot(folder: Path) -> None:
@@ -217,12 +267,18 @@ def main() -> None:
     run.add_argument("heldout", type=Path)
     run.add_argument("work", type=Path)
     run.add_argument("--steps", type=int, default=6000)
+    run.add_argument("--layers", type=int, default=CONFIG.n_layer)
+    run.add_argument("--rate", type=float, default=1.0, help="factor of the learning rates")
+    run.add_argument("--fall", type=float, default=0.35, help="share of the steps in which the rate falls to 0")
+    run.add_argument("--start", type=Path, help="directory of the model that the run starts from")
+    run.add_argument("--plainest", type=float, help="share of the text, plain for --start's model, to prefer")
     run.add_argument("--every", type=int, default=200, help="steps between checkpoints")
     run.set_defaults(call=train)
     write = commands.add_parser("export")
     write.add_argument("work", type=Path)
     write.add_argument("heldout", type=Path)
     write.add_argument("model", type=Path)
+    write.add_argument("--card", type=Path, help="template of the model card")
     write.set_defaults(call=export)
     arguments = parser.parse_args()
     arguments.call(arguments)
