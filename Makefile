@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint types bench clean
 
 demo: $(VENV)/installed
-	$(BIN)/llorch-jax generate "Once upon a time" --max-new-tokens 120 --temperature 0.8 --top-k 50 --seed 18 --timings
+	$(BIN)/llorch-jax generate "Once upon a time" --max-new-tokens 120 --temperature 0.8 --top-k 50 --seed 46 --timings
 
 test: lint types
 	$(BIN)/python -m pytest -n 2 --dist loadscope

@@ -121,6 +121,10 @@ def test_a_second_run_prefers_what_the_first_finds_plain(script, tmp_path, monke
     assert (second / "tokenizer.json").read_bytes() == (first / "tokenizer.json").read_bytes()
     trained = script.restore(second)
     assert len(trained["params"].blocks) == 2
+    run(script, monkeypatch, "export", second, corpus, tmp_path / "mean", "--average", model)
+    averaged, start = lj.load(tmp_path / "mean").params, script.grow(lj.load(model).params, 2)
+    for a, b, c in zip(*map(jax.tree.leaves, (averaged, start, trained["params"])), strict=True):
+        np.testing.assert_allclose(a, (b + c) / 2, atol=1e-3)
     assert trained["step"] == 4
 
 

@@ -3,8 +3,9 @@
     python tools/train_demo.py train TALES.txt[.xz] HELDOUT.txt FIRST --layers 6 --steps 6250
     python tools/train_demo.py export FIRST HELDOUT.txt FIRST_MODEL      # float16
     python tools/train_demo.py train TALES.txt[.xz] HELDOUT.txt SECOND \\
-        --start FIRST_MODEL --plainest 0.3 --rate 0.6 --fall 1 --steps 3400
-    python tools/train_demo.py export SECOND HELDOUT.txt MODEL_DIR --card tools/demo_card.md
+        --start FIRST_MODEL --plainest 0.2 --rate 0.6 --fall 1 --steps 3300
+    python tools/train_demo.py export SECOND HELDOUT.txt MODEL_DIR \\
+        --average FIRST_MODEL --card tools/demo_card.md
 
 Needs the `train` extra (optax, tqdm, matplotlib). A blank line in the corpus separates stories. Weights of the blocks
 are trained by Muon (Jordan et al. 2024), embeddings, norms and biases by AdamW, with a warm-up, a constant and a
@@ -12,7 +13,8 @@ linearly falling learning rate, so that a run can be prolonged or cut short by n
 the rate starts to fall. A run that was stopped goes on from its checkpoint when the same command is given again.
 
 A model this small is grammatical where the language is simple, so a second run gives most of its windows to the
-stories that the first model finds plainest; it may have more blocks than the first, which start as the identity.
+stories that the first model finds plainest; it may have more blocks than the first, which start as the identity. The
+mean of both runs' parameters (Wortsman et al. 2022, "Robust fine-tuning") keeps what each is good at.
 """
 
 import argparse
@@ -46,7 +48,7 @@ from llorch_jax.tokenizer import Tokenizer
 LENGTH, BATCH = 512, 8
 MUON_RATE, ADAM_RATE, DECAY = 4e-3, 2e-3, 0.1
 WARMUP = 100  # steps
-PLAIN_WINDOWS = 6  # of the BATCH windows of a step, where some stories are preferred
+PLAIN_WINDOWS = 7  # of the BATCH windows of a step, where some stories are preferred
 CONFIG = GPT2Config(
     vocab_size=4096, n_positions=LENGTH, n_embd=256, n_layer=8, n_head=4, bos_token_id=0, eos_token_id=0
 )
@@ -220,11 +222,18 @@ def log(folder: Path, record: dict[str, float]) -> None:
     plot(folder)
 
 
+def mean(first: Params, second: Params) -> Params:
+    return jax.tree.map(lambda a, b: (a + b) / 2, first, second)
+
+
 def export(arguments: argparse.Namespace) -> None:
     """Writes the model in float16, scores the held-out stories with what was written, and fills in the model card."""
     content, folder = restore(arguments.work), arguments.model
-    config = dataclasses.replace(CONFIG, n_layer=len(content["params"].blocks))
-    save_model(folder, config, content["params"], Tokenizer.from_directory(arguments.work), dtype="float16")
+    params = content["params"]
+    config = dataclasses.replace(CONFIG, n_layer=len(params.blocks))
+    if arguments.average is not None:
+        params = mean(params, grow(load(arguments.average).params, config.n_layer))
+    save_model(folder, config, params, Tokenizer.from_directory(arguments.work), dtype="float16")
     model = load(folder)
     scores = [score(model, story) for story in read(arguments.heldout)]
     bits = -sum(s.total for s in scores) / math.log(2) / sum(s.num_bytes for s in scores)
@@ -232,7 +241,7 @@ def export(arguments: argparse.Namespace) -> None:
     if arguments.card is None:
         return
     facts = {
-        "parameters": f"{count_params(content['params']):,}",
+        "parameters": f"{count_params(params):,}",
         "layers": config.n_layer,
         "steps": f"{content['step']:,}",
         "tokens": f"{content['step'] * BATCH * LENGTH:,}",
@@ -278,6 +287,7 @@ def main() -> None:
     write.add_argument("work", type=Path)
     write.add_argument("heldout", type=Path)
     write.add_argument("model", type=Path)
+    write.add_argument("--average", type=Path, help="directory of the model whose parameters to take the mean with")
     write.add_argument("--card", type=Path, help="template of the model card")
     write.set_defaults(call=export)
     arguments = parser.parse_args()
