@@ -96,7 +96,7 @@ def test_a_grown_model_is_the_same_function(script):
 def test_bits_per_byte_of_the_beginning_of_a_story(script, tmp_path):
     stories = [*STORIES, "Foxes.", "Two f\u00f4xes."]
     tokenizer = script.train_tokenizer(stories, tmp_path / "tokenizer.json", 300)
-    params = script.fresh(1)["params"]
+    params = script.new_params(1)
     found = script.bits_per_byte(params, tokenizer, stories)
     for story, bits in zip(stories, found, strict=True):
         encoding = tokenizer.encode(story)
@@ -126,6 +126,18 @@ def test_a_second_run_prefers_what_the_first_finds_plain(script, tmp_path, monke
     for a, b, c in zip(*map(jax.tree.leaves, (averaged, start, trained["params"])), strict=True):
         np.testing.assert_allclose(a, (b + c) / 2, atol=1e-3)
     assert trained["step"] == 4
+
+
+@pytest.mark.parametrize("given", [("--plainest", "0.5"), ("--plainest", "0", "--start", "x")])
+def test_an_impossible_preference_is_refused(script, corpus, tmp_path, monkeypatch, capsys, given):
+    with pytest.raises(SystemExit):
+        run(script, monkeypatch, "train", corpus, corpus, tmp_path / "work", *given)
+    assert "--plainest: expected" in capsys.readouterr().err
+
+
+def test_a_model_is_not_grown_to_fewer_blocks(script):
+    with pytest.raises(SystemExit, match="at least the model's 3 blocks, got 2"):
+        script.grow(script.new_params(3), 2)
 
 
 def test_schedule(script):

@@ -140,18 +140,23 @@ def restore(folder: Path) -> dict[str, Any]:
     """The checkpoint in a folder."""
     data = (folder / "checkpoint.msgpack").read_bytes()
     layers = len(serialization.msgpack_restore(data)["params"]["blocks"])
-    content = serialization.from_bytes(fresh(layers), data)
+    content = serialization.from_bytes(fresh(new_params(layers)), data)
     return {**content, **jax.tree.map(jnp.asarray, {name: content[name] for name in ("params", "state")})}
 
 
-def fresh(layers: int) -> dict[str, Any]:
+def new_params(layers: int) -> Params:
+    return init_params(dataclasses.replace(CONFIG, n_layer=layers), jax.random.key(0))
+
+
+def fresh(params: Params) -> dict[str, Any]:
     """What a run begins with."""
-    params = init_params(dataclasses.replace(CONFIG, n_layer=layers), jax.random.key(0))
     return {"params": params, "state": make_optimizer().init(params), "step": 0}
 
 
 def grow(params: Params, layers: int) -> Params:
     """The same function in more blocks: copies that add nothing yet, spread over the depth (Chen et al. 2015)."""
+    if layers < len(params.blocks):
+        raise SystemExit(f"--layers: expected at least the model's {len(params.blocks)} blocks, got {layers}")
     sources = [int((i + 0.5) * len(params.blocks) / layers) for i in range(layers)]
     blocks = []
     for source, before in zip(sources, [None, *sources], strict=False):
@@ -168,9 +173,8 @@ def begin(arguments: argparse.Namespace) -> dict[str, Any]:
     if (arguments.work / "checkpoint.msgpack").exists():
         return restore(arguments.work)
     if arguments.start is None:
-        return fresh(arguments.layers)
-    params = grow(load(arguments.start).params, arguments.layers)
-    return {"params": params, "state": make_optimizer().init(params), "step": 0}
+        return fresh(new_params(arguments.layers))
+    return fresh(grow(load(arguments.start).params, arguments.layers))
 
 
 def preferred(arguments: argparse.Namespace, stories: list[str], tokenizer: tokenizers.Tokenizer) -> list[str]:
@@ -222,17 +226,14 @@ def log(folder: Path, record: dict[str, float]) -> None:
     plot(folder)
 
 
-def mean(first: Params, second: Params) -> Params:
-    return jax.tree.map(lambda a, b: (a + b) / 2, first, second)
-
-
 def export(arguments: argparse.Namespace) -> None:
     """Writes the model in float16, scores the held-out stories with what was written, and fills in the model card."""
     content, folder = restore(arguments.work), arguments.model
     params = content["params"]
     config = dataclasses.replace(CONFIG, n_layer=len(params.blocks))
     if arguments.average is not None:
-        params = mean(params, grow(load(arguments.average).params, config.n_layer))
+        other = grow(load(arguments.average).params, config.n_layer)
+        params = jax.tree.map(lambda a, b: (a + b) / 2, params, other)
     save_model(folder, config, params, Tokenizer.from_directory(arguments.work), dtype="float16")
     model = load(folder)
     scores = [score(model, story) for story in read(arguments.heldout)]
@@ -291,6 +292,9 @@ def main() -> None:
     write.add_argument("--card", type=Path, help="template of the model card")
     write.set_defaults(call=export)
     arguments = parser.parse_args()
+    share = getattr(arguments, "plainest", None)
+    if share is not None and not (arguments.start and 0 < share <= 1):
+        parser.error(f"--plainest: expected a share above 0 and up to 1, and --start, got {share}")
     arguments.call(arguments)
 
 
