@@ -39,7 +39,7 @@ def startup(folder: str, prompt: int, new: int, compilation_cache: str) -> dict[
 
     import llorch_jax as lj
     from benchmarks.decoder import random_tokens
-    from llorch_jax.timing import compile_seconds
+    from llorch_jax.text.timing import compile_seconds
 
     jax.config.update("jax_compilation_cache_dir", compilation_cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -17,7 +17,7 @@ import numpy as np
 
 import llorch_jax as lj
 from benchmarks.measure import random_model
-from llorch_jax.matching import compiler_of
+from llorch_jax.text.constrained.matching import compiler_of
 
 PROMPT = "Once upon a time there was a little girl who lived in a house near the woods."
 PERSON = {

@@ -1,4 +1,4 @@
-"""Decoding loops that can be repeated: the compiled programs of `llorch_jax.steps`, timed by themselves."""
+"""Decoding loops that can be repeated: the compiled programs of `llorch_jax.decoding.steps`, timed by themselves."""
 
 import dataclasses
 from typing import Any
@@ -9,11 +9,11 @@ import numpy as np
 
 import llorch_jax as lj
 from benchmarks.measure import seconds
-from llorch_jax import steps
 from llorch_jax.buckets import bucket
-from llorch_jax.cache.memory import fit_cache
-from llorch_jax.request import prepare
-from llorch_jax.timing import compile_seconds
+from llorch_jax.cache.layouts import fit_cache
+from llorch_jax.decoding import steps
+from llorch_jax.decoding.request import prepare
+from llorch_jax.text.timing import compile_seconds
 
 
 class Decoder:

@@ -16,7 +16,7 @@ import numpy as np
 
 import llorch_jax as lj
 from benchmarks.measure import machine, write_json
-from llorch_jax.fidelity import Fidelity, fidelity
+from llorch_jax.evaluation.fidelity import Fidelity, fidelity
 
 
 def measure(model: lj.Model, text: str, caches: list[str], prompt: int, length: int, rows: int) -> dict[str, Any]:

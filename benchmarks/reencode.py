@@ -17,8 +17,8 @@ import numpy as np
 
 import llorch_jax as lj
 from benchmarks.measure import Sample, machine, write_json
-from llorch_jax.request import prepare
-from llorch_jax.streaming import stream_steps
+from llorch_jax.decoding.request import prepare
+from llorch_jax.decoding.streaming import stream_steps
 
 
 def measure(model: lj.Model, tokens: int, reencode: lj.Reencode) -> dict[str, Any]:

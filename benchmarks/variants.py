@@ -1,6 +1,6 @@
 """Decode steps with one part left out: what the part costs in its place is the difference to the whole step.
 
-The programs are the library's own step (`llorch_jax.steps.next_state`) on other values: a cache that does not write, or
+The programs are the library's own step (`steps.next_state`) on other values: a cache that does not write, or
 that shows a single slot; a model whose feed-forward layers are one wide, or that knows 16 words; a sampler that does
 not look. They are called one after the other without waiting, so that calls overlap with computing.
 """
@@ -15,7 +15,7 @@ from flax import struct
 
 import llorch_jax as lj
 from benchmarks.measure import seconds
-from llorch_jax import steps
+from llorch_jax.decoding import steps
 from llorch_jax.model import dense
 
 _step = jax.jit(steps.next_state, static_argnames="config", donate_argnames="state")

@@ -3,7 +3,6 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from llorch_jax.branching import SearchError
 from llorch_jax.cache import (
     CachePool,
     DynamicCache,
@@ -21,52 +20,62 @@ from llorch_jax.cache import (
     plan_memory,
     save_cache,
 )
-from llorch_jax.checkpoint import Model, convert, load, save_model
 from llorch_jax.config import GPT2Config
-from llorch_jax.decoding import compile_count, decode_step, generate_tokens, prefill, stream_tokens
-from llorch_jax.errors import CacheError, CapacityError, CheckpointError, ConfigError, LlorchError, TokenError
-from llorch_jax.generation import generate, stream
+from llorch_jax.decoding.loop import compile_count, decode_step, generate_tokens, prefill, stream_tokens
+from llorch_jax.decoding.overflow import Reencode
+from llorch_jax.errors import (
+    CacheError,
+    CapacityError,
+    CheckpointError,
+    ConfigError,
+    ConstraintError,
+    DraftError,
+    LlorchError,
+    ModelError,
+    SamplerError,
+    SearchError,
+    TokenError,
+)
+from llorch_jax.evaluation.perplexity import Score, score
+from llorch_jax.evaluation.validation import intermediates
+from llorch_jax.loading.checkpoint import Model, convert, load, save_model
 from llorch_jax.model import forward
-from llorch_jax.overflow import Reencode
 from llorch_jax.params import BlockParams, Params, count_params, init_params, param_shapes
-from llorch_jax.probes import intermediates
-from llorch_jax.sampling import Greedy, Mirostat, SamplerError, Sampling
-from llorch_jax.scoring import Score, score
-from llorch_jax.texts import Generation, ModelError, Piece
+from llorch_jax.sampling import Greedy, Mirostat, Sampling
+from llorch_jax.text.generation import generate, stream
+from llorch_jax.text.results import Generation, Piece
 from llorch_jax.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from llorch_jax.asynchronous import astream
-    from llorch_jax.beam import Beams, beam_search
-    from llorch_jax.constraints import Constraint, ConstraintError
-    from llorch_jax.contrastive import contrastive_search
-    from llorch_jax.drafts import DraftError, DraftModel, PromptLookup
-    from llorch_jax.likelihood import Choice, choices
-    from llorch_jax.samples import generate_n
-    from llorch_jax.session import Session, load_session, save_session
-    from llorch_jax.speculative import Speculation, speculate_tokens
-    from llorch_jax.speculative_text import generate_speculative
+    from llorch_jax.decoding.beam import Beams, beam_search
+    from llorch_jax.decoding.contrastive import contrastive_search
+    from llorch_jax.decoding.session import Session, load_session, save_session
+    from llorch_jax.decoding.speculative.drafts import DraftModel, PromptLookup
+    from llorch_jax.decoding.speculative.loop import Speculation, speculate_tokens
+    from llorch_jax.evaluation.loglikelihood import Choice, choices
+    from llorch_jax.text.asynchronous import astream
+    from llorch_jax.text.constrained.constraint import Constraint
+    from llorch_jax.text.samples import generate_n
+    from llorch_jax.text.speculative import generate_speculative
 
 # Imported when they are first asked for: `import llorch_jax` stays quick.
 _LATER = {
-    "Beams": "beam",
-    "Choice": "likelihood",
-    "Constraint": "constraints",
-    "ConstraintError": "constraints",
-    "DraftError": "drafts",
-    "DraftModel": "drafts",
-    "PromptLookup": "drafts",
-    "Session": "session",
-    "Speculation": "speculative",
-    "astream": "asynchronous",
-    "beam_search": "beam",
-    "choices": "likelihood",
-    "contrastive_search": "contrastive",
-    "generate_n": "samples",
-    "generate_speculative": "speculative_text",
-    "load_session": "session",
-    "save_session": "session",
-    "speculate_tokens": "speculative",
+    "Beams": "decoding.beam",
+    "Choice": "evaluation.loglikelihood",
+    "Constraint": "text.constrained.constraint",
+    "DraftModel": "decoding.speculative.drafts",
+    "PromptLookup": "decoding.speculative.drafts",
+    "Session": "decoding.session",
+    "Speculation": "decoding.speculative.loop",
+    "astream": "text.asynchronous",
+    "beam_search": "decoding.beam",
+    "choices": "evaluation.loglikelihood",
+    "contrastive_search": "decoding.contrastive",
+    "generate_n": "text.samples",
+    "generate_speculative": "text.speculative",
+    "load_session": "decoding.session",
+    "save_session": "decoding.session",
+    "speculate_tokens": "decoding.speculative.loop",
 }
 
 

@@ -1,13 +1,33 @@
 """Attention of queries over the keys and values of a cache, in float32."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
-
-from llorch_jax.cache.base import KVView
 
 MASKED = jnp.finfo(jnp.float32).min
 BLOCK = 128  # queries per block
 EXACT = jax.lax.Precision.HIGHEST  # float32 products in full precision on every backend
+
+
+class KVView(NamedTuple):
+    """The keys and values that the queries of one layer may look at.
+
+    Attributes:
+        k: [B, K, S, H].
+        v: [B, K, S, H].
+        positions: int32 [B, S] or [1, S], or [B, K, S] where heads hold different tokens: the position of the token
+            in each slot; negative where a slot is empty. A slot whose position lies after a query's is masked by
+            causality, so stale slots past the end may keep any later position.
+        window: a query looks at this many newest tokens only, its own included; None for all that are there.
+        sinks: the first so many positions are looked at in spite of the window.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    positions: jax.Array
+    window: int | None = None
+    sinks: int = 0
 
 
 def allowed_slots(positions: jax.Array, view: KVView, window: int | None) -> jax.Array:

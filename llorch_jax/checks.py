@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llorch_jax.cache.base import KVCache, is_concrete
+from llorch_jax.cache.base import KVCache
 from llorch_jax.config import GPT2Config
 from llorch_jax.errors import CacheError, CapacityError, TokenError
+from llorch_jax.tracing import is_concrete
 
 MaybeCache = TypeVar("MaybeCache", bound=KVCache | None)
 

@@ -23,3 +23,35 @@ class CapacityError(LlorchError):
 
 class CacheError(LlorchError):
     """A cache operation got arguments that do not fit the cache."""
+
+
+class ReferenceFileError(LlorchError):
+    """A reference file cannot be read, or holds no validation points."""
+
+
+class BatchFileError(LlorchError):
+    """A file of prompts, or of results, is not what it should be."""
+
+
+class ChatError(LlorchError):
+    """Something that this conversation cannot do."""
+
+
+class ConstraintError(LlorchError):
+    """A constraint is invalid, cannot be enforced, or needs the extra `constrained`."""
+
+
+class ModelError(LlorchError):
+    """A model lacks what a call needs, such as a tokenizer."""
+
+
+class SearchError(LlorchError):
+    """A setting of a search is impossible; the message names it."""
+
+
+class DraftError(LlorchError):
+    """A draft has an impossible setting, or does not fit the model."""
+
+
+class SamplerError(LlorchError):
+    """A sampling setting is impossible; the message names it."""

@@ -12,8 +12,8 @@ from typing import Any, TypeVar, overload
 import jax
 import jax.numpy as jnp
 
-from llorch_jax.attention import EXACT, attend, attention_mass
-from llorch_jax.cache.base import KVCache, KVView
+from llorch_jax.attention import EXACT, KVView, attend, attention_mass
+from llorch_jax.cache.base import KVCache
 from llorch_jax.checks import check_append
 from llorch_jax.config import GPT2Config
 from llorch_jax.params import BlockParams, Dense, Norm, Params

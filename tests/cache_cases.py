@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
-from llorch_jax import decoding, steps
 from llorch_jax.config import GPT2Config
+from llorch_jax.decoding import loop as decoding
+from llorch_jax.decoding import steps
 from llorch_jax.model import forward, hidden_states, output_logits
 from llorch_jax.params import Params, param_shapes
 

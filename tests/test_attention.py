@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llorch_jax import attention
-from llorch_jax.cache.base import KVView
+from llorch_jax.attention import KVView
 from llorch_jax.model import product
 
 

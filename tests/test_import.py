@@ -33,10 +33,10 @@ def test_leaves_out_what_only_the_command_line_and_tools_need():
     )
     new, everything = subprocess.check_output([sys.executable, "-c", code], env=ENVIRONMENT, text=True).splitlines()
     assert "rich" not in new.split()  # flax brings its own part of it
-    unwanted = {"typer", "huggingface_hub", "matplotlib", "optax", "llorch_jax.cli", "llorch_jax.terminal"}
-    unwanted |= {"llguidance", "llorch_jax.constrained"}
+    unwanted = {"typer", "huggingface_hub", "matplotlib", "optax", "llorch_jax.cli.app", "llorch_jax.cli.terminal"}
+    unwanted |= {"llguidance", "llorch_jax.text.constrained.decoding"}
     assert not unwanted & set(everything.split())
-    assert {"llorch_jax", "jax", "llorch_jax.generation"} <= set(everything.split())
+    assert {"llorch_jax", "jax", "llorch_jax.text.generation"} <= set(everything.split())
 
 
 def test_all_names_are_there_and_in_order():

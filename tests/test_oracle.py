@@ -5,7 +5,7 @@ from cache_cases import any_configs, assert_close, feed, in_chunks, make_batch, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llorch_jax.cache.memory import make_cache
+from llorch_jax.cache.layouts import make_cache
 
 
 def norm(params, x, epsilon):

@@ -38,11 +38,11 @@ from flax import serialization
 from optax import contrib
 from tqdm import tqdm
 
-from llorch_jax.checkpoint import load, save_model
 from llorch_jax.config import GPT2Config
+from llorch_jax.evaluation.perplexity import score
+from llorch_jax.loading.checkpoint import load, save_model
 from llorch_jax.model import hidden_states, output_logits
 from llorch_jax.params import Params, count_params, init_params
-from llorch_jax.scoring import score
 from llorch_jax.tokenizer import Tokenizer
 
 LENGTH, BATCH = 512, 8

@@ -3,37 +3,19 @@
 import abc
 import dataclasses
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llorch_jax.cache.storage import dtype_of
+from llorch_jax.attention import KVView
+from llorch_jax.cache.codecs.floats import dtype_of
 from llorch_jax.config import GPT2Config
 from llorch_jax.errors import CacheError, CapacityError
+from llorch_jax.tracing import is_concrete, is_whole
 
 Cache = TypeVar("Cache", bound="KVCache")
-
-
-class KVView(NamedTuple):
-    """The keys and values that the queries of one layer may look at.
-
-    Attributes:
-        k: [B, K, S, H].
-        v: [B, K, S, H].
-        positions: int32 [B, S] or [1, S], or [B, K, S] where heads hold different tokens: the position of the token
-            in each slot; negative where a slot is empty. A slot whose position lies after a query's is masked by
-            causality, so stale slots past the end may keep any later position.
-        window: a query looks at this many newest tokens only, its own included; None for all that are there.
-        sinks: the first so many positions are looked at in spite of the window.
-    """
-
-    k: jax.Array
-    v: jax.Array
-    positions: jax.Array
-    window: int | None = None
-    sinks: int = 0
 
 
 class KVCache(abc.ABC):
@@ -192,11 +174,6 @@ class KVCache(abc.ABC):
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
 
-def is_concrete(*values: Any) -> bool:
-    """Whether all values are known now, that is outside a traced function."""
-    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
-
-
 def check_room(lengths: Any, count: Any, capacity: int) -> None:
     """Raises CapacityError where a row of `lengths` int32 [B] has no room for `count`, int or int32 [B], more."""
     if not is_concrete(lengths, count):
@@ -236,11 +213,6 @@ def check_sizes(config: GPT2Config, batch_size: int, capacity: int) -> None:
         raise CacheError(f"batch_size: expected 1 or more, got {batch_size!r}")
     if not is_whole(capacity) or not 1 <= capacity <= config.n_positions:
         raise CapacityError(f"capacity: expected 1 .. n_positions={config.n_positions}, got {capacity!r}")
-
-
-def is_whole(value: Any) -> bool:
-    """Whether a value is a whole number."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def check_rows(rows: Any, batch_size: int) -> jax.Array:

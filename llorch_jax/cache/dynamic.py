@@ -9,10 +9,11 @@ import numpy as np
 from flax import struct
 
 from llorch_jax.buckets import SMALLEST, bucket
-from llorch_jax.cache.base import check_room, check_sizes, is_concrete, join_rows
+from llorch_jax.cache.base import check_room, check_sizes, join_rows
 from llorch_jax.cache.static import StaticCache, empty_slots
 from llorch_jax.config import GPT2Config
 from llorch_jax.errors import CacheError
+from llorch_jax.tracing import is_concrete
 
 
 @struct.dataclass

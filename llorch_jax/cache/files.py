@@ -8,17 +8,18 @@ import jax
 import numpy as np
 
 from llorch_jax.archive import read_archive, write_archive
-from llorch_jax.cache.base import KVCache, is_concrete
+from llorch_jax.cache.base import KVCache
 from llorch_jax.cache.dynamic import DynamicCache
-from llorch_jax.cache.evicting import EvictingCache
-from llorch_jax.cache.paged import PagedCache
-from llorch_jax.cache.policies import AttentionSinks, HeavyHitters, RecencyWindow, SnapKV
+from llorch_jax.cache.evicting.cache import EvictingCache
+from llorch_jax.cache.evicting.policies import AttentionSinks, HeavyHitters, RecencyWindow, SnapKV
+from llorch_jax.cache.paged.cache import PagedCache
 from llorch_jax.cache.quantized import Quantized, QuantizedCache, Recent
 from llorch_jax.cache.rotating import RotatingCache
 from llorch_jax.cache.static import StaticCache
 from llorch_jax.config import GPT2Config
 from llorch_jax.errors import CacheError
 from llorch_jax.params import Params
+from llorch_jax.tracing import is_concrete
 
 LAYOUTS: tuple[type, ...] = (StaticCache, DynamicCache, RotatingCache, PagedCache, QuantizedCache, EvictingCache)
 CACHE_CLASSES = (*LAYOUTS, Quantized, Recent, AttentionSinks, HeavyHitters, RecencyWindow, SnapKV)

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from llorch_jax.buckets import bucket
-from llorch_jax.cache.base import KVCache, is_concrete
+from llorch_jax.cache.base import KVCache
 from llorch_jax.errors import CacheError
+from llorch_jax.tracing import is_concrete
 
 Cache = TypeVar("Cache", bound=KVCache)
 

@@ -7,14 +7,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from llorch_jax.cache.base import (
-    KVCache,
-    KVView,
-    check_rows,
-    check_sizes,
-    cropped,
-    replace_item,
-)
+from llorch_jax.attention import KVView
+from llorch_jax.cache.base import KVCache, check_rows, check_sizes, cropped, replace_item
 from llorch_jax.cache.static import write_rows
 from llorch_jax.config import GPT2Config
 from llorch_jax.errors import CacheError

@@ -9,20 +9,13 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from llorch_jax.cache.base import (
-    KVCache,
-    KVView,
-    check_new_tokens,
-    check_rows,
-    check_sizes,
-    cropped,
-    is_concrete,
-    replace_item,
-)
+from llorch_jax.attention import KVView
+from llorch_jax.cache.base import KVCache, check_new_tokens, check_rows, check_sizes, cropped, replace_item
+from llorch_jax.cache.codecs.floats import dtype_of, from_stored, to_stored
 from llorch_jax.cache.static import empty_slots
-from llorch_jax.cache.storage import dtype_of, from_stored, to_stored
 from llorch_jax.config import GPT2Config
 from llorch_jax.errors import CacheError
+from llorch_jax.tracing import is_concrete
 
 
 @struct.dataclass

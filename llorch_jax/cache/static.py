@@ -7,15 +7,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from llorch_jax.cache.base import (
-    KVCache,
-    KVView,
-    check_rows,
-    check_sizes,
-    cropped,
-    replace_item,
-)
-from llorch_jax.cache.storage import dtype_of, from_stored, to_stored, zeros
+from llorch_jax.attention import KVView
+from llorch_jax.cache.base import KVCache, check_rows, check_sizes, cropped, replace_item
+from llorch_jax.cache.codecs.floats import dtype_of, from_stored, to_stored, zeros
 from llorch_jax.config import GPT2Config
 
 

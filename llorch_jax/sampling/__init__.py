@@ -1,6 +1,6 @@
 """From logits to token ids: samplers, and the transforms of logits that they are made of."""
 
-from llorch_jax.sampling.base import History, Sampler, SamplerError
+from llorch_jax.sampling.base import History, Sampler
 from llorch_jax.sampling.mirostat import Mirostat
 from llorch_jax.sampling.penalties import (
     apply_bad_words,
@@ -31,7 +31,6 @@ __all__ = [
     "History",
     "Mirostat",
     "Sampler",
-    "SamplerError",
     "Sampling",
     "apply_bad_words",
     "apply_dry",

@@ -8,13 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from llorch_jax.errors import LlorchError
+from llorch_jax.errors import SamplerError
 
 MASKED = -jnp.inf
-
-
-class SamplerError(LlorchError):
-    """A sampling setting is impossible; the message names it."""
 
 
 @struct.dataclass

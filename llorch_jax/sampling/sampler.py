@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from llorch_jax.cache.base import is_concrete
+from llorch_jax.errors import SamplerError
 from llorch_jax.sampling import penalties, truncation
-from llorch_jax.sampling.base import MASKED, History, SamplerError, per_row
+from llorch_jax.sampling.base import MASKED, History, per_row
 from llorch_jax.sampling.drawing import draw
 from llorch_jax.sampling.mirostat import Mirostat
 from llorch_jax.sampling.settings import SETTINGS, check_settings, prepare_settings, rows_of
+from llorch_jax.tracing import is_concrete
 
 _CANDIDATE_BUCKETS = (64, 256, 1024)
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from llorch_jax.buckets import power_of_two
-from llorch_jax.sampling.base import SamplerError, check
+from llorch_jax.errors import SamplerError
+from llorch_jax.sampling.base import check
 
 _COLDEST = 1e-30  # below, logits divided by the temperature could overflow float32
 Valid = Callable[[np.ndarray], Any]

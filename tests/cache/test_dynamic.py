@@ -25,11 +25,11 @@ from cache_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llorch_jax import decoding
 from llorch_jax.buckets import bucket
 from llorch_jax.cache.dynamic import DynamicCache
 from llorch_jax.cache.static import StaticCache
 from llorch_jax.config import GPT2Config
+from llorch_jax.decoding import loop as decoding
 from llorch_jax.errors import CacheError, CapacityError
 from llorch_jax.params import nbytes
 

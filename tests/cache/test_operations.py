@@ -8,7 +8,7 @@ from cache_cases import CONFIGS, assert_close, feed, in_chunks, make_batch, make
 
 import llorch_jax as lj
 from llorch_jax.cache.dynamic import DynamicCache
-from llorch_jax.cache.memory import make_cache
+from llorch_jax.cache.layouts import make_cache
 from llorch_jax.cache.operations import concat, convert, fork, split
 from llorch_jax.cache.quantized import QuantizedCache
 from llorch_jax.cache.rotating import RotatingCache

@@ -23,10 +23,10 @@ from cache_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llorch_jax import decoding
-from llorch_jax.cache.memory import make_cache
+from llorch_jax.cache.layouts import make_cache
 from llorch_jax.cache.operations import concat, convert, fork, split
 from llorch_jax.cache.static import StaticCache
+from llorch_jax.decoding import loop as decoding
 
 LOSSLESS = {
     "static": {"capacity": 32},

@@ -31,11 +31,11 @@ from cache_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llorch_jax import decoding
 from llorch_jax.attention import attend
 from llorch_jax.cache.base import KVCache
 from llorch_jax.cache.quantized import RESIDUAL, QuantizedCache, dequantize, quantize
 from llorch_jax.cache.static import StaticCache
+from llorch_jax.decoding import loop as decoding
 from llorch_jax.errors import CacheError, CapacityError
 from llorch_jax.model import forward
 

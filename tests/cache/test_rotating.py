@@ -31,9 +31,9 @@ from flax import struct
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llorch_jax import decoding
 from llorch_jax.cache.rotating import RotatingCache
 from llorch_jax.cache.static import StaticCache
+from llorch_jax.decoding import loop as decoding
 from llorch_jax.errors import CacheError, CapacityError
 from llorch_jax.model import forward
 

@@ -1,0 +1,98 @@
+"""CachePool: a pool that hands out the buffers of released caches again."""
+
+import threading
+from collections.abc import Hashable
+from functools import partial
+from typing import Any, TypeVar
+
+import jax
+
+from llorch_jax.cache.base import KVCache
+from llorch_jax.cache.layouts import check_settings
+from llorch_jax.config import GPT2Config
+from llorch_jax.errors import CacheError
+from llorch_jax.tracing import is_concrete
+
+Cache = TypeVar("Cache", bound=KVCache)
+
+
+class CachePool:
+    """Keeps the buffers of released caches and hands them out again, so that a call need not allocate its own.
+
+    Thread-safe. A cache is acquired, goes through any number of steps, and the last cache of the chain is released.
+    That one is donated: its buffers belong to the pool from then on, and JAX refuses any further use of it, as of
+    every other cache that shares them.
+
+        pool = CachePool()
+        cache = pool.acquire(StaticCache, config, batch_size=1, capacity=256)
+        tokens, cache = generate_tokens(params, config, prompt, cache=cache)
+        pool.release(cache)
+    """
+
+    def __init__(self, max_bytes: int | None = None) -> None:
+        """An empty pool.
+
+        Args:
+            max_bytes: how much it keeps at most; a cache that would exceed it is dropped on release. None: no limit.
+        """
+        self._max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._free: dict[Hashable, list[KVCache]] = {}
+        self._kinds: dict[Hashable, Hashable] = {}  # from arguments to what `allocation` of the new cache would be
+
+    def acquire(self, cls: type[Cache], config: GPT2Config, **settings: Any) -> Cache:
+        """An empty cache as `cls.init(config, **settings)` makes it, in released buffers where there are any that fit.
+
+        A layout that grows may come with larger buffers than a new one has.
+
+        Raises:
+            CacheError, CapacityError: as `init`.
+        """
+        check_settings(cls, settings)
+        make = partial(cls.init, config, **settings)  # type: ignore[attr-defined]
+        arguments = (cls, config, tuple(sorted((name, str(value)) for name, value in settings.items())))
+        with self._lock:
+            if arguments not in self._kinds:
+                self._kinds[arguments] = jax.eval_shape(make).allocation()
+            free = self._free.get(self._kinds[arguments])
+            if free:
+                return free.pop()  # type: ignore[return-value]  # the class is part of the kind
+        return make()
+
+    def release(self, cache: KVCache) -> None:
+        """Takes a cache over; neither it nor any cache that shares its buffers can be used afterwards.
+
+        Raises:
+            CacheError: it has been donated to a later step or released before, or is traced.
+        """
+        if not is_concrete(cache):
+            raise CacheError("release: expected a cache outside jit, got a traced one")
+        with self._lock:  # so that of two threads that release the same cache one is refused
+            if any(leaf.is_deleted() for leaf in jax.tree.leaves(cache)):
+                raise CacheError(
+                    "release: expected a cache that owns its buffers; this one was donated to a later step or released "
+                    "before (release the last cache of the chain)"
+                )
+            if self._max_bytes is not None and self._usage() + cache.memory_usage() > self._max_bytes:
+                return
+            mine = _take_over(cache.clear())
+            self._free.setdefault(mine.allocation(), []).append(mine)
+
+    def drop(self) -> None:
+        """Gives all kept buffers back to the system."""
+        with self._lock:
+            self._free.clear()
+
+    def memory_usage(self) -> int:
+        """Bytes of all kept buffers."""
+        with self._lock:
+            return self._usage()
+
+    def _usage(self) -> int:
+        return sum(cache.memory_usage() for caches in self._free.values() for cache in caches)
+
+
+@partial(jax.jit, donate_argnames="cache")
+def _take_over(cache: Cache) -> Cache:
+    """The same cache in the same memory under new handles; the old ones become invalid."""
+    return cache

@@ -1,0 +1,90 @@
+"""Eviction from caches of any layout: `evict`, and the policies that say what stays."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llorch_jax.cache.base import KVCache
+from llorch_jax.cache.codecs.floats import as_bits
+from llorch_jax.cache.evicting.cache import SLACK, EvictingCache
+from llorch_jax.cache.evicting.policies import (
+    AttentionSinks,
+    HeavyHitters,
+    Policy,
+    RecencyWindow,
+    SnapKV,
+    check_settings,
+    votes_asked,
+)
+from llorch_jax.errors import CacheError
+from llorch_jax.tracing import is_concrete
+
+__all__ = ["AttentionSinks", "EvictingCache", "HeavyHitters", "Policy", "RecencyWindow", "SnapKV", "evict"]
+
+
+def evict(
+    cache: KVCache, policy: Policy, budget: int, *, votes: tuple[jax.Array, ...] | None = None, slack: int = SLACK
+) -> EvictingCache:
+    """Reduces a cache to `budget` tokens per row and head. Host only; the cache given stays valid.
+
+    Args:
+        cache: of any layout but a rotating one, which has dropped tokens by a rule of its own.
+        policy: what to keep; see `policies`.
+        budget: tokens to keep per row and head, 1 or more; rows that have no more stay whole.
+        votes: L arrays float32 [B, K, S], the attention that the slots of `cache.read(layer)` have received, for
+            policies that ask for it. An `EvictingCache` has gathered its own.
+        slack: of the result: tokens from one eviction to the next.
+
+    Returns:
+        A cache of its own that evicts again whenever it holds `budget + slack` tokens.
+
+    Raises:
+        CacheError: a setting is impossible, votes are missing or misshapen, or the policy chose wrongly.
+    """
+    check_settings(policy, budget, slack)
+    if not is_concrete(cache):
+        raise CacheError("evict: expected a cache outside jit, got a traced one")
+    if not cache.in_order:
+        raise CacheError(f"evict: expected a cache that keeps all tokens or evicts them, got a {type(cache).__name__}")
+    budget = min(budget, cache.capacity)
+    whole = _as_evicting(cache, policy, budget, slack, _checked_votes(cache, policy, votes))
+    full = np.asarray(whole.held) > budget
+    return whole.compacted(full)
+
+
+def _as_evicting(
+    cache: KVCache, policy: Policy, budget: int, slack: int, votes: tuple[jax.Array, ...]
+) -> EvictingCache:
+    """All tokens of a cache as an EvictingCache of the same slots, to be compacted."""
+    settings: dict[str, Any] = {"policy": policy, "budget": budget, "slack": slack, "votes": votes}
+    if isinstance(cache, EvictingCache):
+        return cache.replace(**settings)
+    views = [cache.read(layer) for layer in range(cache.layout[0])]
+    return EvictingCache(
+        keys=tuple(as_bits(view.k) for view in views),
+        values=tuple(as_bits(view.v) for view in views),
+        origins=tuple(jnp.zeros(view.k.shape[:3], jnp.int32) for view in views),
+        lengths=cache.lengths,
+        kept=jnp.zeros_like(cache.lengths),
+        seen=jnp.zeros_like(cache.lengths),
+        limit=cache.capacity,
+        **settings,
+    )
+
+
+def _checked_votes(cache: KVCache, policy: Policy, votes: tuple[jax.Array, ...] | None) -> tuple[jax.Array, ...]:
+    if votes_asked(policy) == 0 and votes is None:
+        return ()
+    if votes is None and isinstance(cache, EvictingCache):
+        votes = cache.votes
+    expected = [list(cache.read(layer).k.shape[:3]) for layer in range(cache.layout[0])]
+    got = [list(array.shape) for array in votes or ()]
+    if got != expected:
+        raise CacheError(
+            f"votes: expected an array of shape {expected[0]} for each of {len(expected)} layers, for "
+            f"{type(policy).__name__} goes by the attention that tokens receive; got {got or 'none'} (an EvictingCache "
+            "with this policy gathers them as it is filled)"
+        )
+    return tuple(jnp.asarray(array, jnp.float32) for array in votes or ())

@@ -1,0 +1,69 @@
+"""The bytes that a cache will take, exactly, before it is made."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+
+from llorch_jax.cache.layouts import Strategy, make_cache, parameters_of
+from llorch_jax.config import GPT2Config
+from llorch_jax.params import nbytes
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of a cache before it is made; `int(plan)` is their total.
+
+    Attributes:
+        total: of all arrays, equal to `memory_usage()` of the new cache.
+        full: of a `DynamicCache` that has grown to its capacity; equal to `total` for the other layouts, of which only
+            the block tables of a `PagedCache` grow.
+        per_layer: of one layer's keys and values in the new cache.
+        per_token: of one slot: keys and values of one token in all layers, scales included.
+        overhead: of everything else: lengths, block tables, what is kept twice.
+        slots: for how many tokens there is memory, all rows together.
+    """
+
+    total: int
+    full: int
+    per_layer: int
+    per_token: int
+    overhead: int
+    slots: int
+
+    def __int__(self) -> int:
+        return self.total
+
+
+def plan_memory(
+    config: GPT2Config,
+    strategy: Strategy = "static",
+    *,
+    batch_size: int = 1,
+    capacity: int | None = None,
+    dtype: Any = "float32",
+    **settings: Any,
+) -> MemoryPlan:
+    """The bytes that `make_cache` with the same arguments allocates, exactly; nothing is allocated here.
+
+    Raises:
+        CacheError, CapacityError: as `make_cache`.
+    """
+    make = partial(make_cache, config, strategy, batch_size=batch_size, capacity=capacity, dtype=dtype)
+    shapes: Any = jax.eval_shape(partial(make, **settings))
+    full = shapes
+    if "initial" in parameters_of(type(shapes)):
+        full = jax.eval_shape(partial(make, **{**settings, "initial": shapes.capacity}))
+    layers = shapes.layout[0]
+    per_layer = nbytes((shapes.keys[0], shapes.values[0]))
+    first = jax.tree.leaves(shapes.keys)[0]  # [rows or pages, K, slots, ...]
+    slots = first.shape[0] * first.shape[2]
+    return MemoryPlan(
+        total=nbytes(shapes),
+        full=nbytes(full),
+        per_layer=per_layer,
+        per_token=layers * per_layer // slots,
+        overhead=nbytes(shapes) - layers * per_layer,
+        slots=slots,
+    )

@@ -1,0 +1,1 @@
+"""From prompts to new tokens: requests, compiled steps, loops, streams, sessions and searches."""

@@ -1,0 +1,307 @@
+"""Beam search and diverse beam search.
+
+The rules are those of transformers' `generate`, which `tests/reference` was made with: 2 K candidates per step (more
+for several end-of-text ids), of which those among the best K that end the text are kept aside with their score divided
+by length ** length_penalty, and the best K others go on.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from llorch_jax.buckets import bucket
+from llorch_jax.cache.base import KVCache
+from llorch_jax.config import GPT2Config
+from llorch_jax.decoding.branching import check_untraced, check_whole, feed, span
+from llorch_jax.decoding.request import Request, prepare
+from llorch_jax.decoding.steps import first_logits
+from llorch_jax.errors import SearchError
+from llorch_jax.params import Params
+
+_NEVER = -1e9  # a score that no text has
+
+
+@dataclasses.dataclass(frozen=True)
+class Beams:
+    """The best continuations that a search found for each prompt, best first.
+
+    Attributes:
+        tokens: int32 [B, R, N], filled up with the (first) end-of-text id behind a continuation's end.
+        lengths: int32 [B, R], tokens of each continuation, its end-of-text id included.
+        scores: float32 [B, R], sum of the log-probabilities (in diverse search: less the penalties) over
+            length ** length_penalty.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    scores: np.ndarray
+
+
+@struct.dataclass
+class _Rules:
+    """Settings, all traced.
+
+    Attributes:
+        length_penalty: float32 [].
+        diversity: float32 [].
+        eager: bool [], stop when K texts have ended.
+        patient: bool [], stop only when no text however long could be better.
+        eos_ids: int32 [E].
+        limit: int32 [], new tokens at most.
+    """
+
+    length_penalty: jax.Array
+    diversity: jax.Array
+    eager: jax.Array
+    patient: jax.Array
+    eos_ids: jax.Array
+    limit: jax.Array
+
+
+@struct.dataclass
+class _Group:
+    """The beams of one group of every row.
+
+    Attributes:
+        tokens: int32 [B, K, N], of the beams that go on.
+        scores: float32 [B, K], sums.
+        ended: int32 [B, K, N], the best texts that have ended.
+        ended_scores: float32 [B, K], divided by the length's power, best first; `_NEVER` where there is none.
+        ended_lengths: int32 [B, K].
+        open: bool [B], whether what has ended may still change.
+    """
+
+    tokens: jax.Array
+    scores: jax.Array
+    ended: jax.Array
+    ended_scores: jax.Array
+    ended_lengths: jax.Array
+    open: jax.Array
+
+
+@struct.dataclass
+class _State:
+    """Groups, how many tokens their beams have (int32 []), and the cache of B * G * K rows without the last ones."""
+
+    groups: tuple[_Group, ...]
+    count: jax.Array
+    cache: Any
+
+
+def beam_search(
+    params: Params,
+    config: GPT2Config,
+    prompt_tokens: Any,
+    max_new_tokens: int = 32,
+    *,
+    num_beams: int = 4,
+    num_return: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: bool | Literal["never"] = False,
+    num_groups: int = 1,
+    diversity: float = 0.5,
+    eos_id: int | Sequence[int] | None = None,
+    cache: KVCache | None = None,
+    lengths: Any = None,
+) -> Beams:
+    """The most likely continuations that beam search finds for a batch of prompts. Not inside your own `jit`.
+
+    With several groups it is diverse beam search (Vijayakumar et al. 2016, 1610.02424, section 4): in every step the
+    groups choose one after the other, and a token costs `diversity` for each beam of an earlier group that has just
+    chosen it (Hamming diversity).
+
+    Args:
+        params: of a model of this configuration.
+        config: the model's hyperparameters.
+        prompt_tokens: int32 [B, T]; rows shorter than T are padded on the right with any id.
+        max_new_tokens: how many tokens each continuation gets at most, 1 or more.
+        num_beams: beams per prompt, all groups together; a multiple of num_groups.
+        num_return: how many continuations R are returned, at most num_beams.
+        length_penalty: power of the length that a finished text's log-probability is divided by; 0 for plain sums,
+            above 0 in favour of longer texts.
+        early_stopping: True stops as soon as there are num_beams finished texts; False when the best beam could not
+            improve on them if it ended now; "never" when no beam could, however long it becomes.
+        num_groups: groups of beams.
+        diversity: penalty, in nats, 0 or more.
+        eos_id: id or ids that end a text.
+        cache: of B rows, to append the prompts to, donated; None makes a `StaticCache`. Its rows are forked after the
+            prefill. A `PagedCache` needs pages for all beams, and a step on the host for every token.
+        lengths: int32 [B], how many prompt tokens of each row are real; None means all T.
+
+    Returns:
+        The best `num_return` continuations of each prompt.
+
+    Raises:
+        TokenError, CapacityError: as `generate_tokens`.
+        SearchError: a setting is impossible.
+    """
+    _check(num_beams, num_return, num_groups, length_penalty, diversity, early_stopping)
+    request = prepare(config, prompt_tokens, max_new_tokens, cache, lengths, eos_id=eos_id)
+    check_untraced(request)
+    rules = _Rules(
+        jnp.float32(length_penalty),
+        jnp.float32(diversity),
+        jnp.asarray(early_stopping is True),
+        jnp.asarray(early_stopping == "never"),
+        request.policy.eos_ids,
+        jnp.int32(max_new_tokens),
+    )
+    logits, cache = first_logits(params, config, request)
+    state = _start(request, num_beams, num_groups, cache.fork(num_beams))
+    state = _first(rules, state, jnp.repeat(logits, num_beams, axis=0))
+    while int(state.count) < max_new_tokens and any(np.any(group.open) for group in state.groups):
+        state = dataclasses.replace(state, cache=state.cache.reserve(1))
+        until = min(max_new_tokens, int(state.count) + span(state.cache))
+        state = _loop(params, config, rules, state, jnp.int32(until))
+    return _best(request, state, num_return)
+
+
+def _check(
+    num_beams: Any, num_return: Any, num_groups: Any, length_penalty: Any, diversity: Any, early_stopping: Any
+) -> None:
+    for name, value in (("num_beams", num_beams), ("num_return", num_return), ("num_groups", num_groups)):
+        check_whole(name, value)
+    if num_return > num_beams:
+        raise SearchError(f"num_return: expected at most num_beams={num_beams}, got {num_return}")
+    if num_beams % num_groups:
+        raise SearchError(f"num_groups: expected a divisor of num_beams={num_beams}, got {num_groups}")
+    if not np.isfinite(length_penalty):
+        raise SearchError(f"length_penalty: expected a finite number, got {length_penalty!r}")
+    if not (np.isfinite(diversity) and diversity >= 0):
+        raise SearchError(f"diversity: expected a finite number from 0 up, got {diversity!r}")
+    if early_stopping not in (True, False, "never"):
+        raise SearchError(f"early_stopping: expected True, False or 'never', got {early_stopping!r}")
+
+
+def _start(request: Request, num_beams: int, num_groups: int, cache: KVCache) -> _State:
+    """The state before the first token: all beams are the prompt, and only the first of each group counts."""
+    batch, beams, size = request.tokens.shape[0], num_beams // num_groups, bucket(request.max_new_tokens)
+
+    def group() -> _Group:
+        return _Group(
+            tokens=jnp.zeros((batch, beams, size), jnp.int32),
+            scores=jnp.full((batch, beams), _NEVER).at[:, 0].set(0.0),
+            ended=jnp.zeros((batch, beams, size), jnp.int32),
+            ended_scores=jnp.full((batch, beams), _NEVER),
+            ended_lengths=jnp.zeros((batch, beams), jnp.int32),
+            open=jnp.ones(batch, bool),
+        )
+
+    return _State(tuple(group() for _ in range(num_groups)), jnp.int32(0), cache)
+
+
+@partial(jax.jit, donate_argnames="state")
+def _first(rules: _Rules, state: _State, logits: jax.Array) -> _State:
+    return _choose(rules, state, logits, state.cache)
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="state")
+def _loop(params: Params, config: GPT2Config, rules: _Rules, state: _State, until: jax.Array) -> _State:
+    """Steps until the beams have `until` tokens, or fewer where nothing that has ended can change any more."""
+
+    def unfinished(state: _State) -> jax.Array:
+        return (state.count < until) & jnp.any(jnp.stack([group.open for group in state.groups]))
+
+    def advance(state: _State) -> _State:
+        tokens = jnp.stack([group.tokens for group in state.groups], axis=1)
+        last = jax.lax.dynamic_index_in_dim(tokens, state.count - 1, axis=3, keepdims=False)
+        logits, _, cache = feed(params, config, last.reshape(-1), state.cache)
+        return _choose(rules, state, logits, cache)
+
+    return jax.lax.while_loop(unfinished, advance, state)
+
+
+def _choose(rules: _Rules, state: _State, logits: jax.Array, cache: KVCache) -> _State:
+    """The state with one more token per beam, from logits [B * G * K, V] and a cache with all tokens so far."""
+    batch, beams, _ = state.groups[0].tokens.shape
+    count, vocab = len(state.groups), logits.shape[1]
+    logprobs = jax.nn.log_softmax(logits).reshape(batch, count, beams, vocab)
+    chosen_before = jnp.zeros((batch, vocab))
+    groups, rows = [], []
+    for number, group in enumerate(state.groups):
+        penalised = logprobs[:, number] - rules.diversity * chosen_before[:, None]
+        after, parents, chosen = _extend(rules, group, penalised, state.count)
+        chosen_before += jnp.where(group.open[:, None], chosen, 0.0)
+        groups.append(after)
+        rows.append((jnp.arange(batch, dtype=jnp.int32)[:, None] * count + number) * beams + parents)
+    return _State(tuple(groups), state.count + 1, cache.select(jnp.stack(rows, axis=1).reshape(-1)))
+
+
+def _extend(rules: _Rules, group: _Group, logprobs: jax.Array, count: jax.Array) -> tuple[_Group, jax.Array, jax.Array]:
+    """One step of one group.
+
+    Args:
+        rules: the settings.
+        group: its beams, of `count` tokens.
+        logprobs: float32 [B, K, V] of the next token.
+        count: int32 [].
+
+    Returns:
+        The group with one more token per beam; each beam's parent, int32 [B, K]; and how many beams, those that have
+        just ended included, have chosen each token, float32 [B, V].
+    """
+    batch, beams, vocab = logprobs.shape
+    width = min(max(2, 1 + rules.eos_ids.size) * beams, beams * vocab)
+    totals, flat = jax.lax.top_k((group.scores[..., None] + logprobs).reshape(batch, -1), width)
+    parents, tokens = flat // vocab, flat % vocab
+    texts = jnp.take_along_axis(group.tokens, parents[..., None], axis=1)  # [B, C, N]
+    texts = jax.lax.dynamic_update_slice_in_dim(texts, tokens[..., None], count, axis=2)
+    is_end = jnp.isin(tokens, rules.eos_ids)
+    scores, best = jax.lax.top_k(jnp.where(is_end, totals + _NEVER, totals), beams)
+    among_best = jnp.arange(width)[None] < beams
+    row = jnp.arange(batch)[:, None]
+    choosing = (is_end & among_best).astype(jnp.float32).at[row, best].set(1.0)
+    chosen = jnp.zeros((batch, vocab)).at[row, tokens].add(choosing)
+    group = _with_ended(rules, group, texts, totals, (is_end | (count + 1 == rules.limit)) & among_best, count + 1)
+    group = dataclasses.replace(group, scores=scores, tokens=jnp.take_along_axis(texts, best[..., None], axis=1))
+    group = dataclasses.replace(group, open=_can_improve(rules, group, count + 1))
+    return group, jnp.take_along_axis(parents, best, axis=1), chosen
+
+
+def _with_ended(
+    rules: _Rules, group: _Group, texts: jax.Array, totals: jax.Array, ends: jax.Array, count: jax.Array
+) -> _Group:
+    """The group with those candidates [B, C] among its finished texts that end here and are good enough."""
+    beams = group.scores.shape[1]
+    scores = jnp.where(ends & group.open[:, None], totals / _power(count, rules), _NEVER)
+    merged, best = jax.lax.top_k(jnp.concatenate([group.ended_scores, scores], axis=1), beams)
+    lengths = jnp.concatenate([group.ended_lengths, jnp.broadcast_to(count, totals.shape)], axis=1)
+    return dataclasses.replace(
+        group,
+        ended=jnp.take_along_axis(jnp.concatenate([group.ended, texts], axis=1), best[..., None], axis=1),
+        ended_scores=merged,
+        ended_lengths=jnp.take_along_axis(lengths, best, axis=1),
+    )
+
+
+def _can_improve(rules: _Rules, group: _Group, count: jax.Array) -> jax.Array:
+    """bool [B], whether beams of `count` tokens may still lead to a text better than the worst that has ended."""
+    full = jnp.all(group.ended_scores > _NEVER / 2, axis=1)
+    length = jnp.where(rules.patient & (rules.length_penalty > 0), rules.limit, count)
+    possible = group.scores[:, 0] / _power(length, rules) > jnp.min(group.ended_scores, axis=1)
+    return group.open & (~full | (possible & ~rules.eager))
+
+
+def _power(length: jax.Array, rules: _Rules) -> jax.Array:
+    return length.astype(jnp.float32) ** rules.length_penalty
+
+
+def _best(request: Request, state: _State, num_return: int) -> Beams:
+    """The best finished texts of all groups."""
+    groups = jax.device_get(state.groups)
+    tokens, lengths, scores = (
+        np.concatenate([getattr(group, name) for group in groups], axis=1)
+        for name in ("ended", "ended_lengths", "ended_scores")
+    )
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :num_return]
+    tokens = np.take_along_axis(tokens, best[..., None], axis=1)[..., : request.max_new_tokens]
+    lengths, scores = (np.take_along_axis(x, best, axis=1) for x in (lengths, scores))
+    eos_ids = np.asarray(request.policy.eos_ids)
+    there = np.arange(request.max_new_tokens) < lengths[..., None]
+    return Beams(np.where(there, tokens, eos_ids[0] if eos_ids.size else 0).astype(np.int32), lengths, scores)

@@ -1,0 +1,187 @@
+"""Contrastive search: a likely token whose hidden state is unlike those before it."""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from llorch_jax.attention import EXACT
+from llorch_jax.buckets import bucket
+from llorch_jax.cache.base import KVCache
+from llorch_jax.config import GPT2Config
+from llorch_jax.decoding.branching import check_new_tokens, check_untraced, check_whole, feed, span
+from llorch_jax.decoding.request import Request, prepare
+from llorch_jax.errors import SearchError
+from llorch_jax.model import hidden_states, output_logits
+from llorch_jax.params import Params
+
+
+@struct.dataclass
+class _State:
+    """What goes from one step to the next.
+
+    Attributes:
+        tokens: int32 [B, N], new ones.
+        count: int32 [], how many there are.
+        ids: int32 [B, C], candidates for the next token.
+        probabilities: float32 [B, C], theirs.
+        seen: float32 [B, S, D], hidden states of the tokens so far, of length 1.
+        known: int32 [B], how many of them there are.
+        finished: bool [B].
+        cache: of B * C rows, those of one text alike.
+    """
+
+    tokens: jax.Array
+    count: jax.Array
+    ids: jax.Array
+    probabilities: jax.Array
+    seen: jax.Array
+    known: jax.Array
+    finished: jax.Array
+    cache: Any
+
+
+def contrastive_search(
+    params: Params,
+    config: GPT2Config,
+    prompt_tokens: Any,
+    max_new_tokens: int = 32,
+    *,
+    top_k: int = 4,
+    alpha: float = 0.6,
+    eos_id: int | Sequence[int] | None = None,
+    cache: KVCache | None = None,
+    lengths: Any = None,
+) -> tuple[jax.Array, KVCache]:
+    """Continues a batch of prompts by contrastive search (Su et al. 2022, 2202.06417, section 3.2).
+
+    Of the `top_k` most likely tokens it takes the one with the greatest (1 - alpha) * probability - alpha * s, where s
+    is the largest cosine similarity of the token's final hidden state with that of any token before it. It is
+    deterministic. Not inside your own `jit`.
+
+    Args:
+        params: of a model of this configuration.
+        config: the model's hyperparameters.
+        prompt_tokens: int32 [B, T]; rows shorter than T are padded on the right with any id.
+        max_new_tokens: how many tokens each row gets at most, 1 or more.
+        top_k: candidates per step, 1 or more; a step runs so many rows per text.
+        alpha: from 0, which is greedy decoding, to 1.
+        eos_id: id or ids that end a row.
+        cache: of B rows, to append the prompts to, donated; None makes a `StaticCache`. Its rows are forked after the
+            prefill; a `PagedCache` needs pages for that, and a step on the host for every token. Tokens that it holds
+            already are not compared with.
+        lengths: int32 [B], how many prompt tokens of each row are real; None means all T.
+
+    Returns:
+        int32 [B, max_new_tokens], filled up with the (first) end-of-text id behind a row's end; and the cache of B
+        rows, which holds the prompt and all new tokens.
+
+    Raises:
+        TokenError, CapacityError: as `prefill`; the prompt and all new tokens must fit.
+        SearchError: a setting is impossible.
+    """
+    check_new_tokens(max_new_tokens)
+    check_whole("top_k", top_k)
+    if top_k > config.vocab_size:
+        raise SearchError(f"top_k: expected at most vocab_size={config.vocab_size}, got {top_k}")
+    if not 0 <= alpha <= 1:
+        raise SearchError(f"alpha: expected a number from 0 to 1, got {alpha!r}")
+    request = prepare(config, prompt_tokens, max_new_tokens + 1, cache, lengths, eos_id=eos_id)
+    check_untraced(request)
+    state, eos_ids = _start(params, config, request, top_k, max_new_tokens), request.policy.eos_ids
+    while int(state.count) < max_new_tokens and not np.all(state.finished):
+        state = dataclasses.replace(state, cache=state.cache.reserve(1))
+        until = min(max_new_tokens, int(state.count) + span(state.cache))
+        state = _loop(params, config, eos_ids, jnp.float32(alpha), state, jnp.int32(until))
+    tokens = jax.device_put(np.asarray(state.tokens)[:, :max_new_tokens])
+    return tokens, state.cache.select(np.arange(request.tokens.shape[0]) * top_k)
+
+
+def _start(params: Params, config: GPT2Config, request: Request, top_k: int, max_new_tokens: int) -> _State:
+    """The state after the prefill."""
+    batch, columns = request.tokens.shape
+    probabilities, ids, seen, cache = _prefill(params, config, request.tokens, request.lengths, request.cache, top_k)
+    room = bucket(columns + max_new_tokens) - columns
+    filler = request.policy.eos_ids[0] if request.policy.eos_ids.size else jnp.int32(0)
+    return _State(
+        tokens=jnp.full((batch, bucket(max_new_tokens)), filler),
+        count=jnp.int32(0),
+        ids=ids,
+        probabilities=probabilities,
+        seen=jnp.pad(seen, ((0, 0), (0, room), (0, 0))),
+        known=jnp.array(request.lengths),
+        finished=request.finished,
+        cache=cache.fork(top_k),
+    )
+
+
+@partial(jax.jit, static_argnames=("config", "top_k"), donate_argnames="cache")
+def _prefill(
+    params: Params, config: GPT2Config, tokens: jax.Array, lengths: jax.Array, cache: KVCache, top_k: int
+) -> tuple[jax.Array, jax.Array, jax.Array, KVCache]:
+    """The first candidates' probabilities and ids [B, C], the tokens' hidden states [B, T, D], and the cache."""
+    x, cache = hidden_states(params, config, tokens, cache, lengths)
+    hidden = x.T.reshape(*tokens.shape, -1)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    logits = output_logits(params, last.T, lengths.shape)
+    return *_candidates(logits, top_k), _unit(hidden), cache.advance(lengths)
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="state")
+def _loop(
+    params: Params, config: GPT2Config, eos_ids: jax.Array, alpha: jax.Array, state: _State, until: jax.Array
+) -> _State:
+    """Steps until there are `until` tokens, or fewer where all rows have ended."""
+
+    def unfinished(state: _State) -> jax.Array:
+        return (state.count < until) & ~jnp.all(state.finished)
+
+    return jax.lax.while_loop(unfinished, partial(_step, params, config, eos_ids, alpha), state)
+
+
+def _step(params: Params, config: GPT2Config, eos_ids: jax.Array, alpha: jax.Array, state: _State) -> _State:
+    """Feeds all candidates, and keeps the best of each text."""
+    batch, width = state.ids.shape
+    going = 1 - state.finished.astype(jnp.int32)
+    logits, hidden, cache = feed(params, config, state.ids.reshape(-1), state.cache, jnp.repeat(going, width))
+    hidden = _unit(hidden).reshape(batch, width, -1)
+    score = (1 - alpha) * state.probabilities - alpha * _similarity(hidden, state.seen, state.known)
+    best = jnp.argmax(score, axis=1).astype(jnp.int32)[:, None]
+    rows = jnp.arange(batch, dtype=jnp.int32)[:, None] * width + best  # [B, 1]
+    token = jnp.take_along_axis(state.ids, best, axis=1)
+    probabilities, ids = _candidates(jnp.take(logits, rows[:, 0], axis=0), width)
+    chosen = jnp.take_along_axis(hidden, best[..., None], axis=1)
+    written = jax.lax.dynamic_update_slice(state.tokens, token, (jnp.int32(0), state.count))
+    return _State(
+        tokens=jnp.where(state.finished[:, None], state.tokens, written),
+        count=state.count + 1,
+        ids=ids,
+        probabilities=probabilities,
+        seen=jax.vmap(jax.lax.dynamic_update_slice)(state.seen, chosen, (state.known, jnp.zeros_like(state.known))),
+        known=state.known + going,
+        finished=state.finished | jnp.isin(token[:, 0], eos_ids),
+        cache=cache.select(jnp.broadcast_to(rows, state.ids.shape).reshape(-1)),
+    )
+
+
+def _candidates(logits: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
+    """Probabilities and ids [B, C] of the most likely tokens."""
+    probabilities, ids = jax.lax.top_k(jax.nn.softmax(logits), top_k)
+    return probabilities, ids
+
+
+def _unit(hidden: jax.Array) -> jax.Array:
+    """Vectors [..., D] of length 1."""
+    return hidden * jax.lax.rsqrt(jnp.sum(jnp.square(hidden), axis=-1, keepdims=True))
+
+
+def _similarity(hidden: jax.Array, seen: jax.Array, known: jax.Array) -> jax.Array:
+    """float32 [B, C], the largest cosine of each candidate [B, C, D] with the first `known` [B] of seen [B, S, D]."""
+    cosine = jnp.einsum("BCD,BSD->BCS", hidden, seen, precision=EXACT)
+    there = jnp.arange(seen.shape[1], dtype=jnp.int32)[None] < known[:, None]
+    return jnp.max(jnp.where(there[:, None], cosine, -jnp.inf), axis=-1)

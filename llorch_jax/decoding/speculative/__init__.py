@@ -1,0 +1,1 @@
+"""Speculative decoding: drafts, the verification of their guesses, and the loop."""

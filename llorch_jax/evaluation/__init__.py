@@ -1,0 +1,1 @@
+"""How good a model, or a cache, is: perplexity, log-likelihoods, fidelity, validation."""

@@ -1,0 +1,1 @@
+"""Models from and to disk: checkpoints, safetensors files, Hugging Face's format, the hub."""

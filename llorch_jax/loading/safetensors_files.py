@@ -1,0 +1,277 @@
+"""The files of a model directory: JSON, the headers and tensors of safetensors files, and replacing them safely."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from llorch_jax.errors import CheckpointError
+from llorch_jax.loading.hf_format import EMBEDDING, HEAD, StoredTensor
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {  # name -> NumPy's dtype
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(jnp.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # in a safetensors header
+_PREFIX = "transformer."  # before all names but lm_head.weight, where a file holds the whole language model
+_BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks that transformers once stored
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_AGAIN = "copy or download it again"
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Where a tensor is stored, as its file's header says.
+
+    Attributes:
+        path: the file.
+        key: the tensor's name in the file.
+        shape: as stored.
+        code: the safetensors format's name of the dtype, such as F32.
+    """
+
+    path: Path
+    key: str
+    shape: tuple[int, ...]
+    code: str
+
+    @property
+    def dtype(self) -> np.dtype | None:
+        """NumPy's dtype, or None where it is not one that weights may have."""
+        return next((DTYPES[name] for name, code in _CODES.items() if code == self.code), None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensor takes in the file."""
+        return math.prod(self.shape) * (self.dtype.itemsize if self.dtype else 0)
+
+
+def find_tensors(directory: Path) -> dict[str, Entry]:
+    """The tensors of `model.safetensors`, or else of the shards that its index lists; only headers are read.
+
+    Returns:
+        name -> entry, names without the `transformer.` prefix; the causal masks of old files are left out.
+
+    Raises:
+        CheckpointError: there are no such files, one is corrupt, the index does not fit its shards, or a tensor is
+            stored twice.
+    """
+    promised = _promised_shards(directory)
+    found: dict[str, Entry] = {}
+    for path in sorted({directory / shard for shard in promised.values()}) or [directory / WEIGHTS]:
+        for entry in _read_header(path):
+            name = entry.key.removeprefix(_PREFIX)
+            if _BUFFERS.fullmatch(name):
+                continue
+            if name in found:
+                places = " and ".join(f"{one.path.name} as {one.key}" for one in (found[name], entry))
+                raise CheckpointError(f"{name}: expected to be stored once, got it in {places}; remove one of them")
+            found[name] = entry
+    held = {(entry.key, entry.path.name) for entry in found.values()}
+    for key, shard in promised.items():
+        if (key, shard) not in held and not _BUFFERS.fullmatch(key.removeprefix(_PREFIX)):
+            raise CheckpointError(f"{key}: expected in {shard}, as {INDEX} says, but it is not there; {_AGAIN}")
+    return found
+
+
+def check_tensors(directory: Path, tensors: list[StoredTensor], entries: dict[str, Entry]) -> None:
+    """Raises CheckpointError unless exactly these tensors are stored, each in its shape and in floating point."""
+    expected = {tensor.name: tensor for tensor in tensors}
+    missing, surplus = expected.keys() - entries.keys(), entries.keys() - expected.keys()
+    for kind, names in (("lacks", missing), ("has unexpected", surplus)):
+        if names:
+            some = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+            count = f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
+            raise CheckpointError(
+                f"{directory}: {kind} {count} ({some}); expected the {len(expected)} tensors that {CONFIG} describes"
+            )
+    for name, tensor in expected.items():
+        entry = entries[name]
+        where = f"{name} in {entry.path.name}"
+        if entry.shape != tensor.shape:
+            shapes = f"expected shape {list(tensor.shape)}, as {CONFIG} describes it, got {list(entry.shape)}"
+            raise CheckpointError(f"{where}: {shapes}; are both files of one model?")
+        if entry.dtype is None:
+            raise CheckpointError(f"{where}: expected {', '.join(DTYPES)}, got {entry.code}; convert it to one of them")
+
+
+def check_tied(head: Entry, embedding: Entry) -> None:
+    """Raises CheckpointError unless an output projection stored by a tied model repeats the embedding."""
+    same_form = (head.shape, head.code) == (embedding.shape, embedding.code)
+    # Bytes, not values: a NaN equals no NaN.
+    if same_form and np.array_equal(read_tensor(head).view(np.uint8), read_tensor(embedding).view(np.uint8)):
+        return
+    raise CheckpointError(
+        f"{HEAD} in {head.path.name}: expected a copy of {EMBEDDING}, as {CONFIG} ties them, got other values; "
+        f"set tie_word_embeddings to false in {CONFIG} to use it"
+    )
+
+
+def read_tensor(entry: Entry) -> np.ndarray:
+    """A tensor's values, copied out of the mapped file.
+
+    The file is mapped anew for each tensor: pages of a mapping count as the process's memory until it is unmapped.
+
+    Raises:
+        CheckpointError: the file can no longer be read.
+    """
+    with _opened(entry.path) as file:
+        return file.get_tensor(entry.key)
+
+
+def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """The array in another floating-point dtype, itself where it has that already.
+
+    Raises:
+        CheckpointError: a finite value becomes infinite.
+    """
+    try:
+        with np.errstate(over="raise", under="ignore", invalid="ignore"):
+            return array.astype(dtype, copy=False)
+    except FloatingPointError:
+        largest = np.abs(array[np.isfinite(array)]).max()
+        raise CheckpointError(
+            f"{name}: expected values that fit {dtype.name}, got {largest:.6g}; use bfloat16 or float32"
+        ) from None
+
+
+def write_tensors(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, values: Callable[[str], np.ndarray]
+) -> None:
+    """Writes a safetensors file tensor by tensor, so that no second copy of all weights is ever made.
+
+    Args:
+        path: of the new file.
+        shapes: name -> shape, in the order of writing.
+        dtype: of all tensors: a key of `DTYPES`.
+        values: is called with each name for its values, in that shape and dtype.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files that do not say so
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * DTYPES[dtype].itemsize
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format asks for aligned data
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in shapes:
+            np.ascontiguousarray(values(name)).tofile(file)
+
+
+@contextlib.contextmanager
+def replacing_files(directory: Path, last: str) -> Iterator[Path]:
+    """A folder whose files move into `directory` when the context ends well; otherwise nothing changes.
+
+    Args:
+        directory: is made where there is none.
+        last: name of the file that moves last: the one without which a new directory counts as no model yet.
+
+    Raises:
+        CheckpointError: the files cannot be written.
+    """
+    made = not directory.exists()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))  # there, for a move within one file system
+        try:
+            yield folder
+            moves = {
+                path: directory / path.name for path in sorted(folder.iterdir(), key=lambda path: path.name == last)
+            }
+            for target in moves.values():
+                if target.is_dir():  # found now, while nothing has moved yet
+                    raise CheckpointError(f"{target}: expected a file to replace, found a directory; move it away")
+            for path, target in moves.items():
+                os.replace(path, target)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            if made:
+                with contextlib.suppress(OSError):
+                    directory.rmdir()  # only if it is empty
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be written ({error.strerror or error})") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointError: the file cannot be read or holds something else.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {_AGAIN}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: expected JSON, got something else ({error}); {_AGAIN}") from None
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {str(fields)[:40]!r}; {_AGAIN}")
+    return fields
+
+
+def _promised_shards(directory: Path) -> dict[str, str]:
+    """Which shard the index says that each tensor is in; empty where there is a single file."""
+    if (directory / WEIGHTS).exists():
+        return {}
+    index = directory / INDEX
+    if not index.exists():
+        raise CheckpointError(_no_weights(directory))
+    promised = read_json(index).get("weight_map")
+    if not isinstance(promised, dict) or not promised:
+        raise CheckpointError(f"{index}: expected a weight_map of tensors and their files, got {promised!r}; {_AGAIN}")
+    for shard in promised.values():
+        # A path here could read any file on the machine.
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise CheckpointError(f"{index}: expected names of files beside it, got {shard!r}; {_AGAIN}")
+        if not (directory / shard).exists():
+            raise CheckpointError(f"{directory / shard}: missing, though {INDEX} names it; {_AGAIN}")
+    return promised
+
+
+def _no_weights(directory: Path) -> str:
+    expected = f"{directory}: expected {WEIGHTS} or {INDEX}"
+    pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
+    if not pickles:
+        return f"{expected}, found neither; check the path, or {_AGAIN}"
+    return (
+        f"{expected}, found only {pickles[0]}, and pickled weights are never loaded because unpickling runs code; "
+        "convert them with transformers' save_pretrained(safe_serialization=True)"
+    )
+
+
+def _read_header(path: Path) -> list[Entry]:
+    with _opened(path) as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (no iterable)
+        return [Entry(path, key, tuple(one.get_shape()), one.get_dtype()) for key, one in slices.items()]
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The file, mapped while the context lasts."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            yield file
+    except SafetensorError as error:
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        with path.open("rb") as file:
+            if file.read(24).startswith(b"version https://git-lfs"):
+                reason = "a git-lfs pointer; run `git lfs pull`"
+        raise CheckpointError(f"{path}: expected a whole safetensors file, got none ({reason}); {_AGAIN}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}); {_AGAIN}") from None

@@ -1,0 +1,1 @@
+"""Generation under constraints: regular expressions, JSON schemas, grammars and choices."""

@@ -1,0 +1,148 @@
+"""Follows texts through the grammars of their constraints, by `llguidance`, which is imported only when needed.
+
+llguidance (github.com/guidance-ai/llguidance) keeps a lexer of derivatives of regular expressions and an Earley parser,
+and walks a trie of the vocabulary for the set of tokens that may come next.
+"""
+
+import functools
+import importlib
+import weakref
+from typing import Any
+
+import numpy as np
+
+from llorch_jax.errors import ConstraintError
+from llorch_jax.text.constrained.constraint import Constraint
+from llorch_jax.tokenizer import Tokenizer
+
+_JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_KEPT = 64  # compiled constraints per tokenizer
+_compilers: "weakref.WeakKeyDictionary[Tokenizer, dict[tuple[int, int], Compiler]]" = weakref.WeakKeyDictionary()
+
+
+class Matcher:
+    """Follows one text through its grammar, token by token; made by `Compiler.matcher`."""
+
+    def __init__(self, inner: Any, numpy_helpers: Any, eos_ids: tuple[int, ...], hidden_ids: tuple[int, ...]) -> None:
+        self._inner, self._helpers = inner, numpy_helpers
+        self._eos_ids, self._hidden = list(eos_ids), [*hidden_ids, *eos_ids]
+
+    def push(self, token: int) -> bool:
+        """Goes on by an allowed token that does not end the text; whether another may follow.
+
+        Raises:
+            ConstraintError: the grammar does not allow it, or is beyond llguidance's limits.
+        """
+        self._inner.consume_token(token)
+        self._check()
+        return not self._inner.is_stopped()
+
+    def fill(self, mask: np.ndarray, row: int) -> bool:
+        """Writes the bits of the allowed tokens into a row of int32 [B, W]; whether the text may go on.
+
+        Where it may not, it is complete, and what was written is of no use.
+
+        Raises:
+            ConstraintError: no token of the vocabulary goes on, or the grammar is beyond llguidance's limits.
+        """
+        self._helpers.fill_next_token_bitmask(self._inner, mask, row)
+        self._check()
+        # Ids that end a row do so wherever they come, so that they must come nowhere but where the grammar may end.
+        bits, complete = mask[row].view(np.uint8), self._inner.is_accepting()
+        for id in self._hidden:
+            bits[id // 8] &= ~np.uint8(1 << id % 8)
+        goes_on = bool(bits.any())
+        if not goes_on and not complete:
+            raise ConstraintError("constraint: expected a token that goes on with the text, got none in the vocabulary")
+        for id in self._eos_ids if complete else ():
+            bits[id // 8] |= np.uint8(1 << id % 8)
+        return goes_on
+
+    def _check(self) -> None:
+        if self._inner.is_error():
+            raise ConstraintError(f"constraint: {_one_line(self._inner.get_error())}")
+
+
+class Compiler:
+    """Compiles constraints for one vocabulary; made by `compiler_of`.
+
+    Attributes:
+        words: int32 numbers W of a row of a mask.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_id: int) -> None:
+        if tokenizer.vocab_size > vocab_size:
+            raise ConstraintError(
+                f"vocab_size: expected at least the {tokenizer.vocab_size} tokens of the tokenizer, got {vocab_size}"
+            )
+        self._library, self._helpers = _library("llguidance"), _library("llguidance.numpy")
+        try:
+            self._tokenizer = self._library.LLTokenizer(tokenizer.to_json(), n_vocab=vocab_size, eos_token=eos_id)
+        except ValueError as error:
+            raise ConstraintError(f"tokenizer: expected one that llguidance can read ({_one_line(error)})") from None
+        self.words, self._eos_id = (vocab_size + 31) // 32, eos_id
+        self._prototype = functools.lru_cache(_KEPT)(self._compile)
+
+    def matcher(self, constraint: Constraint, eos_ids: tuple[int, ...]) -> Matcher:
+        """A matcher for one text that `eos_ids` end; a constraint is compiled once.
+
+        Raises:
+            ConstraintError: the constraint is invalid, or matches nothing but the empty text.
+        """
+        return Matcher(self._prototype(constraint).deep_copy(), self._helpers, eos_ids, (self._eos_id,))
+
+    def _compile(self, constraint: Constraint) -> Any:
+        """A matcher of llguidance in its first state, its first mask computed: that costs more than later ones."""
+        try:
+            matcher = self._library.LLMatcher(self._tokenizer, self._grammar(constraint), log_level=0)
+        except ValueError as error:
+            raise ConstraintError(f"{constraint.kind}: {_one_line(error)}") from None
+        if not matcher.is_error():
+            mask = np.zeros((1, self.words), np.int32)
+            self._helpers.fill_next_token_bitmask(matcher, mask)
+        if matcher.is_error():
+            raise ConstraintError(f"{constraint.kind}: {_one_line(matcher.get_error())}")
+        ends = mask[0, self._eos_id // 32] >> self._eos_id % 32 & 1
+        if np.bitwise_count(mask).sum() == ends:
+            raise ConstraintError(
+                f"{constraint.kind}: expected one that some text of a character matches, got {constraint.source[:60]!r}"
+            )
+        return matcher
+
+    def _grammar(self, constraint: Constraint) -> str:
+        make, source = self._library.LLMatcher, constraint.source
+        if constraint.kind == "json_schema":
+            return make.grammar_from_json_schema(source, defaults=_JSON_STYLE)
+        kind = {"choices": "choice"}.get(constraint.kind, constraint.kind)
+        return self._library.grammar_from(kind, source)
+
+
+def compiler_of(tokenizer: Tokenizer, vocab_size: int, eos_ids: tuple[int, ...]) -> Compiler:
+    """The compiler for a model's vocabulary, made once per tokenizer.
+
+    Raises:
+        ConstraintError: llguidance is not installed or cannot read the tokenizer, or there is no id that ends a text.
+    """
+    eos_id = tokenizer.eos_id if tokenizer.eos_id is not None else next(iter(eos_ids), None)
+    if eos_id is None:
+        raise ConstraintError(
+            "constraint: expected an end-of-text id in the tokenizer, the model or stop_ids, got none"
+        )
+    compilers = _compilers.setdefault(tokenizer, {})
+    key = (vocab_size, eos_id)
+    if key not in compilers:
+        compilers[key] = Compiler(tokenizer, *key)
+    return compilers[key]
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ConstraintError(
+            "constraint: expected llguidance, got no such package; pip install 'llorch-jax[constrained]'"
+        ) from None
+
+
+def _one_line(message: Any) -> str:
+    return " ".join(str(message).split())

@@ -1,0 +1,37 @@
+"""What is known on the host: whether values are traced, and whether a setting is a whole number in range."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from llorch_jax.errors import LlorchError
+
+
+def is_concrete(*values: Any) -> bool:
+    """Whether all values are known now, that is, outside a traced function."""
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number: an int or a NumPy integer, but no bool."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def whole(name: str, value: Any, error: type[LlorchError], least: int = 1, most: int | None = None) -> int:
+    """A setting as an int.
+
+    Args:
+        name: of the setting, for the message.
+        value: what was given.
+        error: class of the error.
+        least: the smallest value allowed.
+        most: the largest value allowed; None for no limit.
+
+    Raises:
+        error: the value is not a whole number in this range.
+    """
+    if is_whole(value) and value >= least and (most is None or value <= most):
+        return int(value)
+    expected = f"from {least} up" if most is None else f"in {least} .. {most}"
+    raise error(f"{name}: expected a whole number {expected}, got {value!r:.80}")

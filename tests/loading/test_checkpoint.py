@@ -1,0 +1,351 @@
+"""Loading and saving models: layouts, dtypes, logits against the references, memory, and where models come from."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import synth
+from safetensors.numpy import load_file, save_file
+
+from llorch_jax.config import GPT2Config
+from llorch_jax.errors import CheckpointError, ConfigError, LlorchError
+from llorch_jax.loading import checkpoint
+from llorch_jax.loading.checkpoint import convert, load, load_config, load_params, save_model
+from llorch_jax.model import forward
+from llorch_jax.params import nbytes, param_shapes
+from llorch_jax.tokenizer import Tokenizer
+
+REFERENCE = Path(__file__).parents[1] / "reference"
+TINY = {"vocab_size": 11, "n_positions": 7, "n_embd": 24, "n_layer": 2, "n_head": 4}
+FILE = "model.safetensors"
+
+
+def write(folder, **fields):
+    """A directory as synth writes it, and the weights in it."""
+    weights = synth.synth({**TINY, **fields}, 0)
+    synth.write({**TINY, **fields}, weights, folder)
+    return weights
+
+
+def rewrite(folder, change):
+    """Passes the stored tensors through `change`."""
+    save_file(change(load_file(folder / FILE)), folder / FILE)
+
+
+def random_params(config, dtype="float32"):
+    """Made by NumPy: compiling `init_params` for each configuration would take most of these tests' time."""
+    generator = np.random.default_rng(0)
+    shapes = param_shapes(config, dtype)
+    return jax.tree.map(lambda leaf: jnp.asarray(generator.normal(size=leaf.shape), leaf.dtype), shapes)
+
+
+def assert_same(one, other):
+    """Equal trees, bit for bit."""
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
+
+
+@pytest.mark.parametrize(
+    "name", ["tiny-base", "tiny-untied", "tiny-inner", "bigcode-tiny.inner", "bigcode-tiny.untied"]
+)
+def test_logits_are_the_references(tmp_path, name):
+    file, _, variant = name.partition(".")
+    sidecar = json.loads((REFERENCE / f"{file}.json").read_text())
+    parameters, digest = sidecar["parameters"], sidecar["weights_sha256"]
+    fields = parameters["configs"][variant] if variant else parameters["config"]
+    weights = synth.synth(fields, parameters["seed"])
+    assert synth.digest(weights) == (digest[variant] if variant else digest)
+    synth.write(fields, weights, tmp_path)
+    model = load(tmp_path)
+    prefix = f"{variant}." if variant else ""
+    with np.load(REFERENCE / f"{file}.npz") as arrays:
+        logits = forward(model.params, model.config, arrays[f"{prefix}tokens"])
+        np.testing.assert_allclose(logits, arrays[f"{prefix}logits"], rtol=0, atol=1e-4)
+
+
+def test_a_loaded_model_knows_where_it_is_from(tmp_path):
+    write(tmp_path / "small")
+    model = load(str(tmp_path / "small"))
+    assert (model.name, model.directory, model.tokenizer) == ("small", tmp_path / "small", None)
+    assert model.config == load_config(tmp_path / "small") == GPT2Config(**TINY)
+    assert "Array" not in repr(model)
+
+
+@pytest.mark.parametrize("fields", [{}, {"tie_word_embeddings": False}, {"model_type": "gpt_bigcode"}])
+def test_prefixes_are_optional(tmp_path, fields):
+    write(tmp_path, **fields)
+    params = load(tmp_path).params
+    for prefix in ("", "transformer."):
+        rewrite(
+            tmp_path,
+            lambda weights, prefix=prefix: {
+                name if name == "lm_head.weight" else prefix + name.removeprefix("transformer."): tensor
+                for name, tensor in weights.items()
+            },
+        )
+        assert_same(load(tmp_path).params, params)
+
+
+def test_old_buffers_and_a_copied_output_projection_are_dropped(tmp_path):
+    write(tmp_path)
+    params = load(tmp_path).params
+    buffers = {
+        "h.0.attn.bias": np.ones((1, 1, 7, 7), bool),
+        "transformer.h.1.attn.bias": np.ones((1, 1, 7, 7), np.uint8),
+        "h.1.attn.masked_bias": np.array(-1e4, np.float32),
+    }
+    rewrite(tmp_path, lambda weights: weights | buffers | {"lm_head.weight": weights["wte.weight"]})
+    assert_same(load(tmp_path).params, params)
+
+
+def test_shards(tmp_path):
+    write(tmp_path, tie_word_embeddings=False)
+    params = load(tmp_path).params
+    weights = load_file(tmp_path / FILE)
+    (tmp_path / FILE).unlink()
+    weight_map = {name: f"model-{number % 3}.safetensors" for number, name in enumerate(weights)}
+    for shard in set(weight_map.values()):
+        save_file({name: weights[name] for name in weights if weight_map[name] == shard}, tmp_path / shard)
+    (tmp_path / f"{FILE}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert_same(load(tmp_path).params, params)
+
+
+def test_multi_head_bigcode_rows_are_put_in_order(tmp_path):
+    write(tmp_path / "gpt2")
+    heads, head_dim = 4, 6
+
+    def interleave(weights):
+        """The same model as gpt_bigcode stores it: [out, in], each head's query, key and value rows together."""
+        linear = {}
+        for name, tensor in weights.items():
+            tensor = tensor.T if re.search(r"c_\w+\.weight", name) else tensor
+            if "c_attn" in name:
+                kinds = np.split(tensor, 3)
+                rows = [kind[head * head_dim : (head + 1) * head_dim] for head in range(heads) for kind in kinds]
+                tensor = np.concatenate(rows)
+            linear[name] = np.ascontiguousarray(tensor)
+        return linear
+
+    write(tmp_path / "bigcode", model_type="gpt_bigcode", multi_query=False)
+    save_file(interleave(load_file(tmp_path / "gpt2" / FILE)), tmp_path / "bigcode" / FILE)
+    model = load(tmp_path / "bigcode")
+    assert model.config.kv_heads == 4
+    assert_same(model.params, load(tmp_path / "gpt2").params)
+
+
+@pytest.mark.parametrize("stored", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_dtypes_convert_exactly_or_round_once(tmp_path, stored, dtype):
+    write(tmp_path)
+    narrow = {"float16": np.float16, "bfloat16": jnp.bfloat16}[stored]
+    rewrite(tmp_path, lambda weights: {name: tensor.astype(narrow) for name, tensor in weights.items()})
+    wte = load_file(tmp_path / FILE)["wte.weight"]
+    params = load(tmp_path, dtype=dtype).params
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {dtype}
+    np.testing.assert_array_equal(params.wte, wte.astype(params.wte.dtype))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, np.dtype("float32")])
+def test_dtypes_may_be_objects(tmp_path, dtype):
+    write(tmp_path)
+    assert load(tmp_path, dtype=dtype).params.wte.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float64", "half-precision", None, jnp.int32])
+def test_other_dtypes_are_errors(tmp_path, dtype):
+    with pytest.raises(CheckpointError, match=r"dtype: expected one of float32, bfloat16, float16; got "):
+        load(tmp_path, dtype=dtype)
+
+
+def test_values_beyond_float16_are_an_error(tmp_path):
+    write(tmp_path)
+    rewrite(tmp_path, lambda weights: weights | {"ln_f.bias": np.full(24, 7e4, np.float32)})
+    with pytest.raises(CheckpointError, match=r"ln_f\.bias: expected values that fit float16, got 70000"):
+        load(tmp_path, dtype="float16")
+
+
+def test_progress_counts_bytes_to_the_end(tmp_path):
+    write(tmp_path)
+    calls = []
+    params = load(tmp_path, progress=lambda done, total: calls.append((done, total))).params
+    assert calls == sorted(calls)
+    assert calls[-1] == (nbytes(params), nbytes(params))
+    assert len(calls) == len(jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"tie_word_embeddings": False, "n_inner": 50, "activation_function": "relu"},
+        {"num_kv_heads": 1},
+        {"num_kv_heads": 1, "tie_word_embeddings": False, "eos_token_id": 3},
+        {"num_kv_heads": 2},
+        {"sliding_window": 3, "tie_word_embeddings": False},
+        {"kv_sharing": (0, 0), "num_kv_heads": 1},
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_saved_models_load_bit_for_bit(tmp_path, fields, dtype):
+    config = GPT2Config(**TINY, **fields)
+    params = random_params(config, dtype)
+    save_model(tmp_path / "saved", config, params, dtype=dtype)
+    model = load(tmp_path / "saved", dtype=dtype)
+    assert model.config == config
+    assert_same(model.params, params)
+
+
+@pytest.mark.parametrize(
+    ("fields", "family"),
+    [
+        ({}, "gpt2"),
+        ({"tie_word_embeddings": False}, "gpt2"),
+        ({}, "gpt_bigcode"),
+        ({"tie_word_embeddings": False}, "gpt_bigcode"),
+    ],
+)
+def test_saved_files_are_those_that_transformers_reads(tmp_path, fields, family):
+    write(tmp_path / "source", model_type=family, **fields)
+    convert(tmp_path / "source", tmp_path / "saved")
+    source, saved = load_file(tmp_path / "source" / FILE), load_file(tmp_path / "saved" / FILE)
+    assert source.keys() == saved.keys()
+    for name in source:
+        np.testing.assert_array_equal(source[name], saved[name])
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    written = json.loads((tmp_path / "source" / "config.json").read_text())
+    assert {name: config[name] for name in written} == written
+    assert "num_kv_heads" not in config
+
+
+def test_converting_to_half_precision_halves_the_file(tmp_path):
+    write(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "half", "float16")
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "float16"
+    assert {tensor.dtype.name for tensor in load_file(tmp_path / "half" / FILE).values()} == {"float16"}
+    half = load(tmp_path / "half").params
+    rounded = jax.tree.map(lambda leaf: leaf.astype("float16").astype("float32"), load(tmp_path / "source").params)
+    assert_same(half, rounded)
+
+
+def test_a_model_can_be_converted_in_place(tmp_path):
+    write(tmp_path)
+    convert(tmp_path, tmp_path, "bfloat16")
+    assert sorted(os.listdir(tmp_path)) == ["config.json", FILE]
+    assert load_file(tmp_path / FILE)["wte.weight"].dtype.name == "bfloat16"
+
+
+def test_a_failed_save_leaves_everything_as_it_was(tmp_path, monkeypatch):
+    write(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model = load(tmp_path)
+
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "hf_fields", fail)  # after the weights are written
+    with pytest.raises(CheckpointError, match=r"cannot be written \(No space left on device\)"):
+        save_model(tmp_path, model.config, model.params, dtype="float16")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_saving_checks_params_against_the_configuration(tmp_path):
+    config = GPT2Config(**TINY)
+    params = random_params(config)
+    other = GPT2Config(**{**TINY, "n_embd": 20})
+    with pytest.raises(CheckpointError, match=r"expected shape \[11, 20\] for wte\.weight, got \[11, 24\]"):
+        save_model(tmp_path / "new", other, params)
+    for fields in ({"n_layer": 3}, {"tie_word_embeddings": False}):
+        with pytest.raises(CheckpointError, match=r"params: expected a model's with n_layer=.*, got another tree"):
+            save_model(tmp_path / "new", GPT2Config(**{**TINY, **fields}), params)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"file: cannot be written"):
+        save_model(tmp_path / "file", config, params)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_the_tokenizer_goes_with_the_model(tmp_path):
+    config = GPT2Config(**{**TINY, "vocab_size": 50257})
+    tokenizer = Tokenizer.gpt2()
+    save_model(tmp_path / "saved", config, random_params(config), tokenizer)
+    again = load(tmp_path / "saved").tokenizer
+    assert again is not None
+    assert again.encode("Once upon a time") == tokenizer.encode("Once upon a time")
+
+
+def test_config_errors_name_the_file(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ConfigError, match=r"config\.json: model_type: expected one of .*; got 'llama'"):
+        load(tmp_path)
+    with pytest.raises(ConfigError, match=r"config\.json: model_type: expected one of .*; got 'llama'"):
+        load_params(tmp_path, GPT2Config(**TINY))
+
+
+def test_params_of_another_configuration_are_an_error(tmp_path):
+    write(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"wpe\.weight in model\.safetensors: expected shape \[8, 24\].*got \[7, 24\]"
+    ):
+        load_params(tmp_path, GPT2Config(**{**TINY, "n_positions": 8}))
+
+
+def test_demo_is_the_embedded_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "checkpoint.py"))
+    with pytest.raises(CheckpointError, match=r"demo: this installation lacks the model.*install it again"):
+        load("demo")
+    write(tmp_path / "assets" / "demo")
+    assert load("demo").name == "demo"
+    (tmp_path / "elsewhere" / "demo").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load("demo").name == "demo"
+    with pytest.raises(CheckpointError, match=r"config\.json: missing"):
+        load(Path("demo"))
+
+
+def test_a_file_is_not_a_model(tmp_path):
+    write(tmp_path)
+    with pytest.raises(CheckpointError, match=r"source: expected 'demo', a directory .* is a file$"):
+        load(tmp_path / FILE)
+
+
+def test_a_directory_has_no_revision(tmp_path):
+    write(tmp_path)
+    with pytest.raises(LlorchError, match="revision: only hub models have one"):
+        load(tmp_path, revision="main")
+
+
+MEASURE = """
+import re, sys
+import jax.numpy as jnp
+from llorch_jax.loading.checkpoint import load_config, load_params
+from llorch_jax.params import nbytes
+
+def status(field):
+    return int(re.search(field + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+
+config = load_config(sys.argv[1])
+jnp.zeros(1).block_until_ready()
+before = status("VmRSS")
+params = load_params(sys.argv[1], config, sys.argv[2])
+print(nbytes(params), status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loading_never_holds_two_copies(tmp_path, dtype):
+    """80 MB in float32; 20 MB beside the bound are for the largest tensor in flight and the allocator."""
+    write(tmp_path, vocab_size=4000, n_positions=256, n_embd=512, n_layer=6, n_head=8)
+    arguments = [sys.executable, "-c", MEASURE, str(tmp_path), dtype]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    size, peak = map(int, done.stdout.split())
+    assert size > 40e6
+    assert peak < 1.1 * size + 20e6
