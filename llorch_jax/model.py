@@ -7,7 +7,7 @@ Activations are feature-major, [D, M] with M = B * T columns, so that every dens
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar, overload
+from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,24 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
+
+
+class Output(NamedTuple, Generic[MaybeCache]):
+    """What a forward pass gives.
+
+    Attributes:
+        logits: float32 [B, T, V], or [B, V] of each row's last token.
+        hidden: float32 [B, T, D], the final hidden states, after the final norm.
+        cache: with the new tokens; None where there was none.
+    """
+
+    logits: jax.Array
+    hidden: jax.Array
+    cache: MaybeCache
+
+
+def ignore(name: str, layer: int, value: jax.Array) -> None:
+    """The probe that records nothing."""
 
 
 @overload
@@ -61,39 +79,65 @@ def forward(params: Params, config: GPT2Config, tokens: Any, cache: KVCache | No
 
 @partial(jax.jit, static_argnames="config")
 def _forward(params: Params, config: GPT2Config, tokens: jax.Array, cache: KVCache | None) -> Any:
-    x, cache_after = hidden_states(params, config, tokens, cache)
-    if cache_after is not None:
-        cache_after = cache_after.advance(tokens.shape[1])
-    return output_logits(params, x, tokens.shape), cache_after
+    out = run(params, config, tokens, cache)
+    return out.logits, out.cache
 
 
-def ignore(name: str, layer: int, value: jax.Array) -> None:
-    """The probe that records nothing."""
-
-
-def hidden_states(
+def run(
     params: Params,
     config: GPT2Config,
     tokens: jax.Array,
     cache: MaybeCache,
     count: jax.Array | None = None,
-    probe: Probe = ignore,
+    *,
+    last: bool = False,
     fresh: bool = False,
-) -> tuple[jax.Array, MaybeCache]:
-    """The final hidden states, and the cache with these tokens written but not yet counted by `advance`.
+    probe: Probe = ignore,
+) -> Output[MaybeCache]:
+    """The forward pass, in `jit`: what every way of decoding and scoring is made of.
 
     Args:
         params: of a model of this configuration.
         config: the model's hyperparameters.
         tokens: int32 [B, T], checked; padding may follow each row's last token.
         cache: of earlier tokens, with room reserved, or None.
-        count: int32 [B], how many tokens of each row are real; None means all.
+        count: int32 [B], how many tokens of each row are real; None means all. Rows with 0 are computed for nothing.
+        last: whether only the logits of each row's last real token are wanted.
+        fresh: whether the cache is known to be empty: attention then leaves out the slots after these tokens.
         probe: is shown intermediate values.
-        fresh: whether the cache is known to be empty: attention then leaves out the slots behind these tokens.
 
     Returns:
-        float32 [D, B * T], normed; and the cache.
+        Logits, hidden states, and the cache with `count` more tokens per row.
     """
+    x, cache = _hidden_states(params, config, tokens, cache, count, probe, fresh)
+    if cache is not None:
+        cache = cache.advance(tokens.shape[1] if count is None else count)
+    chosen, shape = x, tokens.shape
+    if last:
+        chosen, shape = _last_columns(x, tokens.shape, count), tokens.shape[:1]
+    return Output(output_logits(params, chosen, shape), x.T.reshape(*tokens.shape, -1), cache)
+
+
+def _last_columns(x: jax.Array, shape: tuple[int, ...], count: jax.Array | None) -> jax.Array:
+    """The columns [D, B] of each row's last real token, from hidden states [D, B * T]."""
+    batch, columns = shape
+    by_row = x.reshape(-1, batch, columns)
+    if count is None or columns == 1:
+        return by_row[..., -1]
+    index = jnp.maximum(count - 1, 0)[None, :, None]
+    return jnp.take_along_axis(by_row, index, axis=2)[..., 0]
+
+
+def _hidden_states(
+    params: Params,
+    config: GPT2Config,
+    tokens: jax.Array,
+    cache: MaybeCache,
+    count: jax.Array | None,
+    probe: Probe,
+    fresh: bool,
+) -> tuple[jax.Array, MaybeCache]:
+    """float32 [D, B * T], normed; and the cache with these tokens written but not yet counted by `advance`."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     if cache is not None:
         positions = positions + cache.lengths[:, None]

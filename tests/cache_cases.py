@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding import loop as decoding
 from llorch_jax.decoding import steps
-from llorch_jax.model import forward, hidden_states, output_logits
+from llorch_jax.model import forward, run
 from llorch_jax.params import Params, param_shapes
 
 VOCAB, POSITIONS = 97, 64
@@ -153,8 +153,8 @@ def splits(draw, lengths, widths=WIDTHS, most: int = 6) -> list[Chunk]:
 
 def append(params, config, tokens, cache, count):
     """Logits float32 [B, T, V] of tokens [B, T], of which `count` [B] per row are real, and the cache with them."""
-    x, cache = hidden_states(params, config, tokens, cache, count)
-    return output_logits(params, x, tokens.shape), cache.advance(count)
+    out = run(params, config, tokens, cache, count)
+    return out.logits, out.cache
 
 
 append_shared = jax.jit(append, static_argnames="config")

@@ -41,7 +41,7 @@ from tqdm import tqdm
 from llorch_jax.config import GPT2Config
 from llorch_jax.evaluation.perplexity import score
 from llorch_jax.loading.checkpoint import load, save_model
-from llorch_jax.model import hidden_states, output_logits
+from llorch_jax.model import run
 from llorch_jax.params import Params, count_params, init_params
 from llorch_jax.tokenizer import Tokenizer
 
@@ -79,7 +79,7 @@ def token_losses(params: Params, windows: jax.Array) -> jax.Array:
     """Cross-entropy of each token [B, T] behind the first of windows [B, T + 1], in nats; 0 where the id is -1."""
     inputs, targets = windows[:, :-1], windows[:, 1:]
     config = dataclasses.replace(CONFIG, n_layer=len(params.blocks))
-    logits = output_logits(params, hidden_states(params, config, jnp.maximum(inputs, 0), None)[0], inputs.shape)
+    logits = run(params, config, jnp.maximum(inputs, 0), None).logits
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
     return jnp.where(targets < 0, 0, losses)
 

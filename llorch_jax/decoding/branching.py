@@ -10,7 +10,7 @@ from llorch_jax.cache.paged.cache import PagedCache
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.request import Request
 from llorch_jax.errors import CapacityError, SearchError
-from llorch_jax.model import hidden_states, output_logits
+from llorch_jax.model import run
 from llorch_jax.params import Params
 from llorch_jax.tracing import is_concrete
 
@@ -33,8 +33,8 @@ def feed(
         Logits float32 [R, V], final hidden states float32 [R, D], and the cache.
     """
     count = jnp.ones_like(token) if count is None else count
-    x, cache = hidden_states(params, config, token[:, None], cache, count)
-    return output_logits(params, x, token.shape), x.T, cache.advance(count)
+    out = run(params, config, token[:, None], cache, count, last=True)
+    return out.logits, out.hidden[:, 0], out.cache
 
 
 def span(cache: KVCache) -> int:

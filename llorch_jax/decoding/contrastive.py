@@ -17,7 +17,7 @@ from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.branching import check_new_tokens, check_untraced, check_whole, feed, span
 from llorch_jax.decoding.request import Request, prepare
 from llorch_jax.errors import SearchError
-from llorch_jax.model import hidden_states, output_logits
+from llorch_jax.model import run
 from llorch_jax.params import Params
 
 
@@ -125,11 +125,8 @@ def _prefill(
     params: Params, config: GPT2Config, tokens: jax.Array, lengths: jax.Array, cache: KVCache, top_k: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, KVCache]:
     """The first candidates' probabilities and ids [B, C], the tokens' hidden states [B, T, D], and the cache."""
-    x, cache = hidden_states(params, config, tokens, cache, lengths)
-    hidden = x.T.reshape(*tokens.shape, -1)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    logits = output_logits(params, last.T, lengths.shape)
-    return *_candidates(logits, top_k), _unit(hidden), cache.advance(lengths)
+    out = run(params, config, tokens, cache, lengths, last=True)
+    return *_candidates(out.logits, top_k), _unit(out.hidden), out.cache
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="state")

@@ -15,7 +15,7 @@ from flax import struct
 from llorch_jax.cache.base import KVCache
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.request import Policy, Request
-from llorch_jax.model import hidden_states, output_logits
+from llorch_jax.model import run
 from llorch_jax.params import Params
 
 Cache = TypeVar("Cache", bound=KVCache)
@@ -77,10 +77,8 @@ def prefill_step(
     params: Params, config: GPT2Config, tokens: jax.Array, lengths: jax.Array, cache: Cache, *, fresh: bool
 ) -> tuple[jax.Array, Cache]:
     """Logits of each row's last token; `fresh` says that the cache is empty."""
-    batch, count = tokens.shape
-    x, cache = hidden_states(params, config, tokens, cache, lengths, fresh=fresh)
-    last = jnp.take_along_axis(x.reshape(-1, batch, count), (lengths - 1)[None, :, None], axis=2)[..., 0]
-    return output_logits(params, last, (batch,)), cache.advance(lengths)
+    out = run(params, config, tokens, cache, lengths, last=True, fresh=fresh)
+    return out.logits, out.cache
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
@@ -92,8 +90,8 @@ def _feed(
     params: Params, config: GPT2Config, token: jax.Array, cache: Cache, count: jax.Array
 ) -> tuple[jax.Array, Cache]:
     """Logits [B, V] of one more token per row; rows with count 0 are computed but not lengthened."""
-    x, cache = hidden_states(params, config, token[:, None], cache, count)
-    return output_logits(params, x, token.shape), cache.advance(count)
+    out = run(params, config, token[:, None], cache, count, last=True)
+    return out.logits, out.cache
 
 
 def _choose(

@@ -17,7 +17,7 @@ from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.loop import prefill
 from llorch_jax.errors import TokenError
 from llorch_jax.loading.checkpoint import Model
-from llorch_jax.model import hidden_states, output_logits
+from llorch_jax.model import run
 from llorch_jax.params import Params
 from llorch_jax.text.results import tokenizer_of
 from llorch_jax.tokenizer import Tokenizer
@@ -162,7 +162,6 @@ def _continue(
     params: Params, config: GPT2Config, cache: KVCache, inputs: jax.Array, targets: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each target [B, T], and whether it is the most likely token, after a cache of one row."""
-    x, _ = hidden_states(params, config, inputs, cache.fork(inputs.shape[0]))
-    logits = output_logits(params, x, inputs.shape)
+    logits = run(params, config, inputs, cache.fork(inputs.shape[0])).logits
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets

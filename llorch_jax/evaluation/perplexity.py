@@ -14,7 +14,7 @@ from llorch_jax.checks import check_tokens
 from llorch_jax.config import GPT2Config
 from llorch_jax.errors import LlorchError, TokenError
 from llorch_jax.loading.checkpoint import Model
-from llorch_jax.model import hidden_states, output_logits
+from llorch_jax.model import run
 from llorch_jax.params import Params
 from llorch_jax.text.results import tokenizer_of
 
@@ -100,7 +100,6 @@ def _windows(params: Params, config: GPT2Config, ids: np.ndarray, stride: int) -
 @partial(jax.jit, static_argnames="config")
 def _logprobs(params: Params, config: GPT2Config, inputs: jax.Array, targets: jax.Array) -> jax.Array:
     """Log-probability of each target [B, T] after the inputs [B, T] up to its place."""
-    x, _ = hidden_states(params, config, inputs, None)
-    logits = output_logits(params, x, inputs.shape)
+    logits = run(params, config, inputs, None).logits
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)

@@ -23,7 +23,7 @@ from llorch_jax.checks import check_append
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.loop import decode_step, prefill
 from llorch_jax.errors import CapacityError, ReferenceFileError
-from llorch_jax.model import hidden_states, output_logits
+from llorch_jax.model import run
 from llorch_jax.params import Params
 from llorch_jax.sampling import Sampling, apply_temperature
 
@@ -122,7 +122,7 @@ def _first_block(params: Params, config: GPT2Config, tokens: jax.Array) -> dict[
         if layer == 0:
             seen[name] = value
 
-    x, _ = hidden_states(params, config, tokens, None, probe=probe)
+    logits = run(params, config, tokens, None, probe=probe).logits
     batch, count = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), tokens.shape)
     view = KVView(seen["k"].transpose(0, 2, 1, 3), seen["v"].transpose(0, 2, 1, 3), positions[:1])
@@ -140,7 +140,7 @@ def _first_block(params: Params, config: GPT2Config, tokens: jax.Array) -> dict[
         "05_attn_out": seen["attn_out"],
         "06_mlp_out": seen["mlp_out"],
         "07_block_out": seen["block_out"],
-        "08_logits": output_logits(params, x, tokens.shape),
+        "08_logits": logits,
     }
 
 

@@ -7,7 +7,7 @@ import pytest
 import llorch_jax as lj
 from llorch_jax.decoding.contrastive import contrastive_search
 from llorch_jax.errors import SearchError
-from llorch_jax.model import hidden_states, output_logits
+from llorch_jax.model import run
 
 CONFIG = lj.GPT2Config(vocab_size=29, n_positions=32, n_embd=24, n_layer=1, n_head=2)
 PROMPTS = np.random.default_rng(0).integers(0, 29, (2, 5), np.int32)
@@ -26,14 +26,14 @@ def encode(params):
     """Hidden states [T, D] and probabilities [T, V] of a list of tokens."""
 
     @jax.jit
-    def run(tokens):
-        x, _ = hidden_states(params, CONFIG, tokens, None)
-        return x.T, jax.nn.softmax(output_logits(params, x, (CONFIG.n_positions,)))
+    def whole(tokens):
+        out = run(params, CONFIG, tokens, None)
+        return out.hidden[0], jax.nn.softmax(out.logits[0])
 
     def encoded(text):
         padded = np.zeros((1, CONFIG.n_positions), np.int32)
         padded[0, : len(text)] = text
-        return [np.asarray(x, np.float64)[: len(text)] for x in run(padded)]
+        return [np.asarray(x, np.float64)[: len(text)] for x in whole(padded)]
 
     return encoded
 

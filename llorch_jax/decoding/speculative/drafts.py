@@ -13,7 +13,7 @@ from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.request import Policy
 from llorch_jax.decoding.steps import prefill_step
 from llorch_jax.errors import DraftError
-from llorch_jax.model import hidden_states, output_logits
+from llorch_jax.model import run
 from llorch_jax.params import Params
 
 _DRAWING = 0  # folded into a position's key for the draw of a draft; `verification` has the other numbers
@@ -177,9 +177,8 @@ class DraftModel:
 
     def _feed(self, tokens: jax.Array, cache: StaticCache) -> tuple[jax.Array, StaticCache]:
         """Logits [B, V] after the last of tokens [B, T], and the cache with all of them."""
-        x, cache = hidden_states(self.params, self.config, tokens, cache)
-        last = x.reshape(-1, *tokens.shape)[..., -1]
-        return output_logits(self.params, last, tokens.shape[:1]), cache.advance(tokens.shape[1])
+        out = run(self.params, self.config, tokens, cache, last=True)
+        return out.logits, out.cache
 
     def rollback(self, memory: StaticCache, known: jax.Array) -> StaticCache:
         return memory.crop(known - 2)

@@ -26,7 +26,7 @@ from llorch_jax.decoding.speculative.drafts import Context, Draft, PromptLookup
 from llorch_jax.decoding.speculative.verification import match, reject
 from llorch_jax.decoding.steps import Generated, first_logits, first_state
 from llorch_jax.errors import CacheError, DraftError
-from llorch_jax.model import hidden_states, output_logits
+from llorch_jax.model import run
 from llorch_jax.params import Params
 from llorch_jax.sampling import Sampler
 from llorch_jax.tracing import is_concrete
@@ -232,8 +232,8 @@ def _verify_step(
     proposal = proposal.replace(count=feeding - 1)  # type: ignore[attr-defined]
     last = jnp.take_along_axis(state.history, state.known[:, None] - 1, axis=1)
     tokens = jnp.concatenate([last, proposal.tokens], axis=1)
-    x, cache = hidden_states(params, config, tokens, state.cache, feeding)
-    logits = output_logits(params, x, tokens.shape)
+    out = run(params, config, tokens, state.cache, feeding)
+    logits = out.logits
     judge = match if proposal.logits is None else reject
     chosen, accepted = judge(policy, context.first, logits, proposal)
     new = _until_end(policy, chosen, jnp.where(state.finished, 0, accepted + 1))
@@ -243,7 +243,7 @@ def _verify_step(
         **_written(state, chosen, logits, new),
         known=known,
         finished=state.finished | (known == state.goal) | _ended(policy, chosen, new),
-        cache=cache.advance(feeding).crop(lengths + new),
+        cache=out.cache.crop(lengths + new),
         memory=draft.rollback(proposal.memory, known),
         proposed=state.proposed + jnp.maximum(proposal.count, 0),
         accepted=state.accepted + jnp.minimum(accepted, new),
