@@ -16,7 +16,7 @@ from flax import struct
 import llorch_jax as lj
 from benchmarks.measure import seconds
 from llorch_jax.decoding import steps
-from llorch_jax.model import dense
+from llorch_jax.linear import dense
 
 _step = jax.jit(steps.next_state, static_argnames="config", donate_argnames="state")
 

@@ -5,9 +5,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from llorch_jax.linear import EXACT
+
 MASKED = jnp.finfo(jnp.float32).min
 BLOCK = 128  # queries per block
-EXACT = jax.lax.Precision.HIGHEST  # float32 products in full precision on every backend
 
 
 class KVView(NamedTuple):

@@ -4,7 +4,6 @@ Activations are feature-major, [D, M] with M = B * T columns, so that every dens
 `params`. Public functions take and return the usual [B, T, ...].
 """
 
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar, overload
@@ -12,15 +11,15 @@ from typing import Any, Generic, NamedTuple, TypeVar, overload
 import jax
 import jax.numpy as jnp
 
-from llorch_jax.attention import EXACT, KVView, attend, attention_mass
+from llorch_jax.attention import KVView, attend, attention_mass
 from llorch_jax.cache.base import KVCache
 from llorch_jax.checks import check_append
 from llorch_jax.config import GPT2Config
-from llorch_jax.params import BlockParams, Dense, Norm, Params
+from llorch_jax.linear import dense, layer_norm, matmul, take_rows
+from llorch_jax.params import BlockParams, Params
 
 Cache = TypeVar("Cache", bound=KVCache)
 MaybeCache = TypeVar("MaybeCache", bound=KVCache | None)
-_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 Probe = Callable[[str, int, jax.Array], None]  # is shown (name, layer, value) while the pass is traced
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -184,15 +183,15 @@ class _KeyValues:
 
 def embed(params: Params, tokens: jax.Array, positions: jax.Array) -> jax.Array:
     """Token plus position embeddings, [D, M]. Positions of padding may lie past the last one: any row serves."""
-    words = params.wte.at[tokens.reshape(-1)].get(mode="clip")
-    places = params.wpe.at[positions.reshape(-1)].get(mode="clip")
-    return (words.astype(jnp.float32) + places.astype(jnp.float32)).T
+    words = take_rows(params.wte, tokens.reshape(-1))
+    places = take_rows(params.wpe, positions.reshape(-1))
+    return (words + places).T
 
 
 def output_logits(params: Params, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Logits float32 [*shape, V] of hidden states [D, M], M the product of `shape`."""
     projection = params.output_projection
-    logits = product(projection, x)  # [V, M]
+    logits = matmul(projection, x)  # [V, M]
     if x.shape[1] > 1:  # else XLA makes x.T @ W.T of it, which takes up to five times as long
         logits = jax.lax.optimization_barrier(logits)
     return logits.T.reshape(*shape, projection.shape[0])
@@ -232,30 +231,3 @@ def _attention(
         probe(name, layer, value)
     out = keeper.attend(layer, q, keeper.view(layer, k, v))
     return dense(params.attn_proj, out.transpose(2, 3, 0, 1).reshape(config.n_embd, -1))
-
-
-def dense(params: Dense, x: jax.Array) -> jax.Array:
-    """`weight @ x + bias` on x [in, M], in float32."""
-    return product(params.weight, x) + params.bias[:, None]
-
-
-def product(weight: jax.Array, x: jax.Array) -> jax.Array:
-    """`weight @ x` for weight [out, in], x [in, M], in float32.
-
-    XLA's CPU backend cuts a single matrix-vector product into pieces that do not divide evenly among the cores; as a
-    batch of products of equal size it takes up to a quarter less time.
-    """
-    rows, columns = weight.shape
-    if x.shape[1] > 1 or rows % _CORES:
-        return jnp.matmul(weight, x, precision=EXACT, preferred_element_type=jnp.float32)
-    vectors = jnp.broadcast_to(x[:, 0], (_CORES, columns))
-    pieces = weight.reshape(_CORES, rows // _CORES, columns)
-    out = jnp.einsum("PRK,PK->PR", pieces, vectors, precision=EXACT, preferred_element_type=jnp.float32)
-    return out.reshape(rows, 1)
-
-
-def layer_norm(params: Norm, x: jax.Array, epsilon: float) -> jax.Array:
-    """Layer norm (Ba et al. 2016) of each column of x [D, M], with the biased variance."""
-    centred = x - jnp.mean(x, axis=0, keepdims=True)
-    variance = jnp.mean(jnp.square(centred), axis=0, keepdims=True)
-    return centred * jax.lax.rsqrt(variance + epsilon) * params.weight[:, None] + params.bias[:, None]

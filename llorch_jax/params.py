@@ -11,22 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from llorch_jax.config import GPT2Config
-
-
-@struct.dataclass
-class Norm:
-    """Layer norm: weight and bias, both [D]."""
-
-    weight: jax.Array
-    bias: jax.Array
-
-
-@struct.dataclass
-class Dense:
-    """Affine map: weight [out, in], bias [out]."""
-
-    weight: jax.Array
-    bias: jax.Array
+from llorch_jax.linear import Dense, Matrix, Norm
 
 
 @struct.dataclass
@@ -62,14 +47,14 @@ class Params:
         lm_head: output projection [V, D]; None where it is tied to `wte`.
     """
 
-    wte: jax.Array
+    wte: Matrix
     wpe: jax.Array
     blocks: tuple[BlockParams, ...]
     ln_f: Norm
-    lm_head: jax.Array | None = None
+    lm_head: Matrix | None = None
 
     @property
-    def output_projection(self) -> jax.Array:
+    def output_projection(self) -> Matrix:
         """The matrix [V, D] that turns the last hidden state into logits."""
         return self.wte if self.lm_head is None else self.lm_head
 

@@ -1,4 +1,4 @@
-"""Attention and dense products in the forms that are fast, beside NumPy's plain ones."""
+"""Attention in the forms that are fast, compared with NumPy's plain one."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from llorch_jax import attention
 from llorch_jax.attention import KVView
-from llorch_jax.model import product
 
 
 def plain(q, k, v, positions, slots, scale, window):
@@ -52,13 +51,3 @@ def test_blocks_of_queries_leave_out_later_slots(monkeypatch):
     got = attention.attend(q, view, jnp.asarray(places), 0.5, start=0)
     keys, values = np.asarray(view.k), np.asarray(view.v)
     np.testing.assert_allclose(got, plain(np.asarray(q), keys, values, places, places, 0.5, None), atol=2e-6)
-
-
-@settings(max_examples=8)
-@given(rows=st.integers(1, 9), width=st.integers(1, 9), columns=st.integers(1, 3), half=st.booleans())
-def test_products_equal_numpy(rows, width, columns, half):
-    weight = jax.random.normal(jax.random.key(rows), (rows, width), jnp.bfloat16 if half else jnp.float32)
-    x = jax.random.normal(jax.random.key(width), (width, columns))
-    got = jax.jit(product)(weight, x)
-    assert got.dtype == jnp.float32
-    np.testing.assert_allclose(got, np.asarray(weight, np.float64) @ np.asarray(x, np.float64), atol=5e-6)

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from llorch_jax.attention import EXACT
 from llorch_jax.buckets import bucket
 from llorch_jax.cache.base import KVCache
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.branching import check_new_tokens, check_untraced, check_whole, feed, span
 from llorch_jax.decoding.request import Request, prepare
 from llorch_jax.errors import SearchError
+from llorch_jax.linear import EXACT
 from llorch_jax.model import run
 from llorch_jax.params import Params
 

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from llorch_jax.config import GPT2Config
-from llorch_jax.params import BlockParams, Dense, Norm, Params
+from llorch_jax.linear import Dense, Norm
+from llorch_jax.params import BlockParams, Params
 
 # What transformers calls each family; it has no model for the last one, which only this package reads and writes.
 ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "gpt_bigcode": "GPTBigCodeForCausalLM", "llorch_gpt2": None}

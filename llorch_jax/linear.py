@@ -1,0 +1,155 @@
+"""Where a weight meets an activation: products with float and quantized matrices, look-ups of rows, layer norm.
+
+Weights are output-major, [out, in], and activations feature-major, [in, M]: see `params`. Every product accumulates
+and returns float32, whatever the weights are stored as.
+
+Quantized matrices have one memory layout, written down here because the native kernels rely on it. Every row is cut
+into groups of `group_size` columns; group_size None means one group per row. Where the number of columns is no
+multiple of the group size, the last group is filled up with zeros, `padding` columns of them, so that
+`width = in + padding` is a multiple of it.
+
+| bits | codes | value of an element | scales |
+|---|---|---|---|
+| 8 | int8 [out, width], row-major; -127 .. 127 | scale * code | [out, groups] |
+| 4 | uint8 [out, width / 2], row-major; two codes of 0 .. 15 per byte | scale * (code - 8) | [out, groups] |
+
+With 4 bits, a group takes group_size / 2 consecutive bytes: byte i of the group holds element i in its low nibble and
+element i + group_size / 2 in its high nibble. A padded element has the value 0: code 0 with 8 bits, 8 with 4 bits.
+Scales are float32 with one group per row, where their bytes do not matter, and float16 with smaller groups, where they
+do: 8.5 bits per weight instead of 9 for int8 in groups of 32, and 4.5 instead of 5 for int4. A scale may be negative
+or zero. Blocks of GGUF's Q8_0 and Q4_0 are such groups, bit for bit.
+"""
+
+import dataclasses
+import os
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+EXACT = jax.lax.Precision.HIGHEST  # float32 products in full precision on every backend
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@struct.dataclass
+class QuantizedMatrix:
+    """A matrix [out, in] of 8-bit or 4-bit codes with a scale per row, or per group of a row's columns.
+
+    Attributes:
+        codes: int8 [out, width], or uint8 [out, width / 2]; the module's page says how they are packed.
+        scales: float32 [out, 1], or float16 [out, groups].
+        bits: per code, 8 or 4; static.
+        group_size: columns per scale, or None for one scale per row; static.
+        padding: columns by which `width` exceeds `in`; static.
+    """
+
+    codes: jax.Array
+    scales: jax.Array
+    bits: int = struct.field(pytree_node=False)
+    group_size: int | None = struct.field(pytree_node=False)
+    padding: int = struct.field(pytree_node=False, default=0)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the matrix that this stands for."""
+        rows, stored = self.codes.shape
+        return rows, stored * 8 // self.bits - self.padding
+
+    def dequantize(self) -> jax.Array:
+        """The matrix that this stands for, float32 [out, in]: each element is rounded once, as scale * code."""
+        rows, columns = self.shape
+        codes = self.codes if self.bits == 8 else _unpacked(self.codes, self.scales.shape[1])
+        grouped = codes.reshape(rows, self.scales.shape[1], -1).astype(jnp.float32)
+        values = grouped * self.scales.astype(jnp.float32)[:, :, None]
+        return values.reshape(rows, -1)[:, :columns]
+
+
+Matrix = jax.Array | QuantizedMatrix
+
+
+@struct.dataclass
+class Norm:
+    """Layer norm: weight and bias, both [D]."""
+
+    weight: jax.Array
+    bias: jax.Array
+
+
+@struct.dataclass
+class Dense:
+    """Affine map: weight [out, in], bias [out]."""
+
+    weight: Matrix
+    bias: jax.Array
+
+
+def matmul(weight: Matrix, x: jax.Array) -> jax.Array:
+    """`weight @ x` in float32.
+
+    Args:
+        weight: [out, in], in floating point or quantized.
+        x: [in, M].
+
+    Returns:
+        float32 [out, M].
+    """
+    if isinstance(weight, QuantizedMatrix):
+        # The barrier keeps XLA from converting inside the product, which takes several times as long.
+        return _product(jax.lax.optimization_barrier(weight.dequantize()), x)
+    return _product(weight, x)
+
+
+def take_rows(weight: Matrix, ids: jax.Array) -> jax.Array:
+    """Rows of a matrix.
+
+    Args:
+        weight: [out, in], in floating point or quantized.
+        ids: integers of any shape; one outside the matrix takes the nearest row.
+
+    Returns:
+        float32 [*ids.shape, in].
+    """
+    flat = ids.reshape(-1)
+    if isinstance(weight, QuantizedMatrix):
+        codes = weight.codes.at[flat].get(mode="clip")
+        scales = weight.scales.at[flat].get(mode="clip")
+        rows = dataclasses.replace(weight, codes=codes, scales=scales).dequantize()
+    else:
+        rows = weight.at[flat].get(mode="clip").astype(jnp.float32)
+    return rows.reshape(*ids.shape, weight.shape[1])
+
+
+def dense(params: Dense, x: jax.Array) -> jax.Array:
+    """`weight @ x + bias` on x [in, M]: float32 [out, M]."""
+    return matmul(params.weight, x) + params.bias[:, None]
+
+
+def layer_norm(params: Norm, x: jax.Array, epsilon: float) -> jax.Array:
+    """Layer norm (Ba et al. 2016) of each column of x [D, M], with the biased variance."""
+    centred = x - jnp.mean(x, axis=0, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axis=0, keepdims=True)
+    return centred * jax.lax.rsqrt(variance + epsilon) * params.weight[:, None] + params.bias[:, None]
+
+
+def _product(weight: jax.Array, x: jax.Array) -> jax.Array:
+    """`matmul` of a matrix in floating point.
+
+    XLA's CPU backend cuts a single matrix-vector product into pieces that do not divide evenly among the cores; as a
+    batch of products of equal size it takes up to a quarter less time.
+    """
+    rows, columns = weight.shape
+    if x.shape[1] > 1 or rows % _CORES:
+        return jnp.matmul(weight, x, precision=EXACT, preferred_element_type=jnp.float32)
+    vectors = jnp.broadcast_to(x[:, 0], (_CORES, columns))
+    pieces = weight.reshape(_CORES, rows // _CORES, columns)
+    out = jnp.einsum("PRK,PK->PR", pieces, vectors, precision=EXACT, preferred_element_type=jnp.float32)
+    return out.reshape(rows, 1)
+
+
+def _unpacked(packed: jax.Array, groups: int) -> jax.Array:
+    """Codes less 8, int8 [out, width], of packed ones, uint8 [out, width / 2]."""
+    by_group = packed.reshape(packed.shape[0], groups, -1)
+    low = by_group & 15
+    high = by_group >> 4
+    codes = jnp.concatenate([low, high], axis=2).astype(jnp.int8) - 8
+    return codes.reshape(packed.shape[0], -1)
