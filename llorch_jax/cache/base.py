@@ -35,6 +35,7 @@ class KVCache(abc.ABC):
 
     lengths: Any  # int32 [B]; a field of every concrete cache
     in_order: ClassVar[bool] = True  # whether, before anything was dropped, slot s holds position s
+    shares_slots: ClassVar[bool] = False  # whether rows that `select` repeats need `reserve` before they write
 
     if TYPE_CHECKING:  # flax.struct.dataclass adds it to the concrete classes
 
@@ -126,9 +127,20 @@ class KVCache(abc.ABC):
         self.check_room(count)
         return self
 
-    def room(self) -> int:
-        """How many tokens every row can be given in `jit` before `reserve` must be called again. Host only."""
-        return self.capacity - int(np.max(np.asarray(self.lengths)))
+    def room(self, active: Any = None) -> int:
+        """How many tokens the rows can be given in `jit` before `reserve` must be called again. Host only.
+
+        Args:
+            active: bool [B], the rows that will be given tokens, one at least; None means all.
+        """
+        return self.capacity - int(np.max(active_rows(self.lengths, active)))
+
+    def can_roll_back(self, count: Any) -> bool:
+        """Whether `crop` can undo appending `count` (int or int32 [B]) tokens without a trace. Host only.
+
+        Speculative decoding takes rejected guesses back this way.
+        """
+        return True
 
     def is_empty(self) -> bool:
         """Whether it is known that no row holds a token; never in `jit`."""
@@ -172,6 +184,12 @@ class KVCache(abc.ABC):
     def memory_usage(self) -> int:
         """Bytes of all arrays of the cache, exactly."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+
+def active_rows(values: Any, active: Any) -> np.ndarray:
+    """Those of the values [B] whose row is active, bool [B]; None means all."""
+    known = np.asarray(values)
+    return known if active is None else known[np.asarray(active)]
 
 
 def check_room(lengths: Any, count: Any, capacity: int) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from flax import struct
 
 from llorch_jax.buckets import SMALLEST, bucket
-from llorch_jax.cache.base import check_room, check_sizes, join_rows
+from llorch_jax.cache.base import active_rows, check_room, check_sizes, join_rows
 from llorch_jax.cache.static import StaticCache, empty_slots
 from llorch_jax.config import GPT2Config
 from llorch_jax.errors import CacheError
@@ -84,9 +84,9 @@ class DynamicCache(StaticCache):
             return self
         return self._grown(int(np.max(np.asarray(self.lengths) + np.asarray(count))))
 
-    def room(self) -> int:
-        """How many tokens every row can be given before the buffers must grow. Host only."""
-        return self.slots - int(np.max(np.asarray(self.lengths)))
+    def room(self, active: Any = None) -> int:
+        """How many tokens the active rows, bool [B], can be given before the buffers must grow. Host only."""
+        return self.slots - int(np.max(active_rows(self.lengths, active)))
 
     def advance(self, count: Any) -> Self:
         check_room(self.lengths, count, self.slots)  # more cannot have been written

@@ -169,6 +169,10 @@ class RotatingCache(KVCache):
         self._check_intact(self.lengths, self.ends)
         return self
 
+    def can_roll_back(self, count: Any) -> bool:
+        """As `KVCache.can_roll_back`: not where the ring would overwrite tokens."""
+        return bool(np.all(np.asarray(self.lengths) + np.asarray(count) <= self.sinks + self.window))
+
     def advance(self, count: Any) -> Self:
         self.check_room(count)
         return self.replace(lengths=self.lengths + jnp.asarray(count, jnp.int32))

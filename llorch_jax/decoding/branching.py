@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 
 from llorch_jax.cache.base import KVCache
-from llorch_jax.cache.paged.cache import PagedCache
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.request import Request
 from llorch_jax.errors import CapacityError, SearchError
@@ -40,10 +39,10 @@ def feed(
 def span(cache: KVCache) -> int:
     """How many steps may run in `jit` before `reserve` must be called again. Host only.
 
-    Reordering rows in `jit` leaves every layout ready for the next token but the paged one, whose rows share pages
-    then and need pages of their own from the host.
+    Rows that were reordered in `jit` are ready for the next token, except where they share slots: those need slots of
+    their own from the host.
     """
-    return 1 if isinstance(cache, PagedCache) else cache.room()
+    return 1 if cache.shares_slots else cache.room()
 
 
 def check_untraced(request: Request) -> None:

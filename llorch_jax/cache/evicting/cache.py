@@ -11,7 +11,7 @@ from flax import struct
 
 from llorch_jax.attention import KVView
 from llorch_jax.buckets import bucket
-from llorch_jax.cache.base import KVCache, check_rows, check_sizes, cropped, join_rows, replace_item
+from llorch_jax.cache.base import KVCache, active_rows, check_rows, check_sizes, cropped, join_rows, replace_item
 from llorch_jax.cache.codecs.floats import dtype_of, from_stored
 from llorch_jax.cache.evicting.policies import AttentionSinks, Policy, check_settings, votes_asked
 from llorch_jax.cache.static import empty_slots, write_rows
@@ -193,9 +193,14 @@ class EvictingCache(KVCache):
         needed = int(np.max(np.where(full, self.budget, held) + np.asarray(count)))
         return cache._with_slots(bucket(needed, self.limit)) if needed > cache.slots else cache
 
-    def room(self) -> int:
-        lengths, held = np.asarray(self.lengths), np.asarray(self.held)
-        return max(0, min(self.limit - int(lengths.max()), min(self.full_slots, self.slots) - int(held.max())))
+    def room(self, active: Any = None) -> int:
+        longest = int(np.max(active_rows(self.lengths, active)))
+        fullest = int(np.max(active_rows(self.held, active)))
+        return max(0, min(self.limit - longest, min(self.full_slots, self.slots) - fullest))
+
+    def can_roll_back(self, count: Any) -> bool:
+        """As `KVCache.can_roll_back`: not where tokens would be evicted, or where queries vote."""
+        return not self.votes and bool(np.all(np.asarray(self.held) + np.asarray(count) <= self.full_slots))
 
     def advance(self, count: Any) -> Self:
         self.check_room(count)

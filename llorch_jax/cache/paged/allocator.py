@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from llorch_jax.buckets import bucket
+from llorch_jax.cache.base import active_rows
 from llorch_jax.errors import CapacityError
 
 
@@ -98,13 +99,13 @@ class PageBook:
         tables[rows, last] = rest[: rows.size]
         return tables, sources
 
-    def room(self) -> int:
-        """How many tokens every row can be given: the slots of its own pages behind its end."""
+    def room(self, active: Any = None) -> int:
+        """How many tokens the active rows, bool [B], can be given: the slots of their own pages after their ends."""
         owned, references = self._owned(), self.references(self.tables)
         ends = np.minimum(np.sum(owned >= 0, axis=1) * self.page_size, self.capacity)
         last = self._last()
         shared = (last >= 0) & (references[last] > 1)
-        return int(np.min(np.where(shared, 0, ends - self.lengths)))
+        return int(np.min(active_rows(np.where(shared, 0, ends - self.lengths), active)))
 
     def stats(self) -> PageStats:
         """How the pages are used."""

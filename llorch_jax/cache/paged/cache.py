@@ -1,7 +1,7 @@
 """PagedCache: pages of a common pool, block tables, and rows that share pages until one of them writes."""
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,7 @@ class PagedCache(KVCache):
     sources: jax.Array
     lengths: jax.Array
     limit: int = struct.field(pytree_node=False)
+    shares_slots: ClassVar[bool] = True
 
     @classmethod
     def init(
@@ -156,8 +157,8 @@ class PagedCache(KVCache):
             sources=jnp.where(jnp.asarray(sources != book.sources)[None], jnp.asarray(sources)[None], self.sources),
         )
 
-    def room(self) -> int:
-        return self._book().room()
+    def room(self, active: Any = None) -> int:
+        return self._book().room(active)
 
     def page_stats(self) -> PageStats:
         """How the pages are used. Host only."""

@@ -19,7 +19,6 @@ from flax import struct
 
 from llorch_jax.buckets import bucket
 from llorch_jax.cache.base import KVCache
-from llorch_jax.cache.rotating import RotatingCache
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.request import Policy, Request, prepare
 from llorch_jax.decoding.speculative.drafts import Context, Draft, PromptLookup
@@ -115,9 +114,9 @@ def speculate_tokens(
         max_new_tokens: how many tokens each row gets at most, 1 or more.
         draft: where the guesses come from; `PromptLookup()` by default. It sees the tokens given here only, not those
             that the cache holds already.
-        cache: to append to, donated; None makes a `StaticCache` of the size needed. A `RotatingCache` must be able to
-            hold all tokens, as a ring cannot take back what has overwritten older tokens. A `QuantizedCache` rounds
-            some tokens earlier than in plain decoding, so that the tokens may differ.
+        cache: to append to, donated; None makes a `StaticCache` of the size needed. A `RotatingCache` or
+            `EvictingCache` must be able to hold all tokens, as neither can take back what has replaced older tokens.
+            A `QuantizedCache` rounds some tokens earlier than in plain decoding, so that the tokens may differ.
         lengths: int32 [B], how many prompt tokens of each row are real; None means all T.
         sampler: `Greedy()` by default. A `DraftModel` that is not coupled needs a `filtered` method of it.
         key: as in `generate_tokens`.
@@ -129,7 +128,8 @@ def speculate_tokens(
 
     Raises:
         TokenError, CapacityError, SamplerError: as `generate_tokens`.
-        CacheError: the cache is a ring that is too small.
+        CacheError: the cache cannot take back rejected guesses: a ring or a budget that does not hold all tokens, or an
+            eviction policy that lets queries vote.
         DraftError: the draft does not fit the model, or a setting of it is impossible.
     """
     draft = PromptLookup() if draft is None else draft
@@ -193,13 +193,13 @@ def _check(request: Request, draft: Draft) -> None:
             f"sampler: expected one whose method `filtered` says all about its draws, got a {name} that has none or "
             "looks at more than the logits; use a draft with coupled=True"
         )
-    if isinstance(cache, RotatingCache):
-        needed = int(np.max(np.asarray(cache.lengths) + np.asarray(request.lengths))) + request.max_new_tokens - 1
-        if needed > cache.sinks + cache.window:
-            raise CacheError(
-                f"cache: expected a RotatingCache that holds all {needed} tokens, as rejected guesses must be taken "
-                f"back, got sinks={cache.sinks}, window={cache.window}"
-            )
+    count = np.asarray(request.lengths) + request.max_new_tokens - 1
+    if not cache.can_roll_back(count):
+        longest = int(np.max(np.asarray(cache.lengths) + count))
+        raise CacheError(
+            f"cache: expected one that can take back rejected guesses, got a {type(cache).__name__} that forgets "
+            f"tokens or counts votes before it holds {longest} of them"
+        )
 
 
 def _needed(draft: Draft, state: SpeculativeState) -> jax.Array:

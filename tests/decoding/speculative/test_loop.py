@@ -264,10 +264,19 @@ def test_impossible_settings_are_refused(params, prompts, draft):
         speculate_tokens(params, CONFIG, prompts, 4, draft)
 
 
-def test_a_ring_that_cannot_roll_back_is_refused(params, prompts):
-    cache = lj.RotatingCache.init(CONFIG, batch_size=3, window=16)
-    with pytest.raises(lj.CacheError, match="holds all 41 tokens"):
+@pytest.mark.parametrize("layout", ["rotating:16", "recent:8", "h2o:48"])
+def test_a_cache_that_cannot_roll_back_is_refused_and_stays_valid(params, prompts, layout):
+    cache = lj.make_cache(CONFIG, layout, batch_size=3)
+    with pytest.raises(lj.CacheError, match=r"take back rejected guesses, got a .*Cache that .* 41 of them"):
         speculate_tokens(params, CONFIG, prompts, NEW, cache=cache)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(cache))
+
+
+def test_an_evicting_cache_that_holds_all_tokens_equals_plain_decoding(params, prompts):
+    cache = lj.make_cache(CONFIG, "recent:16", batch_size=3)
+    plain, tokens, _, stats = both(params, prompts, PromptLookup(), cache)
+    np.testing.assert_array_equal(tokens, plain)
+    assert stats.accepted.sum() > 0
 
 
 def test_a_sampler_without_a_distribution_is_refused(params, small, prompts):
