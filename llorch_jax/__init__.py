@@ -1,91 +1,154 @@
 """GPT-2 inference as pure functions in JAX, with the KV cache as an immutable pytree."""
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from llorch_jax.cache import (
-    CachePool,
-    DynamicCache,
-    EvictingCache,
-    KVCache,
-    MemoryPlan,
-    PagedCache,
-    QuantizedCache,
-    RotatingCache,
-    StaticCache,
-    evict,
-    fingerprint,
-    load_cache,
-    make_cache,
-    plan_memory,
-    save_cache,
-)
-from llorch_jax.config import GPT2Config
-from llorch_jax.decoding.loop import compile_count, decode_step, generate_tokens, prefill, stream_tokens
-from llorch_jax.decoding.overflow import Reencode
-from llorch_jax.errors import (
-    CacheError,
-    CapacityError,
-    CheckpointError,
-    ConfigError,
-    ConstraintError,
-    DraftError,
-    LlorchError,
-    ModelError,
-    SamplerError,
-    SearchError,
-    TokenError,
-)
-from llorch_jax.evaluation.perplexity import Score, score
-from llorch_jax.evaluation.validation import intermediates
-from llorch_jax.loading.checkpoint import Model, convert, load, save_model
-from llorch_jax.model import forward
-from llorch_jax.params import BlockParams, Params, count_params, init_params, param_shapes
-from llorch_jax.sampling import Greedy, Mirostat, Sampling
-from llorch_jax.text.generation import generate, stream
-from llorch_jax.text.results import Generation, Piece
-from llorch_jax.tokenizer import Tokenizer
-
 if TYPE_CHECKING:
+    from llorch_jax.cache import (
+        CachePool,
+        DynamicCache,
+        EvictingCache,
+        KVCache,
+        MemoryPlan,
+        PagedCache,
+        QuantizedCache,
+        RotatingCache,
+        StaticCache,
+        evict,
+        fingerprint,
+        load_cache,
+        make_cache,
+        plan_memory,
+        save_cache,
+    )
+    from llorch_jax.config import GPT2Config
     from llorch_jax.decoding.beam import Beams, beam_search
     from llorch_jax.decoding.contrastive import contrastive_search
+    from llorch_jax.decoding.loop import compile_count, decode_step, generate_tokens, prefill, stream_tokens
+    from llorch_jax.decoding.overflow import Reencode
     from llorch_jax.decoding.session import Session, load_session, save_session
     from llorch_jax.decoding.speculative.drafts import DraftModel, PromptLookup
     from llorch_jax.decoding.speculative.loop import Speculation, speculate_tokens
+    from llorch_jax.errors import (
+        CacheError,
+        CapacityError,
+        CheckpointError,
+        ConfigError,
+        ConstraintError,
+        DraftError,
+        LlorchError,
+        ModelError,
+        SamplerError,
+        SearchError,
+        TokenError,
+    )
     from llorch_jax.evaluation.loglikelihood import Choice, choices
+    from llorch_jax.evaluation.perplexity import Score, score
+    from llorch_jax.evaluation.validation import intermediates
+    from llorch_jax.loading.checkpoint import Model, convert, load, save_model
+    from llorch_jax.model import forward
+    from llorch_jax.params import BlockParams, Params, count_params, init_params, param_shapes
+    from llorch_jax.sampling import Greedy, Mirostat, Sampling
     from llorch_jax.text.asynchronous import astream
     from llorch_jax.text.constrained.constraint import Constraint
+    from llorch_jax.text.generation import generate, stream
+    from llorch_jax.text.results import Generation, Piece
     from llorch_jax.text.samples import generate_n
     from llorch_jax.text.speculative import generate_speculative
+    from llorch_jax.tokenizer import Tokenizer
 
-# Imported when they are first asked for: `import llorch_jax` stays quick.
-_LATER = {
+# Every public name and its module, which is imported when the name is first asked for: the command line can take
+# interrupts and print its help before JAX is loaded.
+_HOMES = {
     "Beams": "decoding.beam",
+    "BlockParams": "params",
+    "CacheError": "errors",
+    "CachePool": "cache",
+    "CapacityError": "errors",
+    "CheckpointError": "errors",
     "Choice": "evaluation.loglikelihood",
+    "ConfigError": "errors",
     "Constraint": "text.constrained.constraint",
+    "ConstraintError": "errors",
+    "DraftError": "errors",
     "DraftModel": "decoding.speculative.drafts",
+    "DynamicCache": "cache",
+    "EvictingCache": "cache",
+    "GPT2Config": "config",
+    "Generation": "text.results",
+    "Greedy": "sampling",
+    "KVCache": "cache",
+    "LlorchError": "errors",
+    "MemoryPlan": "cache",
+    "Mirostat": "sampling",
+    "Model": "loading.checkpoint",
+    "ModelError": "errors",
+    "PagedCache": "cache",
+    "Params": "params",
+    "Piece": "text.results",
     "PromptLookup": "decoding.speculative.drafts",
+    "QuantizedCache": "cache",
+    "Reencode": "decoding.overflow",
+    "RotatingCache": "cache",
+    "SamplerError": "errors",
+    "Sampling": "sampling",
+    "Score": "evaluation.perplexity",
+    "SearchError": "errors",
     "Session": "decoding.session",
     "Speculation": "decoding.speculative.loop",
+    "StaticCache": "cache",
+    "TokenError": "errors",
+    "Tokenizer": "tokenizer",
     "astream": "text.asynchronous",
     "beam_search": "decoding.beam",
     "choices": "evaluation.loglikelihood",
+    "compile_count": "decoding.loop",
     "contrastive_search": "decoding.contrastive",
+    "convert": "loading.checkpoint",
+    "count_params": "params",
+    "decode_step": "decoding.loop",
+    "evict": "cache",
+    "fingerprint": "cache",
+    "forward": "model",
+    "generate": "text.generation",
     "generate_n": "text.samples",
     "generate_speculative": "text.speculative",
+    "generate_tokens": "decoding.loop",
+    "init_params": "params",
+    "intermediates": "evaluation.validation",
+    "load": "loading.checkpoint",
+    "load_cache": "cache",
     "load_session": "decoding.session",
+    "make_cache": "cache",
+    "param_shapes": "params",
+    "plan_memory": "cache",
+    "prefill": "decoding.loop",
+    "save_cache": "cache",
+    "save_model": "loading.checkpoint",
     "save_session": "decoding.session",
+    "score": "evaluation.perplexity",
     "speculate_tokens": "decoding.speculative.loop",
+    "stream": "text.generation",
+    "stream_tokens": "decoding.loop",
 }
+
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LATER:
-        return getattr(importlib.import_module(f"llorch_jax.{_LATER[name]}"), name)
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"llorch_jax.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    if not name.startswith("_") and importlib.util.find_spec(f"llorch_jax.{name}") is not None:
+        return importlib.import_module(f"llorch_jax.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__version__ = "0.1.0"
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "Beams",

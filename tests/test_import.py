@@ -1,34 +1,37 @@
-"""What importing the package costs."""
+"""What importing the package costs: nothing until a name is used, then little more than JAX itself."""
 
 import os
 import subprocess
 import sys
 
+import pytest
+
 import llorch_jax as lj
 
 ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu"}
+USE = "import llorch_jax; llorch_jax.load, llorch_jax.generate, llorch_jax.stream, llorch_jax.generate_tokens"
 
 
-def processor_seconds(module: str) -> float:
-    """Time on the processor, which other processes on the machine hardly change, of a fresh import."""
-    code = f"import time; import {module}; print(time.process_time())"
+def processor_seconds(imports: str) -> float:
+    """Time on the processor, which other processes on the machine hardly change, of fresh imports."""
+    code = f"import time; {imports}; print(time.process_time())"
     return float(subprocess.check_output([sys.executable, "-c", code], env=ENVIRONMENT))
 
 
-def test_takes_less_than_1_5_times_as_long_as_importing_jax():
-    times: dict[str, list[float]] = {"jax": [], "jax, flax.struct": [], "llorch_jax": []}
+def test_using_it_takes_little_longer_than_importing_jax_and_flax():
+    times: dict[str, list[float]] = {"import jax": [], "import jax, flax.struct": [], USE: []}
     for _ in range(9):  # the least of several, taken in turns; more of them where the machine is busy
-        for module, found in times.items():
-            found.append(processor_seconds(module))
+        for imports, found in times.items():
+            found.append(processor_seconds(imports))
         jax, with_flax, ours = map(min, times.values())
-        if len(times["jax"]) >= 3 and ours < 1.5 * jax and ours < 1.25 * with_flax:
+        if len(times["import jax"]) >= 3 and ours < 1.6 * jax and ours < 1.25 * with_flax:
             return
-    raise AssertionError(f"importing llorch_jax took {ours:.2f} s, jax {jax:.2f} s, jax with flax {with_flax:.2f} s")
+    raise AssertionError(f"llorch_jax took {ours:.2f} s to be used, jax {jax:.2f} s, jax with flax {with_flax:.2f} s")
 
 
 def test_leaves_out_what_only_the_command_line_and_tools_need():
     code = (
-        "import sys, jax, flax.struct; before = set(sys.modules); import llorch_jax;"
+        f"import sys, jax, flax.struct; before = set(sys.modules); {USE};"
         "print(*{name.split('.')[0] for name in set(sys.modules) - before}); print(*sys.modules)"
     )
     new, everything = subprocess.check_output([sys.executable, "-c", code], env=ENVIRONMENT, text=True).splitlines()
@@ -39,6 +42,17 @@ def test_leaves_out_what_only_the_command_line_and_tools_need():
     assert {"llorch_jax", "jax", "llorch_jax.text.generation"} <= set(everything.split())
 
 
+def test_imports_jax_when_a_name_is_first_used():
+    code = "import sys, llorch_jax; assert 'jax' not in sys.modules; llorch_jax.load; assert 'jax' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=True)
+
+
+def test_unknown_names_are_attribute_errors():
+    with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
+        lj.no_such_name  # noqa: B018
+
+
 def test_all_names_are_there_and_in_order():
     assert list(lj.__all__) == sorted(lj.__all__)
     assert all(hasattr(lj, name) for name in lj.__all__)
+    assert set(lj.__all__) <= set(dir(lj))
