@@ -223,11 +223,18 @@ def _attention(
     params: BlockParams, config: GPT2Config, layer: int, x: jax.Array, keeper: "_KeyValues", probe: Probe
 ) -> jax.Array:
     """Self-attention on normed x [D, M], over the cache and these tokens."""
-    heads, kv_heads = config.n_head, config.kv_heads
-    qkv = dense(params.qkv, x).reshape(heads + 2 * kv_heads, config.head_dim, *keeper.positions.shape)
-    qkv = qkv.transpose(2, 3, 0, 1)  # [B, T, N + 2K, H]
-    q, k, v = jnp.split(qkv, (heads, heads + kv_heads), axis=2)
+    q, k, v = _by_kind(dense(params.qkv, x), config, keeper.positions.shape)
     for name, value in (("q", q), ("k", k), ("v", v)):
         probe(name, layer, value)
     out = keeper.attend(layer, q, keeper.view(layer, k, v))
     return dense(params.attn_proj, out.transpose(2, 3, 0, 1).reshape(config.n_embd, -1))
+
+
+def _by_kind(qkv: jax.Array, config: GPT2Config, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [B, T, N, H], keys and values [B, T, K, H] of the projection's output [(N + 2K) * H, B * T]."""
+    queries = config.n_head // config.kv_heads
+    by_group = qkv.reshape(config.kv_heads, queries + 2, config.head_dim, *shape)
+    q = by_group[:, :queries].reshape(config.n_head, config.head_dim, *shape)
+    k = by_group[:, queries]
+    v = by_group[:, queries + 1]
+    return q.transpose(2, 3, 0, 1), k.transpose(2, 3, 0, 1), v.transpose(2, 3, 0, 1)

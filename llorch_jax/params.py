@@ -1,7 +1,8 @@
 """The parameters of a GPT-2 as a pytree of arrays.
 
 Dense weights are output-major, [out, in]: XLA's CPU backend multiplies `W[N, K] @ x[K, M]` two times faster than
-`x @ W` for the few columns M of a decode step. A block's query, key and value projections are the rows of one matrix.
+`x @ W` for the few columns M of a decode step. A block's query, key and value projections are the rows of one matrix,
+ordered by key/value head, so that a device that has some of the heads has consecutive rows.
 """
 
 from typing import Any
@@ -20,7 +21,8 @@ class BlockParams:
 
     Attributes:
         ln_1: norm before attention.
-        qkv: [(N + 2K) * H, D]; rows are all query heads, then all key heads, then all value heads.
+        qkv: [(N + 2K) * H, D]; for each key/value head in turn the rows of the N / K query heads that look at it, its
+            key, and its value.
         attn_proj: [D, N * H].
         ln_2: norm before the feed-forward layer.
         fc: [inner, D].

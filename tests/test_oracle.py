@@ -30,13 +30,14 @@ def oracle(params, config, row):
     allowed = (slot <= query) & (slot > query - (config.sliding_window or count))
     owned = {}
     for layer, block in enumerate(params.blocks):
-        qkv = dense(block.qkv, norm(block.ln_1, x, config.layer_norm_epsilon)).reshape(count, -1, width)
-        owned[layer] = qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :]
+        qkv = dense(block.qkv, norm(block.ln_1, x, config.layer_norm_epsilon)).reshape(count, kv_heads, -1, width)
+        owned[layer] = qkv[:, :, -2], qkv[:, :, -1]
+        q = qkv[:, :, :-2].reshape(count, heads, width)
         k, v = owned[config.kv_sharing[layer] if config.kv_sharing else layer]
         out = np.zeros((count, heads, width))
         for head in range(heads):
             group = head * kv_heads // heads
-            scores = np.where(allowed, qkv[:, head] @ k[:, group].T * config.attention_scale(layer), -np.inf)
+            scores = np.where(allowed, q[:, head] @ k[:, group].T * config.attention_scale(layer), -np.inf)
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             out[:, head] = weights / weights.sum(-1, keepdims=True) @ v[:, group]
         x = x + dense(block.attn_proj, out.reshape(count, -1))

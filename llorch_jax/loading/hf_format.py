@@ -22,30 +22,37 @@ class StoredTensor:
     Attributes:
         name: Hugging Face's, without the `transformer.` prefix.
         shape: as stored.
-        transposed: it is stored as [in, out].
-        interleaved: number of heads where the rows run head by head, each with its query, key and value; otherwise 1,
-            and all queries come first, then all keys, then all values.
+        transposed: whether it is stored as [in, out].
+        heads: the stored heads in the order of the parameter's rows; empty where the order is the same.
     """
 
     name: str
     shape: tuple[int, ...]
     transposed: bool = False
-    interleaved: int = 1
+    heads: tuple[int, ...] = ()
 
     def to_param(self, stored: np.ndarray) -> np.ndarray:
         """The parameter, as `Params` holds it, of the stored array; a view of it where that is possible."""
-        array = stored.T if self.transposed else stored
-        if self.interleaved == 1:
-            return array
-        by_head = array.reshape(self.interleaved, 3, -1, *array.shape[1:])
-        return by_head.swapaxes(0, 1).reshape(array.shape)
+        ordered = _with_heads(stored, self.heads, self._out_axis)
+        return ordered.T if self.transposed else ordered
 
     def from_param(self, param: np.ndarray) -> np.ndarray:
         """The inverse of `to_param`."""
-        if self.interleaved > 1:
-            by_kind = param.reshape(3, self.interleaved, -1, *param.shape[1:])
-            param = by_kind.swapaxes(0, 1).reshape(param.shape)
-        return param.T if self.transposed else param
+        stored = param.T if self.transposed else param
+        return _with_heads(stored, tuple(np.argsort(self.heads)), self._out_axis)
+
+    @property
+    def _out_axis(self) -> int:
+        return len(self.shape) - 1 if self.transposed else 0
+
+
+def _with_heads(array: np.ndarray, order: tuple[int, ...], axis: int) -> np.ndarray:
+    """An array whose axis is made of equal parts, one per head, with these parts in another order."""
+    if not order:
+        return array
+    before, after = array.shape[:axis], array.shape[axis + 1 :]
+    by_head = array.reshape(*before, len(order), -1, *after)
+    return by_head.take(order, axis).reshape(array.shape)
 
 
 def family_of(config: GPT2Config) -> str:
@@ -76,8 +83,9 @@ def hf_fields(config: GPT2Config, family: str, dtype: str) -> dict[str, Any]:
 def stored_tensors(config: GPT2Config, family: str) -> Params:
     """`Params` with a `StoredTensor` in place of each array.
 
-    GPT-BigCode stores dense weights as [out, in] (Linear), the other families as [in, out] (Conv1D). GPT-BigCode
-    without multi-query attention interleaves query, key and value rows.
+    GPT-BigCode stores dense weights as [out, in] (Linear), the other families as [in, out] (Conv1D). Its query, key
+    and value rows are ordered by key/value head, as `Params` has them; the others store all queries, all keys, then
+    all values.
     """
     vocab = (config.vocab_size, config.n_embd)
     return Params(
@@ -92,7 +100,7 @@ def stored_tensors(config: GPT2Config, family: str) -> Params:
 def _block(config: GPT2Config, linear: bool, name: str) -> BlockParams:
     width, inner = config.n_embd, config.inner_dim
     qkv_rows = (config.n_head + 2 * config.kv_heads) * config.head_dim
-    heads = config.n_head if linear and config.kv_heads == config.n_head else 1
+    heads = () if linear else _grouped_heads(config)
     return BlockParams(
         ln_1=_norm(f"{name}.ln_1", width),
         qkv=_dense(f"{name}.attn.c_attn", qkv_rows, width, linear, heads),
@@ -103,6 +111,18 @@ def _block(config: GPT2Config, linear: bool, name: str) -> BlockParams:
     )
 
 
+def _grouped_heads(config: GPT2Config) -> tuple[int, ...]:
+    """Heads of [queries, keys, values] in the order of `BlockParams.qkv`; empty where that is the same."""
+    first_key = config.n_head
+    first_value = config.n_head + config.kv_heads
+    queries = config.n_head // config.kv_heads
+    order: list[int] = []
+    for group in range(config.kv_heads):
+        order += range(group * queries, (group + 1) * queries)
+        order += (first_key + group, first_value + group)
+    return () if order == sorted(order) else tuple(order)
+
+
 def _stored(*arguments: Any, **settings: Any) -> Any:
     return StoredTensor(*arguments, **settings)  # typed Any because the fields of `Params` are declared as arrays
 
@@ -111,9 +131,9 @@ def _norm(name: str, width: int) -> Norm:
     return Norm(weight=_stored(f"{name}.weight", (width,)), bias=_stored(f"{name}.bias", (width,)))
 
 
-def _dense(name: str, rows: int, columns: int, linear: bool, interleaved: int = 1) -> Dense:
+def _dense(name: str, rows: int, columns: int, linear: bool, heads: tuple[int, ...] = ()) -> Dense:
     shape = (rows, columns) if linear else (columns, rows)
     return Dense(
-        weight=_stored(f"{name}.weight", shape, transposed=not linear, interleaved=interleaved),
-        bias=_stored(f"{name}.bias", (rows,), interleaved=interleaved),
+        weight=_stored(f"{name}.weight", shape, transposed=not linear, heads=heads),
+        bias=_stored(f"{name}.bias", (rows,), heads=heads),
     )

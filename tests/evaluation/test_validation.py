@@ -76,8 +76,10 @@ class TestIntermediates:
         embedded = np.asarray(params.wte)[TOKENS] + np.asarray(params.wpe)[:6]
         close(captured["01_ln_1"], layer_norm(block.ln_1, embedded))
         qkv = affine(block.qkv, captured["01_ln_1"])
-        for name, part in zip(("02_q", "02_k", "02_v"), np.split(qkv, [32, 48], axis=-1), strict=True):
-            close(captured[name].reshape(part.shape), part)
+        by_group = qkv.reshape(2, 6, 2, 4, 8)  # 2 key/value heads, each with 2 query heads, its key and its value
+        close(captured["02_q"], by_group[..., :2, :].reshape(2, 6, 4, 8))
+        close(captured["02_k"], by_group[..., 2, :])
+        close(captured["02_v"], by_group[..., 3, :])
         k, v = (np.repeat(captured[name], 2, axis=2) for name in ("02_k", "02_v"))  # heads 0, 1 look at kv head 0
         close(captured["04_scores_unmasked"], np.einsum("BTNH,BSNH->BNTS", captured["02_q"], k) / np.sqrt(8))
         past = np.broadcast_to(np.tril(np.ones((6, 6), bool)), (2, 4, 6, 6))

@@ -66,15 +66,33 @@ def test_params_have_their_own_shapes(family, kv_heads):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("interleaved", [1, 2, 3])
-def test_from_param_inverts_to_param(transposed, interleaved):
+@pytest.mark.parametrize("heads", [(), (1, 0), (2, 0, 1), (0, 3, 5, 1, 2, 4)])
+def test_from_param_inverts_to_param(transposed, heads):
     shape = (5, 18) if transposed else (18, 5)
-    tensor = StoredTensor("w", shape, transposed, interleaved)
+    tensor = StoredTensor("w", shape, transposed, heads)
     stored = np.arange(90).reshape(shape)
     np.testing.assert_array_equal(tensor.from_param(tensor.to_param(stored)), stored)
 
 
-def test_interleaved_rows_are_sorted_by_kind():
-    rows = [f"{kind}{head}{row}" for head in range(2) for kind in "qkv" for row in range(3)]
-    sorted_rows = StoredTensor("b", (18,), interleaved=2).to_param(np.array(rows))
-    assert sorted_rows.tolist() == [f"{kind}{head}{row}" for kind in "qkv" for head in range(2) for row in range(3)]
+@pytest.mark.parametrize("field", ["weight", "bias"])
+@pytest.mark.parametrize(
+    ("kv_heads", "expected"),
+    [
+        (4, ["q0", "k0", "v0", "q1", "k1", "v1", "q2", "k2", "v2", "q3", "k3", "v3"]),
+        (2, ["q0", "q1", "k0", "v0", "q2", "q3", "k1", "v1"]),
+        (1, ["q0", "q1", "q2", "q3", "k0", "v0"]),
+    ],
+)
+def test_rows_of_queries_keys_and_values_are_ordered_by_key_value_head(field, kv_heads, expected):
+    config = GPT2Config(**TINY, num_kv_heads=kv_heads)
+    tensor = getattr(stored_tensors(config, "llorch_gpt2").blocks[0].qkv, field)
+    heads = [f"{kind}{head}" for kind, count in (("q", 4), ("k", kv_heads), ("v", kv_heads)) for head in range(count)]
+    stored = np.broadcast_to(np.repeat(heads, config.head_dim), tensor.shape)
+    rows = tensor.to_param(stored).reshape(len(expected), config.head_dim, -1)
+    np.testing.assert_array_equal(rows, np.broadcast_to(np.array(expected)[:, None, None], rows.shape))
+
+
+def test_gpt_bigcode_stores_them_in_that_order():
+    for kv_heads in (1, 4):
+        qkv = stored_tensors(GPT2Config(**TINY, num_kv_heads=kv_heads), "gpt_bigcode").blocks[0].qkv
+        assert qkv.weight.heads == qkv.bias.heads == ()
