@@ -68,6 +68,7 @@ def attention_scores(q: jax.Array, k: jax.Array, scale: float) -> jax.Array:
     return jnp.einsum("BTKGH,BKSH->BKGTS", grouped, k.astype(jnp.float32), precision=EXACT) * scale
 
 
+@jax.named_scope("attention")
 def attend(
     q: jax.Array,
     view: KVView,

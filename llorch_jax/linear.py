@@ -119,11 +119,13 @@ def take_rows(weight: Matrix, ids: jax.Array) -> jax.Array:
     return rows.reshape(*ids.shape, weight.shape[1])
 
 
+@jax.named_scope("dense")
 def dense(params: Dense, x: jax.Array) -> jax.Array:
     """`weight @ x + bias` on x [in, M]: float32 [out, M]."""
     return matmul(params.weight, x) + params.bias[:, None]
 
 
+@jax.named_scope("norm")
 def layer_norm(params: Norm, x: jax.Array, epsilon: float) -> jax.Array:
     """Layer norm (Ba et al. 2016) of each column of x [D, M], with the biased variance."""
     centred = x - jnp.mean(x, axis=0, keepdims=True)

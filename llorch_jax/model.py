@@ -167,7 +167,8 @@ class _KeyValues:
         if self.cache is None:
             view = KVView(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), self.positions[:1])
         else:
-            self.cache, view = self.cache.append(layer, k, v, self.count)
+            with jax.named_scope("cache_read"):
+                self.cache, view = self.cache.append(layer, k, v, self.count)
         self.views[layer] = view
         return view
 
@@ -176,11 +177,13 @@ class _KeyValues:
         scale, window = self.config.attention_scale(block), self.config.sliding_window
         voters = None if self.cache is None else self.cache.voters(q.shape[1], self.count)
         if voters is not None:
-            mass = attention_mass(q, view, self.positions, scale, window, voters)
-            self.cache = self.cache.observe(self.config.cache_layer(block), mass)
+            with jax.named_scope("cache_update"):
+                mass = attention_mass(q, view, self.positions, scale, window, voters)
+                self.cache = self.cache.observe(self.config.cache_layer(block), mass)
         return attend(q, view, self.positions, scale, window, self.start)
 
 
+@jax.named_scope("embedding")
 def embed(params: Params, tokens: jax.Array, positions: jax.Array) -> jax.Array:
     """Token plus position embeddings, [D, M]. Positions of padding may lie past the last one: any row serves."""
     words = take_rows(params.wte, tokens.reshape(-1))
@@ -188,6 +191,7 @@ def embed(params: Params, tokens: jax.Array, positions: jax.Array) -> jax.Array:
     return (words + places).T
 
 
+@jax.named_scope("logits")
 def output_logits(params: Params, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Logits float32 [*shape, V] of hidden states [D, M], M the product of `shape`."""
     projection = params.output_projection

@@ -75,7 +75,8 @@ class KVCache(abc.ABC):
 
     def append(self, layer: int, k: jax.Array, v: jax.Array, count: Any = None) -> tuple[Self, KVView]:
         """`update` without checks, and what the queries of these T tokens may look at."""
-        cache = self._write(layer, k, v, count)
+        with jax.named_scope("cache_update"):
+            cache = self._write(layer, k, v, count)
         return cache, cache.read(layer)
 
     @abc.abstractmethod

@@ -144,7 +144,8 @@ class QuantizedCache(KVCache):
         They see the `residual` newest tokens, these included, and all of these tokens exactly, and rounded what is
         older. The codes are written before they are read: XLA would copy the buffers otherwise.
         """
-        cache = self._write(layer, k, v, count)
+        with jax.named_scope("cache_update"):
+            cache = self._write(layer, k, v, count)
         view = cache.read(layer)
         if k.shape[1] > self.residual:  # else the ring holds them
             count = _counts(self.lengths, k, count)

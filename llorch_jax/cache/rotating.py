@@ -118,7 +118,8 @@ class RotatingCache(KVCache):
 
         The first of them still look at old tokens that the last of them overwrite.
         """
-        cache = self._write(layer, k, v, count)
+        with jax.named_scope("cache_update"):
+            cache = self._write(layer, k, v, count)
         if k.shape[1] == 1:
             return cache, cache.read(layer)
         old = self.read(layer)

@@ -94,6 +94,7 @@ def _feed(
     return out.logits, out.cache
 
 
+@jax.named_scope("sampling")
 def _choose(
     policy: Policy, logits: jax.Array, finished: jax.Array, cache: Cache, history: Any, memory: Any
 ) -> DecodeState:
