@@ -28,6 +28,7 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
 

@@ -78,7 +78,7 @@ class Tokenizer:
 
     @property
     def eos_id(self) -> int | None:
-        """Id of `<|endoftext|>`, or None; a model that ends its texts otherwise says so in `config.eos_token_id`."""
+        """Id of `<|endoftext|>`, or None; a model that ends its texts otherwise says so in `config.eos_ids`."""
         return self.token_to_id(END_OF_TEXT)
 
     def token_to_id(self, token: str) -> int | None:

@@ -124,7 +124,7 @@ def test_configs_are_hashable_values():
         ("n_head", 7),
         ("num_kv_heads", 5),
         ("num_kv_heads", 24),
-        ("activation_function", "swish"),
+        ("activation_function", "mish"),
         ("activation_function", None),
         ("layer_norm_epsilon", 0),
         ("layer_norm_epsilon", -1e-5),
@@ -138,9 +138,11 @@ def test_configs_are_hashable_values():
         ("kv_sharing", (0,)),
         ("kv_sharing", [*range(12), 0]),
         ("kv_sharing", "000000000000"),
-        ("bos_token_id", 50257),
-        ("eos_token_id", -1),
-        ("eos_token_id", [50256]),
+        ("bos_token_id", "50256"),
+        ("bos_token_id", True),
+        ("bos_token_id", (50256,)),
+        ("eos_token_id", 1.0),
+        ("eos_token_id", (0, "1")),
     ],
 )
 def test_an_impossible_value_is_an_error_that_names_the_field(field, value):
@@ -203,12 +205,87 @@ def test_special_ids_default_to_gpt2s_only_in_its_vocabulary():
 
 
 @pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (-1, None),
+        (97, None),
+        (2**70, None),
+        ([], None),
+        ([5], 5),
+        ([5, 7], (5, 7)),
+        ([7, 5, 7], (7, 5)),
+        ([-1, 5, 97], 5),
+        ([-1, 97], None),
+    ],
+)
+def test_special_ids_outside_the_vocabulary_count_as_none(given, expected):
+    config = GPT2Config.from_hf_dict({"vocab_size": 97, "eos_token_id": given})
+    assert config.eos_token_id == expected
+    if not isinstance(given, list):
+        assert GPT2Config.from_hf_dict({"vocab_size": 97, "bos_token_id": given}).bos_token_id is None
+
+
+@pytest.mark.parametrize(("given", "ids"), [(None, ()), (0, (0,)), ((4, 2), (4, 2))])
+def test_ids_that_end_a_text_are_a_tuple(given, ids):
+    config = GPT2Config(vocab_size=5, eos_token_id=given)
+    assert config.eos_ids == ids
+    hash(config)
+
+
+@pytest.mark.parametrize("ids", [5, -1, (), (4, 5), [4]])
+def test_the_constructor_refuses_ids_outside_the_vocabulary(ids):
+    with pytest.raises(ConfigError, match=r"^eos_token_id: expected null or an id below vocab_size=5"):
+        GPT2Config(vocab_size=5, eos_token_id=ids)
+    with pytest.raises(ConfigError, match=r"^bos_token_id: expected null or an id below vocab_size=5"):
+        GPT2Config(vocab_size=5, bos_token_id=ids)
+
+
+def test_transformers_common_names_are_understood():
+    names = {"hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 3, "max_position_embeddings": 32}
+    config = GPT2Config.from_hf_dict(names)
+    assert (config.n_embd, config.n_head, config.n_layer, config.n_positions) == (48, 6, 3, 32)
+    assert GPT2Config.from_hf_dict({**names, "n_embd": 48, "n_ctx": 99}) == config
+    for name, own in (("hidden_size", "n_embd"), ("num_attention_heads", "n_head")):
+        with pytest.raises(ConfigError, match=rf"^{name}: contradicts {own}=12, got "):
+            GPT2Config.from_hf_dict({**names, own: 12})
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("swish", "silu"),
+        ("gelu_python", "gelu"),
+        ("gelu_fast", "gelu_new"),
+        ("gelu_accurate", "gelu_new"),
+        ("gelu_python_tanh", "gelu_pytorch_tanh"),
+        *((name, name) for name in ACTIVATIONS),
+    ],
+)
+def test_activations_under_transformers_other_names(name, own):
+    assert GPT2Config.from_hf_dict({"activation_function": name}).activation_function == own
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"_commit_hash": "0123", "_attn_implementation_internal": "sdpa"},
+        {"pad_token_id": -1, "unk_token_id": 0, "decoder_start_token_id": None},
+        {"attn_implementation": "eager", "name_or_path": "gpt2", "max_new_tokens": 3, "hidden_dropout": 0.1},
+        {"per_layer_config": None, "quantization_config": None},
+    ],
+)
+def test_bookkeeping_fields_are_ignored(fields):
+    assert GPT2Config.from_hf_dict(fields) == GPT2Config.from_hf_dict({})
+
+
+@pytest.mark.parametrize(
     ("fields", "named"),
     [
         ({"model_type": "llama"}, "model_type"),
         ({"model_type": None}, "model_type"),
         ({"n_lair": 2}, "n_lair"),
-        ({"n_ctx": 512, "n_positions": 1024}, "n_ctx"),
+        ({"n_ctx": 0}, "n_positions"),
+        ({"per_layer_config": {"0": {"n_head": 1}}}, "per_layer_config"),
         ({"add_cross_attention": True}, "add_cross_attention"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"pruned_heads": {"0": [1]}}, "pruned_heads"),
@@ -223,9 +300,15 @@ def test_fields_that_cannot_be_followed_are_errors_that_name_them(fields, named)
         GPT2Config.from_hf_dict(fields)
 
 
-def test_agreeing_aliases_are_no_contradiction():
+def test_the_number_of_positions_is_n_ctx_only_where_nothing_else_says_it():
     assert GPT2Config.from_hf_dict({"n_ctx": 512}).n_positions == 512
-    assert GPT2Config.from_hf_dict({"n_ctx": 512, "n_positions": 512, "pruned_heads": {}}).n_positions == 512
+    assert GPT2Config.from_hf_dict({"n_ctx": 512, "n_positions": None}).n_positions == 512
+    for other in (64, 2048, None, "many"):  # transformers has not read it since its version 4
+        assert GPT2Config.from_hf_dict({"n_ctx": other, "n_positions": 512}).n_positions == 512
+
+
+def test_agreeing_aliases_are_no_contradiction():
+    assert GPT2Config.from_hf_dict({"pruned_heads": {}, "num_attention_heads": 12}).n_head == 12
     assert GPT2Config.from_hf_dict({"multi_query": False, "n_head": 4}).kv_heads == 4
 
 
@@ -250,5 +333,6 @@ def test_a_config_survives_the_way_through_json(heads, head_dim, activation, inn
         activation_function=activation,
         n_inner=inner,
         sliding_window=window,
+        eos_token_id=data.draw(st.sampled_from([None, 0, 10, (3, 4)])),
     )
     assert GPT2Config.from_hf_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config

@@ -1,11 +1,16 @@
 """The model and every lossless cache against GPT-2 in plain NumPy and float64, over random configurations."""
 
+import math
+
+import jax.numpy as jnp
 import numpy as np
 from cache_cases import any_configs, assert_close, feed, in_chunks, make_batch, make_params, uncached
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llorch_jax import model
 from llorch_jax.cache.layouts import make_cache
+from llorch_jax.config import ACTIVATIONS
 
 
 def norm(params, x, epsilon):
@@ -56,3 +61,22 @@ def test_any_model_with_any_lossless_cache(config, spec):
         expected = oracle(make_params(config), config, batch.tokens[row, :length])
         assert_close(plain[row, :length], expected, tolerance=1e-4)  # narrow models are ill-conditioned
         assert_close(cached[row, length - 3 : length], expected[-3:], tolerance=1e-4)
+
+
+FORMULAS = {
+    "gelu_new": gelu,
+    "gelu_pytorch_tanh": gelu,
+    "gelu": lambda x: 0.5 * x * (1 + np.vectorize(math.erf)(x / np.sqrt(2))),
+    "relu": lambda x: np.maximum(x, 0),
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "tanh": np.tanh,
+    "quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x)),
+}
+
+
+def test_activations_are_their_formulas():
+    assert set(FORMULAS) == set(ACTIVATIONS)
+    x = np.linspace(-6, 6, 49)
+    for name, formula in FORMULAS.items():
+        given = model._ACTIVATIONS[name](jnp.asarray(x, jnp.float32))
+        np.testing.assert_allclose(given, formula(x), atol=2e-6, err_msg=name)

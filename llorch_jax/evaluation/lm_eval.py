@@ -119,11 +119,12 @@ class HarnessModel:
         temperature = settings.get("temperature", 1.0) if settings.get("do_sample") else 0.0
         sampler = make_sampler(temperature, top_k=settings.get("top_k"), top_p=settings.get("top_p"))
         ids = (self._tokenizer.encode(context) or [self._first()])[-(self.max_length - limit) :]
-        eos_id, decoder, text = self.model.config.eos_token_id, self._tokenizer.stream(), ""
+        eos_ids = self.model.config.eos_ids
+        decoder, text = self._tokenizer.stream(), ""
         for token in stream_tokens(
-            self.model.params, self.model.config, [ids], limit, sampler=sampler, key=key, eos_id=eos_id
+            self.model.params, self.model.config, [ids], limit, sampler=sampler, key=key, eos_id=eos_ids
         ):
-            if int(token[0]) == eos_id:
+            if int(token[0]) in eos_ids:
                 break
             text += decoder.push(int(token[0]))
             if any(stop in text for stop in stops):

@@ -89,7 +89,7 @@ def choices(model: Model, prefix: str, continuations: Sequence[str]) -> list[Cho
 
 def first_token(config: GPT2Config) -> int | None:
     """What stands before a text that has nothing before it: begin-of-text, else end-of-text, else None."""
-    return config.eos_token_id if config.bos_token_id is None else config.bos_token_id
+    return next(iter(config.eos_ids), None) if config.bos_token_id is None else config.bos_token_id
 
 
 def encode_pair(tokenizer: Tokenizer, prefix: str, continuation: str, first: int | None) -> tuple[list[int], list[int]]:

@@ -25,6 +25,7 @@ from llorch_jax.loading.hf_format import (
 from llorch_jax.loading.safetensors_files import (
     CONFIG,
     DTYPES,
+    GENERATION_CONFIG,
     WEIGHTS,
     Entry,
     cast,
@@ -90,15 +91,23 @@ def load(
 def load_config(directory: PathLike) -> GPT2Config:
     """The configuration in a directory's `config.json`.
 
+    The ids in its `generation_config.json`, where it has one, come before those of `config.json`, as in transformers.
+    Of that file nothing else is read: the settings of sampling are those that are passed to `generate`.
+
     Raises:
-        CheckpointError: the file is missing or not JSON.
+        CheckpointError: a file is missing or not JSON.
         ConfigError: it describes a model that this package does not run.
     """
     path = Path(directory) / CONFIG
+    fields = _read_config(path)
+    generation = Path(directory) / GENERATION_CONFIG
+    ids = read_json(generation) if generation.exists() else {}
+    ids = {name: ids[name] for name in ("bos_token_id", "eos_token_id") if ids.get(name) is not None}
     try:
-        return GPT2Config.from_hf_dict(_read_config(path))
+        return GPT2Config.from_hf_dict({**fields, **ids})
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        blamed = generation if str(error).partition(":")[0] in ids else path
+        raise ConfigError(f"{blamed}: {error}") from None
 
 
 def load_params(

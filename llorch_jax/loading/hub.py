@@ -5,11 +5,12 @@ import re
 from pathlib import Path
 
 from llorch_jax.errors import CheckpointError
-from llorch_jax.loading.safetensors_files import INDEX, WEIGHTS
+from llorch_jax.loading.safetensors_files import CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS
 
 # What is fetched: no pickled weights, no other frameworks' files, nothing from folders such as onnx/.
 PATTERNS = (
-    "config.json",
+    CONFIG,
+    GENERATION_CONFIG,
     "model*.safetensors",
     INDEX,
     "tokenizer.json",

@@ -20,6 +20,7 @@ from llorch_jax.errors import CheckpointError
 from llorch_jax.loading.hf_format import EMBEDDING, HEAD, StoredTensor
 
 CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {  # name -> NumPy's dtype

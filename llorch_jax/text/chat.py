@@ -160,7 +160,7 @@ class Chat:
         held = int(np.asarray(self.cache.lengths)[0])
         missing = np.array([self.tokens[held:]], np.int32)
         self.stats["prefilled"] = missing.shape[1]
-        key, eos_id = jax.random.key(self._seed), self.model.config.eos_token_id
+        key, eos_id = jax.random.key(self._seed), self.model.config.eos_ids
         request = prepare(self.model.config, missing, limit, self.cache, None, self._sampler, key, eos_id)
         if request.history is not None:  # of the whole text, not of this turn only
             whole, size = np.array([self.tokens], np.int32), bucket(len(self.tokens) + limit)

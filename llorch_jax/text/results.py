@@ -103,8 +103,7 @@ def prompt_list(prompt: str | list[str]) -> list[str]:
 
 def ending_of(model: Model, stop: str | Sequence[str] | None, stop_ids: Sequence[int]) -> Ending:
     """By the model's own end-of-text id, and these."""
-    own = () if model.config.eos_token_id is None else (model.config.eos_token_id,)
-    return Ending(tuple(dict.fromkeys((*own, *stop_ids))), check_stops(stop))
+    return Ending(tuple(dict.fromkeys((*model.config.eos_ids, *stop_ids))), check_stops(stop))
 
 
 def key_of_seed(seed: int) -> jax.Array:

@@ -77,7 +77,7 @@ def _draw(
     ids = tokenizer_of(model).encode(prompt)
     if not ids:
         raise TokenError("prompt: expected at least one token, got an empty text")
-    config, eos_id = model.config, model.config.eos_token_id
+    config, eos_id = model.config, model.config.eos_ids
     # A cache for all rows of which one is taken: a paged one then has pages for all.
     empty = fit_cache(config, cache, count, min(len(ids) + max(max_new_tokens, 1) - 1, config.n_positions))
     single = empty.select(np.zeros(1, np.int32))

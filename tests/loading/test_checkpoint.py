@@ -188,7 +188,7 @@ def test_progress_counts_bytes_to_the_end(tmp_path):
         {},
         {"tie_word_embeddings": False, "n_inner": 50, "activation_function": "relu"},
         {"num_kv_heads": 1},
-        {"num_kv_heads": 1, "tie_word_embeddings": False, "eos_token_id": 3},
+        {"num_kv_heads": 1, "tie_word_embeddings": False, "eos_token_id": (3, 5)},
         {"num_kv_heads": 2},
         {"sliding_window": 3, "tie_word_embeddings": False},
         {"kv_sharing": (0, 0), "num_kv_heads": 1},
@@ -289,6 +289,32 @@ def test_config_errors_name_the_file(tmp_path):
         load_params(tmp_path, GPT2Config(**TINY))
 
 
+@pytest.mark.parametrize(
+    ("generation", "bos", "eos"),
+    [
+        ({"eos_token_id": [3, 5], "temperature": 0.5}, 1, (3, 5)),
+        ({"bos_token_id": 0, "eos_token_id": None}, 0, 2),
+        ({"eos_token_id": 99}, 1, None),
+        ({}, 1, 2),
+    ],
+)
+def test_ids_of_the_generation_configuration_come_first(tmp_path, generation, bos, eos):
+    write(tmp_path, bos_token_id=1, eos_token_id=2)
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    config = load(tmp_path).config
+    assert (config.bos_token_id, config.eos_token_id) == (bos, eos)
+
+
+def test_errors_of_the_generation_configuration_name_it(tmp_path):
+    write(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "2"}')
+    with pytest.raises(ConfigError, match=r"generation_config\.json: eos_token_id: expected null or an id"):
+        load(tmp_path)
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: expected JSON"):
+        load(tmp_path)
+
+
 def test_params_of_another_configuration_are_an_error(tmp_path):
     write(tmp_path)
     with pytest.raises(
@@ -298,7 +324,7 @@ def test_params_of_another_configuration_are_an_error(tmp_path):
 
 
 def test_demo_is_the_embedded_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "checkpoint.py"))
+    monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "loading" / "checkpoint.py"))
     with pytest.raises(CheckpointError, match=r"demo: this installation lacks the model.*install it again"):
         load("demo")
     write(tmp_path / "assets" / "demo")

@@ -117,6 +117,17 @@ class TestEndOfText:
         assert (early.text, len(early.token_ids), len(early.logprobs)) == ("!", 2, 2)
         assert len(late.token_ids) == len(never.token_ids) == 10
 
+    def test_any_of_the_models_ids_will_do(self, reciting):
+        first = reciting.tokenizer.encode(TEXT[1])[2]
+        several = dataclasses.replace(reciting.config, eos_token_id=(tiny.END_OF_TEXT, first))
+        model = dataclasses.replace(reciting, config=several)
+        out = lj.generate(model, TEXT[0], max_new_tokens=10)
+        assert (len(out.token_ids), out.stop_reason) == (3, first)
+        pieces = list(lj.stream(model, TEXT[0], max_new_tokens=10))
+        assert (len(pieces), pieces[-1].stop_reason) == (3, first)
+        out = lj.generate(model, TEXT[:-1], max_new_tokens=10)
+        assert (out.text, out.stop_reason) == ("!", tiny.END_OF_TEXT)
+
     def test_a_model_without_one_goes_on(self, reciting):
         endless = dataclasses.replace(reciting, config=dataclasses.replace(reciting.config, eos_token_id=None))
         out = lj.generate(endless, TEXT[:-1], max_new_tokens=5)
