@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test thorough lint types bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/llorch-jax generate "Once upon a time" --max-new-tokens 120 --temperature 0.8 --top-k 50 --seed 46 --timings
 
 test: lint types
 	$(BIN)/python -m pytest -n 2 --dist loadscope
+
+# Hours rather than minutes: new examples in every run, whole soaks, programs compiled as users' are (tests/profiles.py).
+thorough: lint types
+	LLORCH_TESTS=thorough $(BIN)/python -m pytest -n 2 --dist loadscope
 
 lint: $(VENV)/tools
 	$(BIN)/ruff check .

@@ -1,9 +1,15 @@
-"""Strict JAX settings for every test."""
+"""Strict JAX settings for every test, and what keeps the suite's time and memory within bounds."""
 
+import ctypes
+import gc
 import os
-from pathlib import Path
+import sys
+
+import profiles
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the network
+if not profiles.THOROUGH:
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {profiles.QUICK_XLA_FLAGS}".strip()
 
 import jax
 import pytest
@@ -11,15 +17,21 @@ from hypothesis import settings
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+settings.load_profile("thorough" if profiles.THOROUGH else "quick")
 
-settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
-settings.load_profile("default")
+
+def pytest_configure(config):
+    """Compiled programs are kept in pytest's cache, shared by workers and runs (`--cache-clear` empties it)."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("programs")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_memory_maps():
-    """Drops compiled programs before there are too many: each has memory maps, and Linux allows a process 65,530."""
+def programs_of_one_module():
+    """Drops compiled programs after each module: those of all modules take gigabytes and too many memory maps."""
     yield
-    maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 15_000:
-        jax.clear_caches()
+    jax.clear_caches()
+    gc.collect()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # glibc keeps freed memory to itself otherwise

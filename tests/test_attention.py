@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 
 from llorch_jax import attention
 from llorch_jax.attention import KVView
@@ -24,7 +25,7 @@ def plain(q, k, v, positions, slots, scale, window):
     return out
 
 
-@settings(max_examples=12)
+@examples(12)
 @given(st.data())
 def test_attention_equals_numpy(data):
     batch, kv_heads, groups = (data.draw(st.integers(1, 3)) for _ in range(3))

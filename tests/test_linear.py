@@ -3,13 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 
 from llorch_jax.linear import matmul
 
 
-@settings(max_examples=8)
+@examples(8)
 @given(rows=st.integers(1, 9), width=st.integers(1, 9), columns=st.integers(1, 3), half=st.booleans())
 def test_products_equal_numpy(rows, width, columns, half):
     weight = jax.random.normal(jax.random.key(rows), (rows, width), jnp.bfloat16 if half else jnp.float32)

@@ -5,8 +5,9 @@ import math
 import jax.numpy as jnp
 import numpy as np
 from cache_cases import any_configs, assert_close, feed, in_chunks, make_batch, make_params, uncached
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 
 from llorch_jax import model
 from llorch_jax.cache.layouts import make_cache
@@ -50,7 +51,7 @@ def oracle(params, config, row):
     return norm(params.ln_f, x, config.layer_norm_epsilon) @ np.asarray(params.output_projection, np.float64).T
 
 
-@settings(max_examples=5)
+@examples(5)
 @given(config=any_configs(), spec=st.sampled_from(["static", "dynamic", "paged:4", "rotating:14+3", "h2o:20"]))
 def test_any_model_with_any_lossless_cache(config, spec):
     batch = make_batch([16, 7], seed=3)

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 from tokenizers import decoders, models, pre_tokenizers
 
 import llorch_jax.tokenizer
@@ -186,7 +187,7 @@ def test_stream_equals_decode(ids: list[int], skip: bool) -> None:
     assert streamed(GPT2, ids, skip_special_tokens=skip) == GPT2.decode(ids, skip_special_tokens=skip)
 
 
-@settings(max_examples=500)
+@examples(500)
 @given(st.lists(st.sampled_from([*range(94, 256), 0, 50256])))  # mostly single bytes beyond ASCII, seldom valid UTF-8
 def test_stream_equals_decode_on_invalid_bytes(ids: list[int]) -> None:
     assert streamed(GPT2, ids) == GPT2.decode(ids)
@@ -229,7 +230,7 @@ def test_stream_equals_decode_for_other_tokenizers(name: str) -> None:
     size = tokenizer.vocab_size
     tail = st.integers(max(0, size - 12), size - 1)  # where the words and the added tokens are
 
-    @settings(max_examples=200)
+    @examples(200)
     @given(st.lists(st.integers(0, size - 1) | tail), st.booleans())
     def check(ids: list[int], skip: bool) -> None:
         assert streamed(tokenizer, ids, skip_special_tokens=skip) == tokenizer.decode(ids, skip_special_tokens=skip)

@@ -22,8 +22,9 @@ from cache_cases import (
     splits,
     uncached,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 
 from llorch_jax.buckets import bucket
 from llorch_jax.cache.dynamic import DynamicCache
@@ -56,7 +57,7 @@ def test_starts_small_and_has_the_limit_as_its_capacity():
     assert DynamicCache.init(CONFIGS[0], initial=999).slots == POSITIONS
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(st.data(), batches(sizes=(3,)))
 def test_logits_do_not_depend_on_growth(data, batch):
     chunks = data.draw(splits(batch.lengths, widths=(1, 16)))

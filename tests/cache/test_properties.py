@@ -20,8 +20,9 @@ from cache_cases import (
     splits,
     uncached,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 
 from llorch_jax.cache.layouts import make_cache
 from llorch_jax.cache.operations import concat, convert, fork, split
@@ -73,7 +74,7 @@ def check_continuation(cache, batch, start):
 
 
 @every_strategy
-@settings(max_examples=5)
+@examples(5)
 @given(data=st.data(), config=configs((PLAIN, SHARING)), batch=batches(sizes=(3,)))
 def test_logits_equal_those_of_the_static_cache_and_without_any(strategy, data, config, batch):
     chunks = data.draw(splits(batch.lengths, widths=WIDTHS))
@@ -95,7 +96,7 @@ def test_jitted_and_donated_equal_unjitted(strategy):
 
 
 @every_strategy
-@settings(max_examples=4)
+@examples(4)
 @given(data=st.data(), batch=batches(sizes=(3,)))
 def test_ragged_row_equals_the_row_alone(strategy, data, batch):
     row = data.draw(st.integers(0, 2))
@@ -106,7 +107,7 @@ def test_ragged_row_equals_the_row_alone(strategy, data, batch):
 
 
 @every_strategy
-@settings(max_examples=5)
+@examples(5)
 @given(data=st.data(), first=batches(sizes=(3,)), second=batches(sizes=(3,)))
 def test_crop_then_continue_equals_never_having_gone_on(strategy, data, first, second):
     at = np.array([data.draw(st.integers(0, int(n))) for n in first.lengths], np.int32)
@@ -116,7 +117,7 @@ def test_crop_then_continue_equals_never_having_gone_on(strategy, data, first, s
 
 
 @every_strategy
-@settings(max_examples=5)
+@examples(5)
 @given(data=st.data(), first=batches(sizes=(3,)), second=batches(sizes=(3,)))
 def test_selected_and_forked_rows_go_on_independently(strategy, data, first, second):
     rows = np.array(data.draw(st.lists(st.integers(0, 2), min_size=3, max_size=3)))
@@ -130,7 +131,7 @@ def test_selected_and_forked_rows_go_on_independently(strategy, data, first, sec
 
 
 @every_strategy
-@settings(max_examples=5)
+@examples(5)
 @given(first=batches(sizes=(3,)), second=batches(sizes=(3,)))
 def test_converted_there_and_back(strategy, first, second):
     whole = spliced(first, second, first.lengths)
@@ -141,7 +142,7 @@ def test_converted_there_and_back(strategy, first, second):
 
 
 @every_strategy
-@settings(max_examples=5)
+@examples(5)
 @given(first=batches(sizes=(3,)), second=batches(sizes=(3,)))
 def test_split_and_put_together_in_another_order(strategy, first, second):
     _, cache = feed(PLAIN, new(strategy), first, in_chunks(first.lengths, 16))

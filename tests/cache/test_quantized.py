@@ -28,8 +28,9 @@ from cache_cases import (
     splits,
     uncached,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 
 from llorch_jax.attention import attend
 from llorch_jax.cache.base import KVCache
@@ -74,7 +75,7 @@ def round_trip(x, bits):
     exponent=st.integers(-30, 37),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=25)
+@examples(25)
 def test_an_element_is_at_most_half_a_scale_off(kind, bits, head_dim, dtype, exponent, seed):
     magnitude = 10.0 ** (np.clip(exponent, -6, 4) if dtype == "float16" else exponent)
     x = jnp.asarray(vectors(kind, (2, 3, head_dim), magnitude, seed)).astype(dtype)
@@ -96,7 +97,7 @@ def test_zeros_and_constants_come_back_as_they_were(bits):
 
 
 @given(st.sampled_from([8, 4]), st.sampled_from([3, 8]), st.integers(0, 99))
-@settings(max_examples=10)
+@examples(10)
 def test_rounding_again_changes_nothing(bits, head_dim, seed):
     stored = quantize(jnp.asarray(vectors("normal", (2, 3, head_dim), 1.0, seed)), bits)
     again = quantize(dequantize(stored, head_dim), bits)
@@ -189,7 +190,7 @@ def assert_holds(cache, view, rows, seen=0) -> None:
     operations=st.lists(st.sampled_from(["one", "one", "five", "sixteen", "crop", "select", "clear"]), max_size=12),
     data=st.data(),
 )
-@settings(max_examples=15)
+@examples(15)
 def test_any_operations_leave_the_newest_exact_and_nothing_stale(setting, operations, data):
     bits, residual = setting
     cache, rows = make_cache(GROUPED, 3, bits=bits, residual=residual), [History(residual) for _ in range(3)]
@@ -225,7 +226,7 @@ def test_half_precision_tokens_are_kept_as_they_are():
 
 
 @given(configs(), batches(sizes=(3,)), st.sampled_from([8, 4]), st.data())
-@settings(max_examples=2)
+@examples(2)
 def test_a_residual_over_the_whole_row_equals_the_static_cache(config, batch, bits, data):
     chunks = data.draw(splits(batch.lengths, widths=(1, 16)))
     cache = make_cache(config, batch.size, bits=bits, residual=CAPACITY)
@@ -254,7 +255,7 @@ def test_a_whole_prompt_is_exact_and_later_tokens_see_it_rounded(bits):
 
 
 @given(batches(sizes=(3,)), st.data())
-@settings(max_examples=4)
+@examples(4)
 def test_how_a_row_is_split_changes_the_first_layer_by_no_more_than_a_code(batch, data):
     """Its keys and values do not depend on what queries saw; float32 rounding may tip a code over."""
     cache = make_cache(GROUPED, 3, residual=RECENT)

@@ -28,8 +28,9 @@ from cache_cases import (
     uncached,
 )
 from flax import struct
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 
 from llorch_jax.cache.rotating import RotatingCache
 from llorch_jax.cache.static import StaticCache
@@ -127,7 +128,7 @@ class TestReference:
 
 class TestExact:
     @given(st.data())
-    @settings(max_examples=25)
+    @examples(25)
     def test_any_split_of_ragged_rows_equals_dense_attention(self, data):
         config, window, sinks = data.draw(st.sampled_from(CASES))
         batch = data.draw(batches(sizes=(3,)))
@@ -262,7 +263,7 @@ class TestInPlace:
 
 class TestRead:
     @given(st.data())
-    @settings(max_examples=25)
+    @examples(25)
     def test_it_holds_the_sinks_and_the_newest_tokens(self, data):
         window, sinks = data.draw(st.sampled_from([(5, 2), (1, 0), (4, 13)]))
         counts = data.draw(st.lists(st.sampled_from([1, 1, 9]), max_size=4))
@@ -293,7 +294,7 @@ class TestRead:
 
 class TestCrop:
     @given(st.data())
-    @settings(max_examples=20)
+    @examples(20)
     def test_going_back_is_never_having_gone_on_or_an_error(self, data):
         window, sinks = 5, data.draw(st.sampled_from([0, 2]))
         batch = data.draw(batches(sizes=(3,), shortest=2))
@@ -354,7 +355,7 @@ class TestCrop:
 
 class TestSelect:
     @given(st.data())
-    @settings(max_examples=8)
+    @examples(8)
     def test_rows_go_on_as_the_rows_they_came_from(self, data):
         batch = data.draw(batches(sizes=(3,), shortest=2))
         rows = data.draw(st.lists(st.integers(0, 2), min_size=3, max_size=3))

@@ -1,4 +1,4 @@
-"""20,000 random operations over all layouts against a slow model in plain Python: equal contents, nothing leaked."""
+"""Random operations over all layouts against a slow model in plain Python: equal contents, nothing leaked."""
 
 import copy
 import gc
@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cache_cases import make_config
+from profiles import whole
 
 from llorch_jax.cache import concat, load_cache, make_cache, save_cache, split
 from llorch_jax.errors import CacheError, CapacityError
 
 CONFIG = make_config(layers=2, heads=1, head_dim=2)
-LIMIT, ROWS, OPERATIONS = CONFIG.n_positions, 3, 20_000
+LIMIT, ROWS = CONFIG.n_positions, 3
+OPERATIONS = whole(20_000, quick=4_000)
 LAYOUTS = {
     "static": {},
     "dynamic": {},

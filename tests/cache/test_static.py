@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 
 import llorch_jax as lj
 from llorch_jax.cache.static import write_rows
@@ -53,7 +54,7 @@ def test_memory_usage_is_exact(dtype, itemsize):
     assert (cache.capacity, cache.batch_size, cache.layout) == (8, 3, (2, 2, 3))
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(st.data())
 def test_write_rows_drops_what_lies_past_the_end(data):
     batch, count = 2, data.draw(st.sampled_from([1, 3, 5, 7]))

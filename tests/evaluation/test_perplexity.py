@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 
 import llorch_jax as lj
 
@@ -113,7 +114,7 @@ def test_bytes_of_an_unscored_first_token_do_not_count(bare):
     assert result.bits_per_byte == pytest.approx(-result.logprobs[0] / math.log(2))
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_bytes_of_tokens_are_those_of_the_text(text):
     assert sum(GPT2.num_bytes(id) for id in GPT2.encode(text)) == len(text.encode())

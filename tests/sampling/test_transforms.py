@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 
 import llorch_jax as lj
 from llorch_jax import sampling
@@ -83,7 +84,7 @@ class TestTransformers:
 
 
 class TestTruncation:
-    @settings(max_examples=20)
+    @examples(20)
     @given(st.integers(0, 10**6), st.floats(0.1, 3))
     def test_top_n_sigma(self, seed, n):
         logits = random_logits(seed)
@@ -127,7 +128,7 @@ class TestTruncation:
 
 
 class TestPenalties:
-    @settings(max_examples=25)
+    @examples(25)
     @given(rows_of_few_tokens)
     def test_match_lengths(self, rows):
         found = match_lengths(history(rows), None, None)
@@ -138,7 +139,7 @@ class TestPenalties:
                     longest += 1
                 assert lengths[place] == longest
 
-    @settings(max_examples=25)
+    @examples(25)
     @given(rows_of_few_tokens, st.integers(0, 10**6))
     def test_frequency_and_presence(self, rows, seed):
         logits, prompts = random_logits(seed), [len(row) // 2 for row in rows]
@@ -152,7 +153,7 @@ class TestPenalties:
             expected = [logits[row, id] - np.float32((row + 1) / 10) * (counts[id] > 0) for id in range(V)]
             np.testing.assert_allclose(presence[row], expected, rtol=1e-5, atol=1e-6)
 
-    @settings(max_examples=25)
+    @examples(25)
     @given(rows_of_few_tokens, st.integers(0, 4))
     def test_no_repeat_ngram(self, rows, size):
         banned = np.isneginf(JITTED["apply_no_repeat_ngram"](jnp.zeros((3, V)), history(rows), jnp.int32(size)))
@@ -161,7 +162,7 @@ class TestPenalties:
             expected = [(*row[len(row) - size + 1 :], id) in grams for id in range(V)]
             assert mask.tolist() == expected
 
-    @settings(max_examples=25)
+    @examples(25)
     @given(rows_of_few_tokens, st.integers(1, 3))
     def test_dry(self, rows, allowed):
         arguments = jnp.float32(0.8), jnp.float32(1.75), jnp.int32(allowed), jnp.asarray([[3]], jnp.int32)

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 
 import llorch_jax as lj
 
@@ -136,7 +137,7 @@ class TestEndOfText:
 
 
 class TestStream:
-    @settings(max_examples=15)
+    @examples(15)
     @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=5), st.integers(0, 99), st.booleans())
     def test_equals_generate(self, model, prompt, seed, greedy):
         arguments = {"max_new_tokens": 20, "seed": seed, **({} if greedy else SAMPLED)}

@@ -20,8 +20,9 @@ from cache_cases import (
     pointers,
 )
 from flax import struct
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 
 import llorch_jax as lj
 from llorch_jax.attention import KVView, attention_mass
@@ -62,7 +63,7 @@ def kept_by(name, votes, positions, length, budget):
 
 
 @every_policy
-@settings(max_examples=25)
+@examples(25)
 @given(seed=st.integers(0, 10**6), budget=st.sampled_from([5, 6]))
 def test_policies_keep_what_plain_python_keeps(name, seed, budget):
     random, slots, length = np.random.default_rng(seed), 12, 40

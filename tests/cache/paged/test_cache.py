@@ -23,8 +23,9 @@ from cache_cases import (
     splits,
     uncached,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 
 from llorch_jax.cache.paged.cache import PAGE_SIZE, PagedCache
 from llorch_jax.cache.static import StaticCache
@@ -72,7 +73,7 @@ def pool_conversions(compiled: str, pool: jax.Array) -> list[str]:
 
 class TestExact:
     @pytest.mark.parametrize(("config", "page_size"), CASES)
-    @settings(max_examples=5)
+    @examples(5)
     @given(data=st.data())
     def test_any_split_of_ragged_rows_equals_the_uncached_pass(self, config, page_size, data):
         batch = data.draw(batches(sizes=(3,), longest=16))
@@ -186,7 +187,7 @@ class TestInPlace:
 
 
 class TestFork:
-    @settings(max_examples=6)
+    @examples(6)
     @given(lengths=st.lists(st.integers(1, 12), min_size=2, max_size=2), seed=st.integers(0, 99))
     def test_every_branch_goes_on_like_a_dense_row(self, lengths, seed):
         parent, tokens = filled(TINY, lengths)
@@ -311,7 +312,7 @@ class TestReserve:
 
 
 class TestCrop:
-    @settings(max_examples=8)
+    @examples(8)
     @given(length=st.integers(0, 13), kept=st.integers(0, 13))
     def test_going_back_is_never_having_gone_on(self, length, kept):
         batch = make_batch([length, 12, 5])

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 
 import llorch_jax as lj
 from llorch_jax.sampling.masking import Masked, unpack_mask
@@ -125,7 +126,7 @@ def test_texts_of_the_demo_model_are_valid_each_row_by_its_own_constraint():
     assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["stop"]
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(st.lists(st.text("abé", min_size=1, max_size=4), min_size=1, max_size=5, unique=True), st.integers(0, 5))
 def test_masks_name_exactly_what_some_choice_goes_on_with(texts, number):
     """Beside a plain twin: over a vocabulary of bytes, the bytes that continue a choice, and the end behind one."""
