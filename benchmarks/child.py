@@ -45,13 +45,14 @@ def startup(folder: str, prompt: int, new: int, compilation_cache: str) -> dict[
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     compile_seconds()
     imported = time.time()
-    model = jax.block_until_ready(lj.load(folder).params)
+    model = lj.load(folder)
+    params = jax.block_until_ready(model.params)
     loaded = time.time()
-    config = lj.checkpoint.load_config(folder)
-    tokens = lj.stream_tokens(model, config, random_tokens(config, 1, prompt), 1)
+    config = model.config
+    tokens = lj.stream_tokens(params, config, random_tokens(config, 1, prompt), 1)
     next(tokens)
     times = {"imported": imported, "loaded": loaded, "first_token": time.time(), "compile_first": compile_seconds()}
-    jax.block_until_ready(lj.generate_tokens(model, config, random_tokens(config, 1, prompt), new))
+    jax.block_until_ready(lj.generate_tokens(params, config, random_tokens(config, 1, prompt), new))
     return {**times, "last_token": time.time(), "compile_all": compile_seconds()}
 
 
@@ -64,8 +65,10 @@ def memory(folder: str, layout: str, batch: int, prompt: int, new: int, capacity
     from benchmarks.decoder import make_cache, random_tokens
 
     base = peak()
-    params = jax.block_until_ready(lj.load(folder).params)
-    config, peaks = lj.checkpoint.load_config(folder), {"load": peak(reset=True) - base}
+    model = lj.load(folder)
+    params = jax.block_until_ready(model.params)
+    config = model.config
+    peaks = {"load": peak(reset=True) - base}
     cache = make_cache(config, layout, batch, capacity)
     allocated = 0
     for phase in ("first", "next"):  # the first generation compiles

@@ -41,10 +41,16 @@ def _peers(axes: Any, figures: Report) -> None:
 
 
 def _parts(axes: Any, figures: Report) -> None:
-    """Milliseconds of each part of a decode step."""
-    parts = {name: part["median"] for name, part in figures["parts"].items() if name != "whole step"}
-    axes.barh(list(parts)[::-1], list(parts.values())[::-1])
+    """Milliseconds of each part of a decode step, one bar per layout and length."""
+    rows = figures["rows"][::-1]
+    names = [line["name"] for line in rows]
+    left = [0.0] * len(rows)
+    for part in rows[0]["parts"]:
+        sizes = [line["parts"][part]["median"] for line in rows]
+        axes.barh(names, sizes, left=left, label=part)
+        left = [a + b for a, b in zip(left, sizes, strict=True)]
     axes.set(xlabel="ms per decode step")
+    axes.legend()
 
 
 def _context(axes: Any, figures: Report) -> None:

@@ -1,142 +1,126 @@
-"""Where the time of a decode step goes, and whether the cache deserves its own module: the decision by measurement.
+"""Where the time of a decode step goes, and whether the cache deserves a module of its own.
 
     python -m benchmarks.profile_cache [--preset gpt2] [--batch 1] [--lengths 64,960]
                                        [--layouts static,dynamic,rotating:256+4,paged,int8,int4]
 
-Parts of a step are timed by leaving them out (benchmarks/variants.py): cache update, attention with its reads of keys
-and values, feed-forward layers, output projection with the log-probability, sampling. The dense layers of attention
-are the difference between chains of all dense layers with and without them. What is left is the rest, so that the
-table sums to the step of the compiled loop.
-
-A layout's "read" is what its step without update takes longer than that of a static cache of as many slots: gathering
-pages, decoding codes. Update and read together are the share that the performance signal is about.
+Runs the compiled loop of `generate_tokens` under JAX's profiler, which records when each operation begins and ends, and
+sums the times by the library's named scopes (benchmarks/trace.py). The parts are never negative and sum to the step.
+Writing keys and values ("cache update") and making them readable, that is gathering pages or decoding codes ("cache
+read"), are the cache's share of a step. Looking at keys and values as such is attention, whatever holds them.
 """
 
 import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import llorch_jax as lj
-from benchmarks import variants
 from benchmarks.caches import LAYOUTS
-from benchmarks.decoder import Decoder, make_cache
+from benchmarks.decoder import Decoder
 from benchmarks.limits import Limits
-from benchmarks.measure import Sample, interleaved, random_model
+from benchmarks.measure import Sample, interleaved, random_model, seconds
 from benchmarks.reports import Report, keep, numbers, parser, report, row, show
 from benchmarks.signals import signals
+from benchmarks.trace import Program
+from llorch_jax.decoding import steps
 
-STEPS = 8  # per measurement
-DENSE = ("qkv", "attn_proj", "fc", "mlp_proj")
+STEPS = 16  # per measurement
+REST = "rest: activation, residuals, loop"
+PARTS = {  # by the library's named scopes
+    "dense": "dense layers",
+    "attention": "attention",
+    "cache_update": "cache update",
+    "cache_read": "cache read",
+    "norm": "norms",
+    "embedding": "embedding",
+    "logits": "logits",
+    "sampling": "sampling",
+}
+
+
+class Loop:
+    """The compiled loop of a decoder, timed as a whole and by parts."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        state = decoder.rewind()
+        given = decoder.params, decoder.config, decoder.request.policy, decoder.out, state, decoder.span
+        self._program = Program(steps.loop, *given, scopes=tuple(PARTS))
+        self.allocated = self._program.allocated()
+
+    def step_ms(self) -> float:
+        """Milliseconds per step of one loop."""
+        return 1000 * seconds(self._prepared()) / self._decoder.new
+
+    def parts(self) -> dict[str, float]:
+        """Milliseconds per step of one loop under the profiler, by part."""
+        found = dict.fromkeys((*PARTS.values(), REST), 0.0)
+        for scope, time in self._program.parts(self._prepared()).items():
+            found[PARTS.get(scope, REST)] += time / self._decoder.new
+        return found
+
+    def _prepared(self) -> Callable[[], Any]:
+        """Runs the loop once, after the text."""
+        decoder = self._decoder
+        state = decoder.rewind()
+
+        def run() -> Any:
+            given = decoder.params, decoder.request.policy, decoder.out, state, decoder.span
+            decoder.out, decoder.state = self._program.compiled(*given)
+            return decoder.out, decoder.state
+
+        return run
 
 
 def measure(preset: str, batch: int, lengths: list[int], layouts: list[str], rounds: int) -> Report:
-    """The parts of a step at the first length, the cache's share for every layout and length, and the signals."""
+    """A row per length and layout with the parts of its step, and the signals."""
     config, params = random_model(preset)
-    parts, values = step_parts(config, params, preset, batch, lengths[0], rounds)
-    shares = [line for length in lengths for line in cache_shares(config, params, batch, length, layouts, rounds)]
-    rows = [row(f"{line['layout']} {line['length']}", line.pop("steps"), line.pop("base"), **line) for line in shares]
-    setting = {"preset": preset, "batch": batch}
-    extra = {"parts": parts, "parts_length": min(lengths[0], longest(config, rounds)), "signals": signals(shares)}
-    return report("profile_cache", setting, rows, values, "static without update", **extra)
+    rows = []
+    for length in lengths:
+        fitting = min(length, config.n_positions - STEPS - 1)
+        rows += _rows(config, params, batch, fitting, layouts, rounds)
+    limits = interleaved(Limits.of(preset).tasks(), rounds)
+    setting = {"preset": preset, "batch": batch, "new": STEPS}
+    return report("profile_cache", setting, rows, limits, f"{layouts[0]} cache", signals=signals(rows))
 
 
-def step_parts(
-    config: lj.GPT2Config, params: lj.Params, preset: str, batch: int, length: int, rounds: int
-) -> tuple[dict[str, Sample], dict[str, list[float]]]:
-    """Milliseconds of each part of a step with a static cache; and all that was measured."""
-    whole = decoder(config, params, "static", batch, length, rounds, tight=True)
-    state, policy = whole.rewind(), whole.request.policy
-    blind = dataclasses.replace(policy, sampler=variants.FirstWord())
-    still = dataclasses.replace(state, cache=variants.without_update(state.cache))
-    single = dataclasses.replace(state, cache=variants.with_one_slot(state.cache))
-    narrow, silent = variants.without_ffn(config, params), variants.without_head(config, params)
-    programs = {
-        "step": variants.StepProgram(params, config, policy, state),
-        "no sampler": variants.StepProgram(params, config, blind, state),
-        "no head": variants.StepProgram(silent[1], silent[0], blind, state),
-        "no ffn": variants.StepProgram(narrow[1], narrow[0], policy, state),
-        "no update": variants.StepProgram(params, config, policy, still),
-        "one slot": variants.StepProgram(params, config, policy, single),
-    }
-    tasks: dict[str, Callable[[], float]] = {
-        name: lambda program=program: program.step_ms(STEPS) for name, program in programs.items()
-    }
-    for name in ("", "qkv", "attn_proj"):
-        tasks[f"dense but {name}"] = variants.dense_ms(params, batch, [each for each in DENSE if each != name])
-    values = interleaved({**Limits.of(preset).tasks(), "loop": whole.step_ms, **tasks}, rounds)
-    return _differences(values), values
-
-
-def _differences(values: dict[str, list[float]]) -> dict[str, Sample]:
-    """The parts, from the programs with and without them, round by round; they sum to the loop's step."""
-    pairs = {
-        "QKV": ("dense but ", "dense but qkv"),
-        "attention": ("no update", "one slot"),
-        "cache update": ("step", "no update"),
-        "attention's projection": ("dense but ", "dense but attn_proj"),
-        "FFN": ("step", "no ffn"),
-        "LM head, log-probability": ("no sampler", "no head"),
-        "sampling": ("step", "no sampler"),
-    }
-    parts = {name: [a - b for a, b in zip(values[x], values[y], strict=True)] for name, (x, y) in pairs.items()}
-    # Medians of differences do not add up; the rest is what makes the table's medians do so.
-    known = sum(statistics.median(part) for part in parts.values())
-    parts["rest: norms, residuals, embedding, loop"] = [value - known for value in values["loop"]]
-    return {name: Sample.of(part) for name, part in parts.items()} | {"whole step": Sample.of(values["loop"])}
-
-
-def cache_shares(
+def _rows(
     config: lj.GPT2Config, params: lj.Params, batch: int, length: int, layouts: list[str], rounds: int
 ) -> list[Report]:
-    """For each layout what update and reads take of a step, and what a step allocates."""
-    tasks: dict[str, Callable[[], float]] = {}
-    slots, allocated, lengths = {}, {}, {}
+    """A row per layout: the step, what it is made of, and what a call allocates."""
+    loops = {}
     for layout in layouts:
-        each = decoder(config, params, layout, batch, length, rounds)
-        lengths[layout] = each.length
-        slots[layout] = min(variants.slots_of(each.state.cache), config.n_positions)
-        still = dataclasses.replace(each.state, cache=variants.without_update(each.state.cache))
-        whole = variants.StepProgram(params, config, each.request.policy, each.state)
-        partial = variants.StepProgram(params, config, each.request.policy, still)
-        allocated[layout] = whole.allocated()
-        tasks[f"step {layout}"] = lambda program=whole: program.step_ms(STEPS)
-        tasks[f"no update {layout}"] = lambda program=partial: program.step_ms(STEPS)
-    for count in set(slots.values()):
-        tasks[f"base {count}"] = _static_base(config, params, batch, count)
+        cache = lj.make_cache(config, layout, batch_size=batch)
+        loops[layout] = Loop(Decoder(params, config, cache, length, STEPS))
+    profiles: dict[str, list[dict[str, float]]] = {layout: [] for layout in layouts}
+
+    def profile(layout: str) -> float:
+        profiles[layout].append(loops[layout].parts())
+        return sum(profiles[layout][-1].values())
+
+    tasks: dict[str, Callable[[], float]] = {}
+    for layout in layouts:
+        tasks[layout] = loops[layout].step_ms
+        tasks[f"profiled {layout}"] = lambda layout=layout: profile(layout)
     values = interleaved(tasks, rounds)
-    return [_share(values, layout, lengths[layout], slots[layout], allocated[layout]) for layout in layouts]
+    rows = []
+    for layout in layouts:
+        parts = typical(profiles[layout][1:])  # the first round warms up
+        whole = sum(part.median for part in parts.values())
+        share = (parts["cache update"].median + parts["cache read"].median) / whole
+        slower = statistics.median(values[f"profiled {layout}"]) / statistics.median(values[layout])
+        extra = {"layout": layout, "length": length, "parts": parts, "share": share}
+        extra |= {"allocated": loops[layout].allocated, "profiling": slower}
+        rows.append(row(f"{layout}, {length} tokens", values[layout], values[layouts[0]], **extra))
+    return rows
 
 
-def _share(values: dict[str, list[float]], layout: str, length: int, slots: int, allocated: int) -> Report:
-    names = (f"step {layout}", f"no update {layout}", f"base {slots}")
-    steps, still, base = (values[name] for name in names)
-    update = statistics.median(a - b for a, b in zip(steps, still, strict=True))
-    read = 0.0 if layout == "static" else statistics.median(a - b for a, b in zip(still, base, strict=True))
-    share = (update + read) / statistics.median(steps)
-    line = {"layout": layout, "length": length, "slots": slots, "update_ms": update, "read_ms": read, "share": share}
-    return line | {"allocated": allocated, "steps": steps, "base": base}
-
-
-def _static_base(config: lj.GPT2Config, params: lj.Params, batch: int, slots: int) -> Callable[[], float]:
-    """A step on a static cache of so many slots that does not write."""
-    each = Decoder(params, config, lj.StaticCache.init(config, batch_size=batch, capacity=slots), slots // 2, 1)
-    still = dataclasses.replace(each.state, cache=variants.without_update(each.state.cache))
-    program = variants.StepProgram(params, config, each.request.policy, still)
-    return lambda: program.step_ms(STEPS)
-
-
-def decoder(
-    config: lj.GPT2Config, params: lj.Params, layout: str, batch: int, length: int, rounds: int, tight: bool = False
-) -> Decoder:
-    """A decoder on a cache with room for all the steps of all rounds, or tight: for no more than those."""
-    length, new = min(length, longest(config, rounds)), STEPS * (rounds + 1)
-    capacity = length + new if tight else config.n_positions
-    return Decoder(params, config, make_cache(config, layout, batch, capacity), length, new)
-
-
-def longest(config: lj.GPT2Config, rounds: int) -> int:
-    """The longest text behind which there is room for the steps of all rounds."""
-    return config.n_positions - STEPS * (rounds + 1)
+def typical(profiles: Sequence[dict[str, float]]) -> dict[str, Sample]:
+    """The parts of the round whose step is the median, so that they sum to it; least and most are of all rounds."""
+    ordered = sorted(profiles, key=lambda parts: sum(parts.values()))
+    chosen = ordered[(len(ordered) - 1) // 2]
+    spreads = {name: Sample.of([parts[name] for parts in profiles]) for name in chosen}
+    return {name: dataclasses.replace(spread, median=chosen[name]) for name, spread in spreads.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -146,23 +130,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--layouts", default=",".join(LAYOUTS), help="with commas")
     chosen = options.parse_args(argv)
     figures = measure(chosen.preset, chosen.batch, chosen.lengths, chosen.layouts.split(","), chosen.rounds)
-    show(figures, _describe)
+    show(figures, describe)
     tell_parts(figures)
     tell_signals(figures)
     keep(figures, chosen.json)
 
 
-def _describe(line: Report) -> str:
-    cost = f"update {line['update_ms']:.2f} + read {line['read_ms']:.2f} ms = {100 * line['share']:.1f} %"
-    return f"{cost}, {line['allocated'] / 1e6:.2f} MB allocated per call"
+def describe(line: Report) -> str:
+    """What a row adds to its step."""
+    return (
+        f"cache {100 * line['share']:.1f} % of the step, {line['allocated'] / 1e6:.2f} MB allocated per call, "
+        f"{line['profiling']:.2f} x as long under the profiler"
+    )
 
 
 def tell_parts(figures: Report) -> None:
-    """Prints the table of the step by part."""
-    whole = figures["parts"]["whole step"]["median"]
-    print(f"a step by part, static cache, {figures['parts_length']} tokens (timed by leaving the part out):")
-    for name, part in figures["parts"].items():
-        print(f"  {name:<42}{part['median']:>8.2f} ms {100 * part['median'] / whole:>6.1f} %")
+    """Prints the parts of every row's step."""
+    print("a step by part, in ms and % of the step (under the profiler; the parts of a step sum to it):")
+    for line in figures["rows"]:
+        whole = sum(part["median"] for part in line["parts"].values())
+        print(f"  {line['name']}: {whole:.2f} ms")
+        for name, part in line["parts"].items():
+            print(f"    {name:<36}{part['median']:>8.2f} ms {100 * part['median'] / whole:>6.1f} %")
 
 
 def tell_signals(figures: Report) -> None:

@@ -65,9 +65,10 @@ def _section(figures: Report) -> str:
     if "signals" in figures:
         signals = figures["signals"].items()
         text += _table(("signal", "", ""), [(key, "yes" if s["on"] else "no", s["value"]) for key, s in signals])
-    if "parts" in figures:
-        parts = figures["parts"].items()
-        text += _table(("part of a step", "ms"), [(name, spread(part)) for name, part in parts])
+    if figures["benchmark"] == "profile_cache":
+        for line in figures["rows"]:
+            parts = line["parts"].items()
+            text += _table((f"{line['name']}: part of a step", "ms"), [(name, spread(part)) for name, part in parts])
     if "agreement" in figures:
         lines = [
             (a["case"], a["contender"], a.get("error") or f"{a['same']} / {a['tokens']}") for a in figures["agreement"]

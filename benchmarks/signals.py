@@ -29,7 +29,7 @@ def signals(shares: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     over = [f"{line['layout']} at {line['length']}" for line in shares if line["share"] > THRESHOLD]
     most = max(shares, key=lambda line: line["share"])
     strategies = sorted(name for name in lj.__all__ if name.endswith("Cache") and name != "KVCache")
-    own, attention = _lines("cache/*.py"), _lines("attention.py")
+    own, attention = _lines("cache/**/*.py"), _lines("attention.py")
     kept = [promise for promise, name in PROMISES.items() if hasattr(lj, name) and name in _documented()]
     highest = f"most is {100 * most['share']:.1f} % ({most['layout']} at {most['length']} tokens)"
     return {

@@ -30,7 +30,6 @@ from benchmarks.limits import kv_bytes, prefill_flops, step_bytes
 from benchmarks.measure import Sample, interleaved, random_model
 from benchmarks.peer_process import Peer, PeerError
 from benchmarks.reports import row
-from benchmarks.signals import signals
 
 FAKE = '''
 """A peer that follows a file of recorded tokens, and refuses one case."""
@@ -154,24 +153,12 @@ def test_a_decoder_repeats_the_loop_of_generate_tokens(reports):
         assert decoder.out.tokens[0, 1:17].tolist() == expected[1:]
 
 
-def test_parts_of_a_step_sum_to_the_step(reports):
-    parts = {name: part["median"] for name, part in reports["profile_cache"]["parts"].items()}
-    whole = parts.pop("whole step")
-    assert len(parts) == 8
-    assert sum(parts.values()) == pytest.approx(whole)
-
-
 def test_signals_have_todays_values(reports):
     found = reports["profile_cache"]["signals"]
     assert list(found) == ["performance", "features", "code", "requirements"]
     assert found["features"]["value"].startswith("6 strategies")
     assert found["code"]["on"]
     assert "saving and loading" in found["requirements"]["value"]
-
-
-@pytest.mark.parametrize(("share", "on"), [(0.19, False), (0.21, True)])
-def test_the_performance_signal_starts_at_a_fifth_of_the_step(share, on):
-    assert signals([{"layout": "paged", "length": 64, "share": share}])["performance"]["on"] is on
 
 
 def test_peers_that_agree_are_timed_and_others_named(reports, capsys):
