@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from llorch_jax.archive import read_archive, write_archive
+from llorch_jax.archive import Kind, read_archive, write_archive
 from llorch_jax.cache.base import KVCache
 from llorch_jax.cache.dynamic import DynamicCache
 from llorch_jax.cache.evicting.cache import EvictingCache
@@ -23,6 +23,13 @@ from llorch_jax.tracing import is_concrete
 
 LAYOUTS: tuple[type, ...] = (StaticCache, DynamicCache, RotatingCache, PagedCache, QuantizedCache, EvictingCache)
 CACHE_CLASSES = (*LAYOUTS, Quantized, Recent, AttentionSinks, HeavyHitters, RecencyWindow, SnapKV)
+
+
+def check_loaded(cache: KVCache) -> None:
+    """Raises CacheError unless the fields of a cache that was read from a file fit each other."""
+
+
+_KIND = Kind("cache", KVCache, CACHE_CLASSES, CacheError, check_loaded)
 
 
 def fingerprint(params: Params, config: GPT2Config) -> str:
@@ -50,7 +57,7 @@ def save_cache(path: str | os.PathLike[str], cache: KVCache, *, fingerprint: str
             written.
     """
     check_savable(cache)
-    write_archive(Path(path), cache, CACHE_CLASSES, fingerprint)
+    write_archive(Path(path), cache, _KIND, fingerprint)
 
 
 def load_cache(path: str | os.PathLike[str], *, fingerprint: str | None = None) -> KVCache:
@@ -63,10 +70,7 @@ def load_cache(path: str | os.PathLike[str], *, fingerprint: str | None = None) 
     Raises:
         CacheError: the file is missing, truncated, corrupt, no cache, of another format, or of another model.
     """
-    cache = read_archive(Path(path), CACHE_CLASSES, fingerprint, "cache")
-    if not isinstance(cache, KVCache):
-        raise CacheError(f"{path}: expected a cache, got a {type(cache).__name__}")
-    return cache
+    return read_archive(Path(path), _KIND, fingerprint)
 
 
 def check_savable(cache: KVCache) -> None:

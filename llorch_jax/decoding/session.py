@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from llorch_jax.archive import read_archive, write_archive
+from llorch_jax.archive import Kind, read_archive, write_archive
 from llorch_jax.cache.base import KVCache
 from llorch_jax.cache.dynamic import DynamicCache
-from llorch_jax.cache.files import CACHE_CLASSES, check_savable
+from llorch_jax.cache.files import CACHE_CLASSES, check_loaded, check_savable
 from llorch_jax.checks import check_cache, check_context, check_tokens
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding import steps
@@ -112,7 +112,15 @@ class Session:
         return jax.device_put(tokens), jnp.asarray(counts + added)
 
 
+def _check_loaded(session: Session) -> None:
+    """Raises CacheError unless the fields of a session that was read from a file fit each other."""
+    if not isinstance(session.state.cache, KVCache):
+        raise CacheError(f"expected a session with a cache, got {session.state.cache!r:.80}")
+    check_loaded(session.state.cache)
+
+
 _CLASSES = (Session, steps.DecodeState, Policy, History, Greedy, Sampling, Mirostat, *CACHE_CLASSES)
+_KIND = Kind("session", Session, _CLASSES, CacheError, _check_loaded)
 
 
 def save_session(path: str | os.PathLike[str], session: Session, *, fingerprint: str = "") -> None:
@@ -128,7 +136,7 @@ def save_session(path: str | os.PathLike[str], session: Session, *, fingerprint:
             file cannot be written.
     """
     check_savable(session.state.cache)
-    write_archive(Path(path), session, _CLASSES, fingerprint)
+    write_archive(Path(path), session, _KIND, fingerprint)
 
 
 def load_session(path: str | os.PathLike[str], *, fingerprint: str | None = None) -> Session:
@@ -141,7 +149,4 @@ def load_session(path: str | os.PathLike[str], *, fingerprint: str | None = None
     Raises:
         CacheError: the file is missing, truncated, corrupt, no session, of another format, or of another model.
     """
-    session = read_archive(Path(path), _CLASSES, fingerprint, "session")
-    if not isinstance(session, Session):
-        raise CacheError(f"{path}: expected a session, got a {type(session).__name__}")
-    return session
+    return read_archive(Path(path), _KIND, fingerprint)

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from llorch_jax.archive import read_archive, write_archive
+from llorch_jax.archive import Kind, read_archive, write_archive
 from llorch_jax.buckets import bucket
 from llorch_jax.cache.base import KVCache
-from llorch_jax.cache.files import CACHE_CLASSES, fingerprint
+from llorch_jax.cache.files import CACHE_CLASSES, check_loaded, fingerprint
 from llorch_jax.cache.layouts import fit_cache
 from llorch_jax.decoding.request import prepare
 from llorch_jax.decoding.streaming import Segment
@@ -54,6 +54,25 @@ class _Saved:
     tokens: jax.Array
     turns: jax.Array
     cache: Any
+
+
+def _check_loaded(saved: _Saved) -> None:
+    """Raises ChatError unless the fields of a conversation that was read from a file fit each other."""
+    tokens, turns = np.asarray(saved.tokens), np.asarray(saved.turns)
+    for name, array in (("tokens", tokens), ("turns", turns)):
+        if array.ndim != 1 or array.dtype != np.int32 or array.min(initial=0) < 0:
+            raise ChatError(f"{name}: expected int32 [N] of 0 or greater, got {array.dtype} {list(array.shape)}")
+    if turns.max(initial=0) > len(tokens) or (np.diff(turns) < 0).any():
+        raise ChatError(f"turns: expected ascending numbers up to {len(tokens)}, got {turns!r:.80}")
+    if not isinstance(saved.cache, KVCache):
+        raise ChatError(f"cache: expected one, got {saved.cache!r:.80}")
+    check_loaded(saved.cache)
+    lengths = np.asarray(saved.cache.lengths)
+    if lengths.shape != (1,) or lengths[0] > len(tokens):
+        raise ChatError(f"cache: expected one row of no more than {len(tokens)} tokens, got lengths {lengths!r:.80}")
+
+
+_KIND = Kind("conversation", _Saved, (_Saved, *CACHE_CLASSES), ChatError, _check_loaded)
 
 
 class Chat:
@@ -210,20 +229,18 @@ class Chat:
         """Writes text, turns and cache to a file, atomically.
 
         Raises:
-            CacheError: it cannot be written.
+            ChatError: it cannot be written.
         """
         saved = _Saved(jnp.asarray(self.tokens, jnp.int32), jnp.asarray(self.turns, jnp.int32), self.cache)
-        write_archive(Path(path), saved, (_Saved, *CACHE_CLASSES), self._fingerprint())
+        write_archive(Path(path), saved, _KIND, self._fingerprint())
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Takes text, turns and cache from a file that `save` wrote; where it cannot, the conversation stays as it is.
 
         Raises:
-            CacheError: the file is missing, damaged, no conversation, or of another model.
+            ChatError: the file is missing, damaged, no conversation, or of another model.
         """
-        saved = read_archive(Path(path), (_Saved, *CACHE_CLASSES), self._fingerprint(), "conversation")
-        if not isinstance(saved, _Saved):
-            raise CacheError(f"{path}: expected a conversation, got a {type(saved).__name__}")
+        saved = read_archive(Path(path), _KIND, self._fingerprint())
         self.tokens, self.turns = np.asarray(saved.tokens).tolist(), np.asarray(saved.turns).tolist()
         self.cache = saved.cache
 

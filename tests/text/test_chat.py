@@ -112,7 +112,7 @@ def test_files(model, tmp_path):
     assert other.stats["prefilled"] == len(model.tokenizer.encode(" The fox")) + 1
     path.write_bytes(path.read_bytes()[:-100])
     before = [*other.tokens]
-    with pytest.raises(lj.CacheError):
+    with pytest.raises(ChatError):
         other.load(path)
     assert other.tokens == before
 
