@@ -4,6 +4,7 @@ import ctypes
 import gc
 import os
 import sys
+from pathlib import Path
 
 import profiles
 
@@ -27,11 +28,28 @@ def pytest_configure(config):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def programs_of_one_module():
-    """Drops compiled programs after each module: those of all modules take gigabytes and too many memory maps."""
-    yield
+def resident_bytes() -> int:
+    """Memory that this process holds; 0 where the system does not say."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+
+
+def drop_programs():
+    """Drops compiled programs: those of all tests would take gigabytes and too many memory maps."""
     jax.clear_caches()
     gc.collect()
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)  # glibc keeps freed memory to itself otherwise
+
+
+@pytest.fixture(autouse=True)
+def bounded_memory():
+    yield
+    if resident_bytes() > 1.1e9:
+        drop_programs()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_module():
+    yield
+    drop_programs()

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cache_cases import assert_close
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -174,7 +175,7 @@ class TestLoops:
         logits, plain, generated = run(params, tokens, lengths)
         expected, _ = lj.generate_tokens(params, CONFIG, tokens, 9, lengths=lengths, eos_id=7)
         np.testing.assert_array_equal(generated, expected)
-        np.testing.assert_allclose(plain, lj.forward(params, CONFIG, tokens), rtol=1e-5, atol=1e-5)
+        assert_close(plain, lj.forward(params, CONFIG, tokens))
         assert int(jnp.argmax(logits[0])) == int(expected[0, 1])
 
     def test_the_context_can_be_filled_to_the_last_position(self, params):
@@ -191,7 +192,7 @@ class TestPaddedPrompts:
         cache = lj.StaticCache.init(CONFIG, batch_size=2, capacity=capacity)
         _, cache = lj.prefill(params, CONFIG, tokens[:, :3], cache)
         logits, _ = lj.prefill(params, CONFIG, tokens[:, 3:], cache)
-        np.testing.assert_allclose(logits, lj.forward(params, CONFIG, tokens)[:, -1], rtol=1e-5, atol=1e-5)
+        assert_close(logits, lj.forward(params, CONFIG, tokens)[:, -1])
 
     def test_ragged_append_to_ragged_rows(self, params):
         first, second = prompts(2, 6), prompts(2, 5, seed=1)
@@ -201,7 +202,7 @@ class TestPaddedPrompts:
         for row, (a, b) in enumerate([(6, 3), (2, 5)]):
             alone = np.concatenate([first[row, :a], second[row, :b]])[None]
             expected = lj.forward(params, CONFIG, alone)[0, -1]
-            np.testing.assert_allclose(logits[row], expected, rtol=1e-5, atol=1e-5)
+            assert_close(logits[row], expected)
 
 
 class TestErrors:

@@ -53,7 +53,7 @@ def test_equals_forward_with_a_begin_of_text(model):
     ids = model.tokenizer.encode("Once upon")
     assert result.token_ids == ids
     expected = scored_one_by_one(model, [tiny.END_OF_TEXT, *ids], 1)
-    np.testing.assert_allclose(result.logprobs, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(result.logprobs, expected, rtol=1e-4, atol=1e-4)
     assert result.num_bytes == 9
 
 
@@ -61,7 +61,7 @@ def test_equals_forward_without_one(bare):
     result = lj.score(bare, "Once upon")
     ids = bare.tokenizer.encode("Once upon")
     assert result.token_ids == ids[1:]
-    np.testing.assert_allclose(result.logprobs, scored_one_by_one(bare, ids, 1), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(result.logprobs, scored_one_by_one(bare, ids, 1), rtol=1e-4, atol=1e-4)
     assert result.num_bytes == 8
 
 
