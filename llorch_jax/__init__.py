@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         DraftError,
         LlorchError,
         ModelError,
+        QuantizationError,
         SamplerError,
         SearchError,
         TokenError,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from llorch_jax.loading.checkpoint import Model, convert, load, save_model
     from llorch_jax.model import forward
     from llorch_jax.params import BlockParams, Params, count_params, init_params, param_shapes
+    from llorch_jax.quantization import quantize
     from llorch_jax.sampling import Greedy, Mirostat, Sampling
     from llorch_jax.text.asynchronous import astream
     from llorch_jax.text.constrained.constraint import Constraint
@@ -88,6 +90,7 @@ _HOMES = {
     "Params": "params",
     "Piece": "text.results",
     "PromptLookup": "decoding.speculative.drafts",
+    "QuantizationError": "errors",
     "QuantizedCache": "cache",
     "Reencode": "decoding.overflow",
     "RotatingCache": "cache",
@@ -124,6 +127,7 @@ _HOMES = {
     "param_shapes": "params",
     "plan_memory": "cache",
     "prefill": "decoding.loop",
+    "quantize": "quantization",
     "save_cache": "cache",
     "save_model": "loading.checkpoint",
     "save_session": "decoding.session",
@@ -178,6 +182,7 @@ __all__ = [
     "Params",
     "Piece",
     "PromptLookup",
+    "QuantizationError",
     "QuantizedCache",
     "Reencode",
     "RotatingCache",
@@ -214,6 +219,7 @@ __all__ = [
     "param_shapes",
     "plan_memory",
     "prefill",
+    "quantize",
     "save_cache",
     "save_model",
     "save_session",

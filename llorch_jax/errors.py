@@ -55,3 +55,7 @@ class DraftError(LlorchError):
 
 class SamplerError(LlorchError):
     """A sampling setting is impossible; the message names it."""
+
+
+class QuantizationError(LlorchError):
+    """Weights cannot be stored in the format that was asked for."""

@@ -5,6 +5,7 @@ Dense weights are output-major, [out, in]: XLA's CPU backend multiplies `W[N, K]
 ordered by key/value head, so that a device that has some of the heads has consecutive rows.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from llorch_jax.config import GPT2Config
-from llorch_jax.linear import Dense, Matrix, Norm
+from llorch_jax.linear import Dense, Matrix, Norm, QuantizedMatrix
 
 
 @struct.dataclass
@@ -89,8 +90,12 @@ def param_shapes(config: GPT2Config, dtype: Any = jnp.float32) -> Params:
 
 
 def count_params(tree: Any) -> int:
-    """Number of scalars in a pytree of arrays or shapes; a tied output projection counts once."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+    """Number of parameters in a pytree of arrays or shapes; a tied output projection counts once.
+
+    A quantized matrix has as many as the matrix that it stands for.
+    """
+    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, QuantizedMatrix))
+    return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
 def nbytes(tree: Any) -> int:

@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from profiles import examples
 
-from llorch_jax.linear import matmul
+from llorch_jax.linear import matmul, take_rows
+from llorch_jax.quantization import quantize_matrix
 
 
 @examples(8)
@@ -18,3 +20,26 @@ def test_products_equal_numpy(rows, width, columns, half):
     got = jax.jit(matmul)(weight, x)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, np.asarray(weight, np.float64) @ np.asarray(x, np.float64), atol=5e-6)
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(8, None), (8, 32), (8, 128), (4, 32), (4, 64)])
+@pytest.mark.parametrize("shape", [(8, 64), (7, 33), (1, 200)])
+@pytest.mark.parametrize("columns", [1, 3])
+def test_quantized_products_are_those_of_the_dequantized_matrix(bits, group_size, shape, columns):
+    weight = quantize_matrix(jax.random.normal(jax.random.key(0), shape), bits, group_size)
+    x = jax.random.normal(jax.random.key(1), (shape[1], columns))
+    got = jax.jit(matmul)(weight, x)
+    assert got.dtype == jnp.float32
+    expected = np.asarray(weight.dequantize(), np.float64) @ np.asarray(x, np.float64)
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16", (8, None), (8, 32), (4, 32)])
+def test_rows_are_taken_in_float32(form):
+    weight = jax.random.normal(jax.random.key(0), (6, 70))
+    weight = weight.astype(form) if isinstance(form, str) else quantize_matrix(weight, *form)
+    whole = weight.astype(jnp.float32) if isinstance(form, str) else weight.dequantize()
+    ids = np.array([[5, 0, 0], [2, 1, 9]])  # 9 takes the last row
+    got = jax.jit(take_rows)(weight, ids)
+    assert got.dtype == jnp.float32
+    np.testing.assert_array_equal(got, np.asarray(whole)[np.minimum(ids, 5)])
