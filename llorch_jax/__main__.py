@@ -1,5 +1,5 @@
 """`python -m llorch_jax` is the command line."""
 
-from llorch_jax.cli.app import main
+from llorch_jax.cli import main
 
 main()

@@ -1,39 +1,53 @@
-"""The command `llorch-jax chat`: a conversation in the terminal. What a conversation is, is in `chat`."""
+"""What `llorch-jax chat` does: a conversation in the terminal. What a conversation is, is in `text.chat`."""
 
 import contextlib
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from llorch_jax.cli.terminal import messages, show_bytes, waiting
+from llorch_jax import __version__
+from llorch_jax.cli import interrupts, lines, rescue
+from llorch_jax.cli.loading import load_model
+from llorch_jax.cli.terminal import note, show_bytes, waiting
+from llorch_jax.cli.values import resolve
 from llorch_jax.errors import ChatError, LlorchError
+from llorch_jax.params import count_params
 from llorch_jax.text.chat import RAW, Chat, Template
 
-HELP = """\
+HELP = '''\
+/new          begin a new conversation
+/regenerate   take back the last reply and draw another one
+/undo         take back the last turn
 /save FILE    write the conversation, with its cache
 /load FILE    go on with one that was written
 /fork [NAME]  go on in a copy; without a name, list the branches
 /switch NAME  go on in another branch; the first one is main
-/undo         take back the last turn
-/stats        tokens, memory, speed
-/quit         leave; so does Ctrl-D. Ctrl-C ends a reply"""
+/stats        tokens, memory and speed
+/quit         leave; so does Ctrl-D. Ctrl-C ends a reply
+"""           begins a text of several lines, which ends with another """'''
+REPLY = 36  # cyan
 
 
 class Terminal:
     """Branches of a conversation, and the commands on them."""
 
-    def __init__(self, chat: Chat, max_new_tokens: int) -> None:
-        self.branches, self.name, self.max_new_tokens = {"main": chat}, "main", max_new_tokens
+    def __init__(self, chat: Chat, max_new_tokens: int, session: Path | None = None) -> None:
+        self.branches = {"main": chat}
+        self.name = "main"
+        self.max_new_tokens = max_new_tokens
+        self.session = session
+        self.saved: dict[str, list[int]] = {}  # tokens of each branch when it was last written
         self.commands: dict[str, Callable[[str], None]] = {
+            "/new": self.new,
+            "/regenerate": self.regenerate,
+            "/undo": self.undo,
             "/save": self.save,
             "/load": self.load,
             "/fork": self.fork,
             "/switch": self.switch,
-            "/undo": self.undo,
             "/stats": self.stats,
-            "/help": lambda _: tell(HELP),
+            "/help": lambda _: note(HELP),
         }
 
     @property
@@ -41,120 +55,190 @@ class Terminal:
         """The branch in use."""
         return self.branches[self.name]
 
+    def greet(self) -> None:
+        """Says which model this is and how to go on."""
+        model = self.chat.model
+        note(
+            f"llorch_jax {__version__}: {model.name}, {count_params(model.params) / 1e6:.1f} million parameters, "
+            f"a context of {model.config.n_positions} tokens"
+        )
+        note("/help lists the commands. Ctrl-C ends a reply, Ctrl-D leaves.")
+
     def run(self) -> None:
-        """Reads lines and answers them until /quit or the end of the input. Errors are told; the conversation stays."""
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401 - gives `input` line editing and a history
+        """Reads turns and answers them until /quit or the end of the input. Errors are told; the conversation stays.
+
+        Raises:
+            Interrupted: by a signal other than SIGINT.
+        """
         while True:
             try:
-                line = input("> ")
+                line = lines.read_turn()
+                if line.strip() == "/quit":
+                    return
+                self.answer(line)
             except EOFError:
                 return
-            except KeyboardInterrupt:
-                tell("\n/quit or Ctrl-D leaves")
-                continue
-            if line.strip() == "/quit":
-                return
-            try:
-                self.answer(line)
-            except KeyboardInterrupt:
-                print(flush=True)
+            except interrupts.Interrupted as interrupt:
+                if interrupt.number != signal.SIGINT:
+                    raise
+                note("\n/quit or Ctrl-D leaves")
             except LlorchError as error:
-                messages.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+                note(f"error: {error}", style="red")
 
     def answer(self, line: str) -> None:
         """Runs a command, or takes the line as a turn and prints the reply as it comes."""
         command, _, argument = line.strip().partition(" ")
-        if command.startswith("/"):
-            if command not in self.commands:
-                raise ChatError(f"expected one of {', '.join(self.commands)}, /quit; got {command}")
+        if not command.startswith("/"):
+            self.show(self.chat.reply(line, self.max_new_tokens))
+        elif command in self.commands:
             self.commands[command](argument.strip())
-            return
-        pieces = self.chat.reply(line, self.max_new_tokens)
+        else:
+            raise ChatError(f"expected one of {', '.join(self.commands)}, /quit; got {command}")
+
+    def show(self, pieces: Generator[str, None, None]) -> None:
+        """Prints a reply as it comes. SIGINT ends it; what was printed stays part of the conversation.
+
+        Raises:
+            Interrupted: by a signal other than SIGINT.
+        """
         with contextlib.closing(pieces):
+            with waiting("preparing the reply"):
+                first = next(pieces, "")
+            try:
+                self._print(first, pieces)
+            except interrupts.Interrupted as interrupt:
+                if interrupt.number != signal.SIGINT:
+                    raise
+        self._tell_ending()
+        self.keep_up_to_date()
+
+    def _print(self, first: str, pieces: Iterator[str]) -> None:
+        start, end = (f"\x1b[{REPLY}m", "\x1b[0m") if lines.has_colors() else ("", "")
+        # After "Assistant:" a reply begins with a space.
+        print(start, first.lstrip(" ") if self.chat.template.after else first, sep="", end="", flush=True)
+        try:
+            interrupts.check()
             for piece in pieces:
                 print(piece, end="", flush=True)
-        print(flush=True)
+                interrupts.check()
+        finally:
+            print(end, flush=True)
+
+    def _tell_ending(self) -> None:
+        """Says why a reply ended where it may have been cut."""
+        ended = self.chat.turns[-1].ended if self.chat.turns else None
+        context = self.chat.model.config.n_positions
+        if ended == "length":
+            note(f"[cut after {self.max_new_tokens} tokens, see --max-new-tokens]")
+        elif ended == "context":
+            note(f"[cut: the context of {context} tokens is full; /undo takes back a turn, /new begins anew]")
+        elif ended == "closed":
+            note("[interrupted]")
+
+    def keep_up_to_date(self) -> None:
+        """Writes the text of the conversation to the session's file, without its cache, which takes longer."""
+        if self.session is not None:
+            self.chat.save(self.session, with_cache=False)
+            self.saved[self.name] = [*self.chat.tokens]
+
+    def unsaved(self) -> dict[str, Chat]:
+        """The branches with turns that are in no file."""
+        return {
+            name: chat for name, chat in self.branches.items() if chat.turns and self.saved.get(name) != chat.tokens
+        }
+
+    def new(self, _: str) -> None:
+        self.chat.new()
+        note("a new conversation")
+
+    def regenerate(self, _: str) -> None:
+        self.show(self.chat.regenerate(self.max_new_tokens))
+
+    def undo(self, _: str) -> None:
+        self.chat.undo()
+        note(f"took back a turn; {len(self.chat.tokens)} tokens are left")
 
     def save(self, name: str) -> None:
         self.chat.save(_path(name))
-        tell(f"saved {len(self.chat.tokens)} tokens in {name}")
+        self.saved[self.name] = [*self.chat.tokens]
+        note(f"saved {len(self.chat.tokens)} tokens in {name}")
 
     def load(self, name: str) -> None:
         self.chat.load(_path(name))
-        tell(f"loaded {len(self.chat.tokens)} tokens")
+        note(f"loaded {len(self.chat.tokens)} tokens")
 
     def fork(self, name: str) -> None:
         if not name:
-            tell(", ".join(f"{each} (here)" if each == self.name else each for each in self.branches))
+            note(", ".join(f"{each} (here)" if each == self.name else each for each in self.branches))
             return
         if name in self.branches:
-            raise ChatError(f"expected a new name for a branch, got {name}, which there is")
+            raise ChatError(f"/fork: expected a new name for a branch, got {name}, which exists")
         self.branches[name] = self.chat.fork()
         self.switch(name)
 
     def switch(self, name: str) -> None:
         if name not in self.branches:
-            raise ChatError(f"expected one of {', '.join(self.branches)}; got {name or 'no name'}")
+            raise ChatError(f"/switch: expected one of {', '.join(self.branches)}; got {name or 'no name'}")
         self.name = name
-        tell(f"in branch {name}")
-
-    def undo(self, _: str) -> None:
-        self.chat.undo()
-        tell(f"took back a turn; {len(self.chat.tokens)} tokens are left")
+        note(f"in branch {name}")
 
     def stats(self, _: str) -> None:
-        chat, of = self.chat, self.chat.stats
-        used, context = len(chat.tokens), chat.model.config.n_positions
-        tell(
-            f"{used} of {context} tokens; {chat.layout} cache of {show_bytes(chat.cache.memory_usage())}\n"
-            f"last turn: {of['prefilled']} tokens prefilled in {of['prefill_ms']:.0f} ms, {of['generated']} generated "
-            f"at {of['ms_per_token']:.2f} ms"
+        chat = self.chat
+        context = chat.model.config.n_positions
+        note(f"{len(chat.tokens)} of {context} tokens; {chat.layout} cache of {show_bytes(chat.cache.memory_usage())}")
+        turn = chat.turns[-1] if chat.turns else None
+        if turn is None or turn.timings is None:
+            note("no reply so far")
+            return
+        spent = turn.timings
+        note(
+            f"last turn: compiled for {spent.compile:.2f} s, {turn.prefilled} tokens prefilled in "
+            f"{1000 * spent.prefill:.0f} ms, {turn.generated} generated at {spent.ms_per_token:.2f} ms/token"
         )
-
-
-def tell(text: str) -> None:
-    """Prints what is no part of the conversation."""
-    messages.print(text, style="dim", markup=False, soft_wrap=True)
 
 
 def _path(name: str) -> Path:
     if not name:
         raise ChatError("expected the name of a file, got none")
-    return Path(name).expanduser()
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise ChatError(f"expected the name of a file, got {name}, whose user is unknown") from None
 
 
-def start(load: Callable[[str], Any]) -> Callable[..., None]:
-    """The command; `load` gives the model of a name."""
+def start(
+    source: str,
+    settings: dict[str, Any],
+    max_new_tokens: int,
+    system: str,
+    roles: tuple[str, str] | None,
+    session: Path | None,
+) -> None:
+    """Runs the command.
 
-    def chat(
-        model: Annotated[str, typer.Option("--model", "-m", help="demo, a directory, or a hub id.")] = "demo",
-        cache: Annotated[str, typer.Option(help="Layout of the KV cache, as for generate.")] = "static",
-        max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Of a reply, at most.")] = 128,
-        temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.8,
-        top_k: Annotated[int | None, typer.Option(help="Draw from so many most likely tokens.")] = None,
-        top_p: Annotated[float | None, typer.Option(help="Draw from the tokens that reach this probability.")] = None,
-        repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repetitions are rarer.")] = None,
-        seed: Annotated[int, typer.Option(help="The same seed and words give the same replies.")] = 0,
-        system: Annotated[str, typer.Option(help="A text that the conversation begins with.")] = "",
-        user: Annotated[str, typer.Option(help="The user's role.")] = "User",
-        assistant: Annotated[str, typer.Option(help="The model's role.")] = "Assistant",
-        raw: Annotated[bool, typer.Option("--raw", help="No roles: the model goes on with the text.")] = False,
-        session: Annotated[Path | None, typer.Option(help="Load this file if it is there; save it in the end.")] = None,
-    ) -> None:
-        """Talk with a model, or write a text in turns; /help tells the commands."""
-        if max_new_tokens < 1:
-            raise ChatError(f"--max-new-tokens: expected 1 or more, got {max_new_tokens}")
-        template = RAW if raw else Template(f"\n{user}: ", f"\n{assistant}:", (f"\n{user}:",))
-        with waiting(f"loading {model}"):
-            loaded = load(model)
-        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-        settings["repetition_penalty"] = repetition_penalty
-        terminal = Terminal(Chat(loaded, template, cache=cache, system=system, **settings), max_new_tokens)
+    Args:
+        source: of the model.
+        settings: of `Chat`.
+        max_new_tokens: of a reply.
+        system: the text that the conversation begins with.
+        roles: the user's and the model's; None for none.
+        session: file that holds the conversation, read now and written after every turn.
+
+    Raises:
+        LlorchError: a setting is impossible, or the session's file cannot be read or written.
+    """
+    model, _ = load_model(source)
+    template = RAW if roles is None else Template(f"\n{roles[0]}: ", f"\n{roles[1]}:", (f"\n{roles[0]}:",))
+    chat = Chat(model, template, system=system, **resolve(settings, model.tokenizer))
+    terminal = Terminal(chat, max_new_tokens, session)
+    interrupts.take(signal.SIGTERM, signal.SIGHUP)
+    with interrupts.mode(interrupts.Mode.KEEP), rescue.on_failure(terminal.unsaved):
+        terminal.greet()
         if session is not None and session.exists():
             terminal.load(str(session))
-        terminal.run()
-        if session is not None:
-            terminal.save(str(session))
-
-    return chat
+        terminal.keep_up_to_date()  # shows at once whether the file can be written
+        try:
+            terminal.run()
+        finally:
+            if session is not None:
+                terminal.save(str(session))

@@ -1,34 +1,71 @@
-"""What the commands share: messages on the terminal, the compilation cache, errors as one line."""
+"""What the commands share: messages on standard error, spinners and bars, warnings, the compilation cache."""
 
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TextIO
 
-import jax
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from llorch_jax.text.timing import Timings
+from llorch_jax.cli import interrupts
 
-PATIENCE = 1.0  # seconds before a step says that it is running
+PATIENCE = 0.4  # seconds before a step says that it is running
 messages = Console(stderr=True, highlight=False)
+
+
+def note(text: str, style: str = "dim") -> None:
+    """Prints one message on standard error."""
+    messages.print(text, style=style, markup=False, soft_wrap=True)
 
 
 def enable_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache directory, unless the user has named a directory or none."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    import jax
+
+    directory = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if directory is None:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(base) / "llorch_jax" / "xla"))
+        directory = str(Path(base) / "llorch_jax" / "xla")
+        jax.config.update("jax_compilation_cache_dir", directory)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    warnings.showwarning = _Warnings(directory)
+
+
+class _Warnings:
+    """Shows a warning as one line; those of the compilation cache, of which there is one per program, only once."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+        self.told = False
+
+    def __call__(
+        self,
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        text = " ".join(str(message).split())
+        if "persistent compilation cache" in text:
+            if self.told:
+                return
+            self.told = True
+            reason = text.partition("': ")[2]
+            text = f"compiled programs cannot be kept in {self.directory} ({reason})"
+        note(f"warning: {text}", style="yellow")
 
 
 @contextmanager
 def waiting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows a spinner with `what` once the body has run for a second, where there is a terminal.
+    """Shows a spinner with `what` once the body has run for a moment, where there is a terminal.
 
     Yields:
         A function that adds a percentage: it takes what is done and what there is to do.
@@ -37,30 +74,37 @@ def waiting(what: str) -> Iterator[Callable[[int, int], None]]:
     status = messages.status(f"{what} ...")
     timer = threading.Timer(PATIENCE, status.start)
     timer.daemon = True
-    if messages.is_terminal:
+    if not messages.is_terminal:
+        yield lambda done, total: None
+        return
+    with interrupts.hidden_cursor():
         timer.start()
-    try:
-        yield lambda done, total: status.update(f"{what} {done / max(total, 1):.0%}")
-    finally:
-        timer.cancel()
-        timer.join(PATIENCE) if timer.is_alive() else None
-        status.stop()
+        try:
+            yield lambda done, total: status.update(f"{what} {done / max(total, 1):.0%}")
+        finally:
+            timer.cancel()
+            timer.join(PATIENCE)
+            status.stop()
 
 
 @contextmanager
 def bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on standard error, where there is a terminal; yields a function of what is done and the total."""
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=messages, disable=not messages.is_terminal) as progress:
+    with (
+        interrupts.hidden_cursor(),
+        Progress(*columns, console=messages, disable=not messages.is_terminal) as progress,
+    ):
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def show_timings(load_seconds: float, timings: Timings) -> None:
-    """One line: load, compile, prefill, milliseconds per token."""
-    messages.print(
+def show_timings(load_seconds: float, timings: Any) -> None:
+    """One line: load, compile, prefill, milliseconds per token; `timings` are `Timings`."""
+    note(
         f"load {load_seconds:.2f} s, compile {timings.compile:.2f} s, prefill {1000 * timings.prefill:.1f} ms, "
-        f"{timings.ms_per_token:.2f} ms/token over {timings.new_tokens} tokens"
+        f"{timings.ms_per_token:.2f} ms/token over {timings.new_tokens} tokens",
+        style="",
     )
 
 

@@ -5,10 +5,10 @@ The cache is kept from turn to turn: only text that it does not hold is prefille
 
 import dataclasses
 import os
-import time
+import zlib
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from llorch_jax.loading.checkpoint import Model
 from llorch_jax.sampling import History, make_sampler
 from llorch_jax.text.results import tokenizer_of
 from llorch_jax.text.stopping import StopMatcher
+from llorch_jax.text.timing import Stopwatch, Timings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +48,40 @@ class Template:
 RAW = Template("", "", ())  # the model goes on with the text
 
 
+Ended = Literal["stop", "length", "context", "closed"]
+
+
+@dataclasses.dataclass
+class Turn:
+    """One turn of a conversation.
+
+    Attributes:
+        start: number of tokens before the turn.
+        reply: number of tokens before the reply.
+        prefilled: tokens that the cache did not hold yet.
+        generated: tokens of the reply as they were generated.
+        timings: of the reply; None in a turn that was loaded from a file.
+        ended: why the reply ended: an end-of-text id or stop string, its maximum length, a full context, or because
+            the iterator was closed. None where that is unknown.
+    """
+
+    start: int
+    reply: int
+    prefilled: int = 0
+    generated: int = 0
+    timings: Timings | None = None
+    ended: Ended | None = None
+
+
 @struct.dataclass
 class _Saved:
-    """A conversation in a file: int32 tokens [N], how many there were before each turn [T], and the cache."""
+    """A conversation in a file.
+
+    Attributes:
+        tokens: int32 [N], of the whole text.
+        turns: int32 [T, 2], numbers of tokens before each turn and before its reply.
+        cache: None where it was not saved.
+    """
 
     tokens: jax.Array
     turns: jax.Array
@@ -58,12 +90,15 @@ class _Saved:
 
 def _check_loaded(saved: _Saved) -> None:
     """Raises ChatError unless the fields of a conversation that was read from a file fit each other."""
-    tokens, turns = np.asarray(saved.tokens), np.asarray(saved.turns)
-    for name, array in (("tokens", tokens), ("turns", turns)):
-        if array.ndim != 1 or array.dtype != np.int32 or array.min(initial=0) < 0:
-            raise ChatError(f"{name}: expected int32 [N] of 0 or greater, got {array.dtype} {list(array.shape)}")
-    if turns.max(initial=0) > len(tokens) or (np.diff(turns) < 0).any():
-        raise ChatError(f"turns: expected ascending numbers up to {len(tokens)}, got {turns!r:.80}")
+    tokens = np.asarray(saved.tokens)
+    turns = np.asarray(saved.turns)
+    for name, array, shape in (("tokens", tokens, (tokens.size,)), ("turns", turns, (turns.size // 2, 2))):
+        if array.shape != shape or array.dtype != np.int32 or array.min(initial=0) < 0:
+            raise ChatError(f"{name}: expected int32 {list(shape)} of 0 or greater, got {array.dtype} {[*array.shape]}")
+    if np.any(np.diff([0, *turns.ravel(), len(tokens)]) < 0):
+        raise ChatError(f"turns: expected ascending numbers up to {len(tokens)}, got {turns.tolist()!r:.80}")
+    if saved.cache is None:
+        return
     if not isinstance(saved.cache, KVCache):
         raise ChatError(f"cache: expected one, got {saved.cache!r:.80}")
     check_loaded(saved.cache)
@@ -80,9 +115,8 @@ class Chat:
 
     Attributes:
         tokens: ids of the whole text.
-        turns: how many tokens there were before each turn.
-        stats: of the last turn: "prefilled" and "generated" tokens, "prefill_ms" until the first of these, and
-            "ms_per_token" of the others.
+        turns: the turns so far.
+        system: text that the conversation began with.
     """
 
     def __init__(
@@ -103,10 +137,13 @@ class Chat:
         self._seed = settings.pop("seed", 0)
         self._sampler = make_sampler(**{"temperature": 0.0, **settings})
         self._tokenizer = tokenizer_of(model)
-        self.tokens: list[int] = self._tokenizer.encode(system) if system else []
-        self.turns: list[int] = []
+        self.system = system
+        self._begin()
+
+    def _begin(self) -> None:
+        self.tokens: list[int] = self._tokenizer.encode(self.system) if self.system else []
+        self.turns: list[Turn] = []
         self.cache = self._empty()
-        self.stats: dict[str, float] = {"prefilled": 0, "generated": 0, "prefill_ms": 0.0, "ms_per_token": 0.0}
 
     def _empty(self) -> KVCache:
         return fit_cache(self.model.config, self.layout, 1, self.model.config.n_positions)
@@ -126,60 +163,87 @@ class Chat:
             CapacityError: the turn does not fit the context. The conversation is as it was.
         """
         new = self._tokenizer.encode(self.template.before + words + self.template.after)
-        before, context = len(self.tokens), self.model.config.n_positions
-        room = context - before - len(new) + 1
+        return self._checked(new, max_new_tokens, self._seed)
+
+    def regenerate(self, max_new_tokens: int = 128, *, seed: int | None = None) -> Generator[str, None, None]:
+        """Takes back the last reply and gives another one to the same words.
+
+        Args:
+            max_new_tokens: maximum number of new tokens.
+            seed: of the draws; the conversation's own seed would draw the same reply again. None takes one that
+                follows from the reply.
+
+        Raises:
+            ChatError: there is no turn.
+        """
+        if not self.turns:
+            raise ChatError("expected a turn with a reply to take back, got none")
+        turn = self.turns[-1]
+        new = self.tokens[turn.start : turn.reply]
+        if seed is None:
+            reply = np.asarray(self.tokens[turn.reply :], np.int32)
+            seed = zlib.crc32(reply.tobytes(), self._seed % 2**32)
+        self.undo()
+        return self._checked(new, max_new_tokens, seed)
+
+    def _checked(self, new: list[int], max_new_tokens: int, seed: int) -> Generator[str, None, None]:
+        context = self.model.config.n_positions
+        room = context - len(self.tokens) - len(new)
         if not self.tokens and not new:
             raise ChatError("expected some text to go on from, got none")
         if room < 1:
-            left = max(0, context - before)
+            left = max(0, context - len(self.tokens) - 1)
             raise CapacityError(
                 f"expected a turn of {left} tokens or fewer, which the context of {context} has left, got {len(new)}; "
-                "take back a turn or begin anew"
+                "take back a turn or begin a new conversation"
             )
-        return self._reply(new, min(max_new_tokens, room))
+        return self._reply(new, min(max_new_tokens, room), "length" if max_new_tokens <= room else "context", seed)
 
-    def _reply(self, new: list[int], limit: int) -> Generator[str, None, None]:
-        before, matcher, decoder = len(self.tokens), StopMatcher(self.template.stops), self._tokenizer.stream()
-        self.turns.append(before)
+    def _reply(self, new: list[int], limit: int, at_limit: Ended, seed: int) -> Generator[str, None, None]:
+        before = len(self.tokens)
+        turn = Turn(before, before + len(new), timings=Timings(0.0, 0.0, 0.0, 0), ended="closed")
+        watch = Stopwatch()
+        self.turns.append(turn)
         self.tokens += new
-        given, shown = 0, ""
-        start = first = time.perf_counter()
         try:
-            segment = self._start(limit)
+            segment = self._start(turn, limit, seed)
         except BaseException:  # the cache has been donated
             del self.tokens[before:], self.turns[-1]
             self.cache = self._empty()
             raise
-        length = len(self.tokens)
+        matcher = StopMatcher(self.template.stops)
+        decoder = self._tokenizer.stream()
+        shown = ""
         try:
             for step in segment.run():
-                given += 1
-                first = time.perf_counter() if given == 1 else first
+                turn.generated += 1
+                turn.timings = _timed(turn, watch)
                 token = int(step.token[0])
                 if step.finished[0]:
+                    turn.ended = "stop"
                     break
                 self.tokens.append(token)
                 piece = matcher.push(decoder.push(token))
                 shown += piece
                 yield piece
+                watch.skip()  # what the caller did with the piece
                 if matcher.found is not None:
+                    turn.ended = "stop"
                     break
             else:
+                turn.ended = at_limit
                 piece = matcher.push(decoder.flush()) + matcher.flush()
                 shown += piece
                 yield piece
         finally:
-            self._settle(segment.state.cache, length, shown)
-            rest = time.perf_counter() - first
-            self.stats |= {"generated": given, "prefill_ms": 1000 * (first - start)}
-            self.stats["ms_per_token"] = 1000 * rest / (given - 1) if given > 1 else 0.0
+            self._settle(segment.state.cache, turn.reply, shown)
 
-    def _start(self, limit: int) -> Segment:
-        """Begins to decode behind the text; the cache reads what it does not hold yet."""
+    def _start(self, turn: Turn, limit: int, seed: int) -> Segment:
+        """Begins to decode after the text; the cache reads what it does not hold yet."""
         held = int(np.asarray(self.cache.lengths)[0])
         missing = np.array([self.tokens[held:]], np.int32)
-        self.stats["prefilled"] = missing.shape[1]
-        key, eos_id = jax.random.key(self._seed), self.model.config.eos_ids
+        turn.prefilled = missing.shape[1]
+        key, eos_id = jax.random.key(seed), self.model.config.eos_ids
         request = prepare(self.model.config, missing, limit, self.cache, None, self._sampler, key, eos_id)
         if request.history is not None:  # of the whole text, not of this turn only
             whole, size = np.array([self.tokens], np.int32), bucket(len(self.tokens) + limit)
@@ -214,24 +278,35 @@ class Chat:
         """
         if not self.turns:
             raise ChatError("expected a turn to take back, got none")
-        before = self.turns.pop()
+        before = self.turns.pop().start
         del self.tokens[before:]
         self.cache = self._cropped(self.cache, before - 1)  # what comes next begins with the last token before
+
+    def new(self) -> None:
+        """Begins a new conversation, with the same system text."""
+        self._begin()
 
     def fork(self) -> "Chat":
         """A conversation of its own with the same past; its cache is a copy."""
         twin = object.__new__(Chat)
-        twin.__dict__ |= self.__dict__ | {"tokens": [*self.tokens], "turns": [*self.turns], "stats": {**self.stats}}
+        twin.__dict__ |= self.__dict__ | {"tokens": [*self.tokens], "turns": [*self.turns]}
         twin.cache = jax.tree.map(jnp.array, self.cache)
         return twin
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, with_cache: bool = True) -> None:
         """Writes text, turns and cache to a file, atomically.
+
+        Args:
+            path: of the file.
+            with_cache: whether to write the cache too; without it the file is small, and the first reply after `load`
+                reads the whole text again.
 
         Raises:
             ChatError: it cannot be written.
         """
-        saved = _Saved(jnp.asarray(self.tokens, jnp.int32), jnp.asarray(self.turns, jnp.int32), self.cache)
+        tokens = jnp.asarray(self.tokens, jnp.int32)
+        turns = np.array([(turn.start, turn.reply) for turn in self.turns], np.int32).reshape(-1, 2)
+        saved = _Saved(tokens, jnp.asarray(turns), self.cache if with_cache else None)
         write_archive(Path(path), saved, _KIND, self._fingerprint())
 
     def load(self, path: str | os.PathLike[str]) -> None:
@@ -241,8 +316,20 @@ class Chat:
             ChatError: the file is missing, damaged, no conversation, or of another model.
         """
         saved = read_archive(Path(path), _KIND, self._fingerprint())
-        self.tokens, self.turns = np.asarray(saved.tokens).tolist(), np.asarray(saved.turns).tolist()
-        self.cache = saved.cache
+        if np.asarray(saved.tokens).max(initial=0) >= self.model.config.vocab_size:
+            raise ChatError(f"{path}: expected token ids below vocab_size={self.model.config.vocab_size}, got others")
+        self.tokens = np.asarray(saved.tokens).tolist()
+        self.turns = [Turn(start, reply) for start, reply in np.asarray(saved.turns).tolist()]
+        self.cache = self._empty() if saved.cache is None else saved.cache
 
     def _fingerprint(self) -> str:
         return fingerprint(self.model.params, self.model.config)
+
+
+def _timed(turn: Turn, watch: Stopwatch) -> Timings:
+    """The timings of a turn after one more token."""
+    lap = watch.lap()
+    before = turn.timings or Timings(0.0, 0.0, 0.0, 0)
+    prefill = lap if turn.generated == 1 else before.prefill
+    decode = 0.0 if turn.generated == 1 else before.decode + lap
+    return Timings(watch.compile, prefill, decode, turn.generated)

@@ -1,18 +1,11 @@
-"""Conversations: what is prefilled, taking back, branches, files; and the command in a real terminal."""
-
-import os
-import pty
-import re
-import select
-import subprocess
-import sys
-import time
+"""Conversations: what is prefilled, taking back, other replies, branches and files."""
 
 import numpy as np
 import pytest
 
 import llorch_jax as lj
 from llorch_jax.errors import ChatError
+from llorch_jax.text import timing
 from llorch_jax.text.chat import RAW, Chat, Template
 
 
@@ -29,9 +22,9 @@ def say(chat, words, count=12):
 def test_only_new_text_is_prefilled_and_turns_are_one_text(model, cache):
     chat = Chat(model, RAW, cache=cache)
     first = say(chat, "Once upon a time")
-    assert chat.stats["prefilled"] == len(model.tokenizer.encode("Once upon a time"))
+    assert chat.turns[-1].prefilled == len(model.tokenizer.encode("Once upon a time"))
     second = say(chat, " But the king")
-    assert chat.stats["prefilled"] == len(model.tokenizer.encode(" But the king")) + 1  # and the token sampled last
+    assert chat.turns[-1].prefilled == len(model.tokenizer.encode(" But the king")) + 1  # and the token sampled last
     assert chat.text == f"Once upon a time{first} But the king{second}"
     if cache != "int8":
         whole = lj.generate(model, f"Once upon a time{first} But the king", 12)
@@ -93,11 +86,52 @@ def test_a_reply_that_is_closed_stays_as_far_as_it_was_read(model):
 def test_a_full_context_is_told_and_changes_nothing(model):
     chat = Chat(model, RAW)
     say(chat, "Once upon a time", 600)  # as many as there is room for
-    assert len(chat.tokens) == model.config.n_positions + 1
+    assert len(chat.tokens) == model.config.n_positions
+    assert chat.turns[-1].ended == "context"
     before = [*chat.tokens]
     with pytest.raises(lj.CapacityError, match=r"a turn of 0 tokens or fewer.*take back a turn"):
         chat.reply(" more")
     assert chat.tokens == before
+
+
+def test_turns_tell_why_the_reply_ended_and_where_the_time_went(model):
+    chat = Chat(model, RAW)
+    assert chat.turns == []
+    say(chat, "Once upon a time", 8)
+    turn = chat.turns[0]
+    assert (turn.start, turn.generated, turn.ended, turn.timings.new_tokens) == (0, 8, "length", 8)
+    assert turn.reply == len(model.tokenizer.encode("Once upon a time"))
+    fresh = Chat(model, Template("", "", (" the",)))
+    say(fresh, "Once upon a time", 60)
+    assert fresh.turns[0].ended == "stop"
+    pieces = fresh.reply(" A", 60)
+    next(pieces)
+    pieces.close()
+    assert (fresh.turns[1].ended, fresh.turns[1].generated) == ("closed", 1)
+    fresh.undo()
+    assert fresh.turns[-1].ended == "stop"  # the turn before, not the one taken back
+
+
+def test_compiling_is_not_counted_as_prefill(model, monkeypatch):
+    seconds = iter([0.0, 5.0, 5.0, 5.0])
+    monkeypatch.setattr(timing, "compile_seconds", lambda: next(seconds, 5.0))
+    chat = Chat(model, RAW)
+    say(chat, "Once upon a time", 4)
+    assert chat.turns[0].timings.compile == 5.0
+    assert chat.turns[0].timings.prefill < 5.0
+
+
+def test_another_reply_to_the_same_words(model):
+    chat = Chat(model, RAW, temperature=1.0, seed=4)
+    first = say(chat, "Once upon a time")
+    replies = {first, "".join(chat.regenerate(12)), "".join(chat.regenerate(12))}
+    assert len(replies) == 3
+    assert len(chat.turns) == 1
+    assert "".join(chat.regenerate(12, seed=4)) == first
+    chat.new()
+    assert (chat.tokens, chat.turns) == ([], [])
+    with pytest.raises(ChatError, match="a turn with a reply"):
+        chat.regenerate()
 
 
 def test_files(model, tmp_path):
@@ -107,9 +141,10 @@ def test_files(model, tmp_path):
     other = Chat(model, RAW)
     say(other, "No")
     other.load(path)
-    assert (other.tokens, other.turns) == (chat.tokens, chat.turns)
+    assert other.tokens == chat.tokens
+    assert [(turn.start, turn.reply) for turn in other.turns] == [(turn.start, turn.reply) for turn in chat.turns]
     assert say(other, " The fox") == say(chat, " The fox")
-    assert other.stats["prefilled"] == len(model.tokenizer.encode(" The fox")) + 1
+    assert other.turns[-1].prefilled == len(model.tokenizer.encode(" The fox")) + 1
     path.write_bytes(path.read_bytes()[:-100])
     before = [*other.tokens]
     with pytest.raises(ChatError):
@@ -117,51 +152,28 @@ def test_files(model, tmp_path):
     assert other.tokens == before
 
 
-class Terminal:
-    """A process in a pseudo-terminal."""
-
-    def __init__(self, *arguments):
-        self.seen = ""
-        main, child = pty.openpty()
-        command = [sys.executable, "-m", "llorch_jax", "chat", *arguments]
-        environment = os.environ | {"TERM": "dumb", "COLUMNS": "200"}
-        self.process = subprocess.Popen(command, stdin=child, stdout=child, stderr=child, env=environment)
-        os.close(child)
-        self.main = main
-
-    def until(self, pattern, seconds=120):
-        """Reads until the pattern is there, and returns what came before it and with it."""
-        deadline = time.monotonic() + seconds
-        while not (found := re.search(pattern, self.seen)):
-            assert time.monotonic() < deadline, self.seen
-            if select.select([self.main], [], [], 1)[0]:
-                self.seen += os.read(self.main, 65536).decode(errors="replace").replace("\r", "")
-        text, self.seen = self.seen[: found.end()], self.seen[found.end() :]
-        return text
-
-    def send(self, text):
-        os.write(self.main, text.encode())
+def test_a_file_without_the_cache_is_small_and_goes_on_the_same(model, tmp_path):
+    chat = Chat(model, RAW)
+    say(chat, "Once upon a time")
+    chat.save(tmp_path / "talk", with_cache=False)
+    assert (tmp_path / "talk").stat().st_size < 10_000
+    other = Chat(model, RAW)
+    other.load(tmp_path / "talk")
+    assert say(other, " The fox") == say(chat, " The fox")
 
 
-def test_the_command_in_a_terminal(tmp_path):
-    terminal = Terminal("--raw", "-n", "8", "--temperature", "0")
-    terminal.until("> ")
-    terminal.send("Once upon a time\n")
-    reply = terminal.until(r"\n> ").split("\n", 1)[1]
-    terminal.send("/stats\n")
-    assert "12 of 512 tokens; static cache" in terminal.until(r"prefilled.*\n> ")
-    terminal.send("/fork other\n")
-    terminal.until("in branch other\n> ")
-    terminal.send(f"/save {tmp_path / 'talk'}\n")
-    terminal.until("saved 12 tokens.*\n> ")
-    terminal.send("/undo\n")
-    terminal.until("took back a turn; 0 tokens are left\n> ")
-    terminal.send("Once upon a time\n")
-    assert terminal.until(r"\n> ").split("\n", 1)[1] == reply
-    terminal.send("/nonsense\n")
-    assert "Traceback" not in terminal.until("error: expected one of .*\n> ")
-    terminal.send(f"/load {tmp_path / 'talk'}\n")
-    terminal.until("loaded 12 tokens\n> ")
-    terminal.send("\x04")
-    assert terminal.process.wait(30) == 0
-    os.close(terminal.main)
+def test_a_file_with_impossible_numbers_is_refused(model, tmp_path):
+    chat = Chat(model, RAW)
+    say(chat, "Once upon a time", 4)
+    right = [*chat.tokens]
+    chat.tokens[0] = model.config.vocab_size
+    chat.save(tmp_path / "tokens")
+    chat.tokens = right
+    chat.turns[0].reply = 100
+    chat.save(tmp_path / "turns")
+    chat.turns[0].reply = 4
+    chat.tokens = right[:5]
+    chat.save(tmp_path / "cache")
+    for name, message in (("tokens", "token ids"), ("turns", "turns: expected ascending"), ("cache", "one row of no")):
+        with pytest.raises(ChatError, match=message):
+            Chat(model, RAW).load(tmp_path / name)

@@ -3,10 +3,8 @@
 import numpy as np
 import pytest
 import tiny
-from typer.testing import CliRunner
 
 import llorch_jax as lj
-from llorch_jax.cli import app as cli
 from llorch_jax.text import samples
 from llorch_jax.text.samples import mean_logprob
 
@@ -86,22 +84,3 @@ def test_speculative_generation_ends_with_the_text():
 def test_an_unknown_draft_is_refused(model):
     with pytest.raises(lj.DraftError, match="expected 'lookup', a Model or a Draft, got 'oracle'"):
         lj.generate_speculative(model, "a", draft="oracle")
-
-
-def test_on_the_command_line(model, monkeypatch):
-    monkeypatch.setattr(cli, "load", lambda source, progress: model)
-    arguments = ["generate", "abcabcabc", "-n", "12", "--temperature", "0"]
-    plain = CliRunner().invoke(cli.app, arguments)
-    for more in (["--speculative", "lookup"], ["--draft", "other"]):
-        found = CliRunner().invoke(cli.app, arguments + more)
-        assert found.exit_code == 0
-        assert found.stdout == plain.stdout
-        assert "accepted" in found.stderr
-
-
-@pytest.mark.parametrize(
-    "more", [["--speculative", "lookup", "--overflow", "reencode"], ["--speculative", "lookup", "--draft", "x"]]
-)
-def test_contradictions_on_the_command_line(model, monkeypatch, more):
-    monkeypatch.setattr(cli, "load", lambda source, progress: model)
-    assert isinstance(CliRunner().invoke(cli.app, ["generate", "a", *more]).exception, lj.DraftError)

@@ -1,0 +1,107 @@
+"""What `llorch-jax generate` does: words in, text, JSON or lines of a file out."""
+
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from llorch_jax.cli import interrupts
+from llorch_jax.cli.loading import load_model
+from llorch_jax.cli.terminal import bar, note, show_timings, waiting
+from llorch_jax.cli.values import resolve, text_or_stdin
+from llorch_jax.errors import DraftError
+from llorch_jax.loading.checkpoint import Model
+from llorch_jax.text.batch_file import generate_file
+from llorch_jax.text.generation import generate, stream
+from llorch_jax.text.results import Generation
+from llorch_jax.text.speculative import generate_speculative
+from llorch_jax.text.timing import Timings
+
+
+def one(source: str, prompt: str, settings: dict[str, Any], streamed: bool, as_json: bool, timings: bool) -> None:
+    """Continues one prompt on standard output: as it comes, at once, or as JSON."""
+    text = text_or_stdin(prompt)
+    model, load_seconds = load_model(source)
+    settings = resolve(settings, model.tokenizer)
+    if streamed and not as_json and not _is_search(settings):
+        spent = _streamed(model, text, settings)
+    else:
+        with waiting("compiling and generating"):
+            out = generate(model, text, **settings)
+        print(_as_json(text, out) if as_json else text + out.text)
+        spent = out.timings
+    if timings:
+        show_timings(load_seconds, spent)
+
+
+def _is_search(settings: dict[str, Any]) -> bool:
+    """Whether the text is only known at the end."""
+    return "num_beams" in settings or "penalty_alpha" in settings
+
+
+def _streamed(model: Model, prompt: str, settings: dict[str, Any]) -> Timings:
+    pieces = stream(model, prompt, **settings)
+    with waiting("compiling"):
+        piece = next(pieces)
+    try:
+        with interrupts.mode(interrupts.Mode.STEP), contextlib.closing(pieces):
+            print(prompt, piece.text, sep="", end="", flush=True)
+            for piece in pieces:
+                print(piece.text, end="", flush=True)
+                interrupts.check()
+    finally:
+        print()
+    return piece.timings
+
+
+def from_file(
+    source: str, file: Path, target: Path, batch_size: int, overwrite: bool, settings: dict[str, Any]
+) -> None:
+    """Continues the prompts of a file; see `generate_file`."""
+    model, _ = load_model(source)
+    with bar("prompts") as progress:
+        count = generate_file(
+            model,
+            file,
+            target,
+            batch_size=batch_size,
+            overwrite=overwrite,
+            progress=progress,
+            **resolve(settings, model.tokenizer),
+        )
+    note(f"continued {count} prompts; all results are in {target}", style="")
+
+
+def speculate(
+    source: str,
+    prompt: str,
+    settings: dict[str, Any],
+    speculative: str | None,
+    draft: str | None,
+    as_json: bool,
+    timings: bool,
+) -> None:
+    """Prints the text at the end, and on standard error what the guesses were good for."""
+    if "overflow" in settings:
+        raise DraftError("--overflow: expected error with --speculative or --draft, which do not re-encode")
+    text = text_or_stdin(prompt)
+    model, load_seconds = load_model(source)
+    settings = resolve(settings, model.tokenizer)
+    guesses: Any = load_model(draft)[0] if draft else speculative
+    with waiting("compiling and generating"):
+        out, stats = generate_speculative(model, text, draft=guesses, **settings)
+    print(_as_json(text, out) if as_json else text + out.text)
+    note(
+        f"guesses: {stats.acceptance_rate:.0%} of {stats.proposed.sum()} accepted, {stats.tokens_per_step:.2f} tokens "
+        f"per step over {stats.steps} steps",
+        style="",
+    )
+    if timings:
+        show_timings(load_seconds, out.timings)
+
+
+def _as_json(prompt: str, out: Generation) -> str:
+    fields = dataclasses.asdict(out)
+    fields["timings"]["ms_per_token"] = out.timings.ms_per_token
+    return json.dumps({"prompt": prompt, **fields}, ensure_ascii=False)

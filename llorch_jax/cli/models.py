@@ -1,0 +1,80 @@
+"""What `llorch-jax score`, `inspect`, `validate` and `convert` do."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from llorch_jax.cache.planning import plan_memory
+from llorch_jax.cli import interrupts
+from llorch_jax.cli.loading import load_model
+from llorch_jax.cli.terminal import show_bytes, waiting
+from llorch_jax.cli.values import text_or_stdin
+from llorch_jax.evaluation.perplexity import score
+from llorch_jax.evaluation.validation import Verdict, compare, intermediates, load_reference
+from llorch_jax.loading import checkpoint
+from llorch_jax.params import count_params, nbytes, param_shapes
+
+
+def show_score(source: str, text: str, stride: int | None, as_json: bool) -> None:
+    """Prints perplexity, bits per byte and the log-probability of a text."""
+    given = text_or_stdin(text)
+    model, _ = load_model(source)
+    with waiting("compiling and scoring"):
+        result = score(model, given, stride=stride)
+    summary = {"perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte, "logprob": result.total}
+    if as_json:
+        print(json.dumps({**summary, **dataclasses.asdict(result)}))
+    else:
+        print(*(f"{name} {value:.4f}" for name, value in summary.items()), sep="\n")
+
+
+def inspect(source: str, cache: str) -> None:
+    """Prints a model's configuration and the bytes of its parameters and cache."""
+    _, directory = checkpoint.locate(source)
+    config = checkpoint.load_config(directory)
+    table = Table("setting", "value", title=escape(source))
+    for field in dataclasses.fields(config):
+        table.add_row(field.name, str(getattr(config, field.name)))
+    Console().print(table)
+    shapes = param_shapes(config)
+    print(f"parameters: {count_params(shapes):,}; {show_bytes(nbytes(shapes))} in float32")
+    plan = plan_memory(config, cache)
+    print(f"{cache} cache: {show_bytes(plan.total)} per sequence of up to {config.n_positions} tokens")
+    if plan.full != plan.total:
+        print(f"  and {show_bytes(plan.full)} once it has grown to that length")
+    print(f"  {show_bytes(plan.per_token)} per token in {config.cache_layers} layers")
+
+
+def validate(source: str, reference: Path) -> bool:
+    """Prints one line per validation point; whether all passed."""
+    arrays, temperature = load_reference(reference)
+    model, _ = load_model(source)
+    greedy = arrays.get("12_greedy")
+    new_tokens = greedy.shape[-1] if greedy is not None and greedy.size and greedy.ndim else 1
+    with waiting("compiling and running"):
+        captured = intermediates(
+            model.params, model.config, arrays["tokens"], temperature=temperature, new_tokens=new_tokens
+        )
+    verdicts = compare(captured, arrays)
+    Console().print(_verdict_table(verdicts))
+    return all(verdict.passed for verdict in verdicts)
+
+
+def convert(source: str, directory: Path, dtype: str, overwrite: bool) -> None:
+    """Writes a model; an interrupt removes what is half-written."""
+    with waiting("converting"), interrupts.mode(interrupts.Mode.RAISE):
+        checkpoint.convert(source, directory, dtype=dtype)
+    print(f"wrote {directory}")
+
+
+def _verdict_table(verdicts: list[Verdict]) -> Table:
+    table = Table("point", "what", "largest error", "allowed", "verdict")
+    for verdict in verdicts:
+        point = verdict.point
+        outcome = "pass" if verdict.passed else f"FAIL {verdict.note}".rstrip()
+        table.add_row(str(point.number), point.what, f"{verdict.error:.2e}", f"{point.tolerance:.0e}", outcome)
+    return table

@@ -1,0 +1,40 @@
+"""Conversations that would be lost: a signal, a full disk or a fault ends the program, and nobody saved them."""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from tempfile import gettempdir
+
+from llorch_jax.cli.terminal import note
+from llorch_jax.errors import LlorchError
+from llorch_jax.text.chat import Chat
+
+
+@contextlib.contextmanager
+def on_failure(unsaved: Callable[[], Mapping[str, Chat]]) -> Iterator[None]:
+    """Writes what is unsaved to files of their own where the body ends with an exception, and says which."""
+    try:
+        yield
+    except BaseException:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        for name, chat in unsaved().items():
+            _rescue(chat, f"chat-{stamp}-{os.getpid()}-{_plain(name)}")
+        raise
+
+
+def _rescue(chat: Chat, name: str) -> None:
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    for folder in (Path(state) / "llorch_jax", Path(gettempdir())):
+        with contextlib.suppress(OSError, LlorchError):
+            folder.mkdir(parents=True, exist_ok=True)
+            chat.save(folder / name, with_cache=False)
+            note(f"the conversation is kept in {folder / name}; chat --session FILE goes on with it")
+            return
+    note("error: the conversation could not be kept anywhere", style="red")
+
+
+def _plain(name: str) -> str:
+    """A branch's name as a part of a file's name."""
+    return "".join(each if each.isalnum() else "-" for each in name)[:40]

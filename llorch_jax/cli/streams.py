@@ -1,0 +1,77 @@
+"""Standard input and output: closed, full, or with nobody at the other end."""
+
+import errno
+import io
+import os
+import sys
+from typing import IO, Any
+
+
+class OutputError(Exception):
+    """Standard output takes no more."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(f"standard output: {error.strerror}")
+        self.is_broken_pipe = error.errno == errno.EPIPE
+
+    @property
+    def code(self) -> int:
+        """141, as after SIGPIPE, where the reader has gone, as `head` does; else 1."""
+        return 141 if self.is_broken_pipe else 1
+
+
+class _Output(io.TextIOWrapper):
+    """Standard output whose errors are `OutputError`s, which nothing takes for an error of a file."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            raise OutputError(error) from None
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            raise OutputError(error) from None
+
+
+class _Messages(io.TextIOWrapper):
+    """Standard error, where messages are lost without a word if they cannot be written."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError:
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError:
+            return
+
+
+def prepare() -> None:
+    """Opens what was closed, so that no file takes the place of a stream, and wraps the streams.
+
+    A closed stream is opened the wrong way around: writing to standard output, and reading from standard input, then
+    fails as it does with a closed one. Characters that the terminal's encoding lacks are written as question marks.
+    """
+    for descriptor, flags in enumerate((os.O_WRONLY, os.O_RDONLY, os.O_WRONLY)):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, flags)  # takes the lowest free number, which is this one
+    if sys.stdin is None:
+        sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), encoding="utf-8")
+    sys.stdout = _wrapped(sys.stdout, 1, _Output)
+    sys.stderr = _wrapped(sys.stderr, 2, _Messages)
+
+
+def _wrapped(stream: IO[Any] | None, descriptor: int, kind: type[io.TextIOWrapper]) -> io.TextIOWrapper:
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    interactive = os.isatty(descriptor)
+    raw = io.FileIO(descriptor, "w", closefd=False)
+    errors = "backslashreplace" if kind is _Messages else "replace"
+    return kind(io.BufferedWriter(raw), encoding=encoding, errors=errors, line_buffering=interactive)
