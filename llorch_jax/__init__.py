@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         DraftError,
         LlorchError,
         ModelError,
+        OptionError,
         QuantizationError,
         SamplerError,
         SearchError,
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from llorch_jax.text.asynchronous import astream
     from llorch_jax.text.constrained.constraint import Constraint
     from llorch_jax.text.generation import generate, stream
+    from llorch_jax.text.options import GenerationOptions
     from llorch_jax.text.results import Generation, Piece
     from llorch_jax.text.samples import generate_n
     from llorch_jax.text.speculative import generate_speculative
@@ -79,6 +81,7 @@ _HOMES = {
     "EvictingCache": "cache",
     "GPT2Config": "config",
     "Generation": "text.results",
+    "GenerationOptions": "text.options",
     "Greedy": "sampling",
     "KVCache": "cache",
     "LlorchError": "errors",
@@ -86,6 +89,7 @@ _HOMES = {
     "Mirostat": "sampling",
     "Model": "loading.checkpoint",
     "ModelError": "errors",
+    "OptionError": "errors",
     "PagedCache": "cache",
     "Params": "params",
     "Piece": "text.results",
@@ -171,6 +175,7 @@ __all__ = [
     "EvictingCache",
     "GPT2Config",
     "Generation",
+    "GenerationOptions",
     "Greedy",
     "KVCache",
     "LlorchError",
@@ -178,6 +183,7 @@ __all__ = [
     "Mirostat",
     "Model",
     "ModelError",
+    "OptionError",
     "PagedCache",
     "Params",
     "Piece",

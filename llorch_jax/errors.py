@@ -45,6 +45,10 @@ class ModelError(LlorchError):
     """A model lacks what a call needs, such as a tokenizer."""
 
 
+class OptionError(LlorchError):
+    """An option of text generation is unknown, impossible, or of no use to the method; the message names it."""
+
+
 class SearchError(LlorchError):
     """A setting of a search is impossible; the message names it."""
 

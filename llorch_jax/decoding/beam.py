@@ -23,6 +23,7 @@ from llorch_jax.decoding.request import Request, prepare
 from llorch_jax.decoding.steps import first_logits
 from llorch_jax.errors import SearchError
 from llorch_jax.params import Params
+from llorch_jax.sampling.masking import only_allowed
 
 _NEVER = -1e9  # a score that no text has
 
@@ -53,7 +54,8 @@ class _Rules:
         eager: bool [], stop when K texts have ended.
         patient: bool [], stop only when no text however long could be better.
         eos_ids: int32 [E].
-        limit: int32 [], new tokens at most.
+        limit: int32 [], maximum number of new tokens.
+        allowed: int32 [1, ceil(V / 32)], bits of the ids that may be chosen; None for all.
     """
 
     length_penalty: jax.Array
@@ -62,6 +64,7 @@ class _Rules:
     patient: jax.Array
     eos_ids: jax.Array
     limit: jax.Array
+    allowed: jax.Array | None = None
 
 
 @struct.dataclass
@@ -109,6 +112,7 @@ def beam_search(
     eos_id: int | Sequence[int] | None = None,
     cache: KVCache | None = None,
     lengths: Any = None,
+    allowed: Any = None,
 ) -> Beams:
     """The most likely continuations that beam search finds for a batch of prompts. Not inside your own `jit`.
 
@@ -133,6 +137,7 @@ def beam_search(
         cache: of B rows, to append the prompts to, donated; None makes a `StaticCache`. Its rows are forked after the
             prefill. A `PagedCache` needs pages for all beams, and a step on the host for every token.
         lengths: int32 [B], how many prompt tokens of each row are real; None means all T.
+        allowed: bits int32 [1, ceil(V / 32)], the lowest first, of the ids that may be chosen; None for all.
 
     Returns:
         The best `num_return` continuations of each prompt.
@@ -151,6 +156,7 @@ def beam_search(
         jnp.asarray(early_stopping == "never"),
         request.policy.eos_ids,
         jnp.int32(max_new_tokens),
+        None if allowed is None else jax.device_put(np.asarray(allowed, np.int32)),
     )
     logits, cache = first_logits(params, config, request)
     state = _start(request, num_beams, num_groups, cache.fork(num_beams))
@@ -221,7 +227,7 @@ def _choose(rules: _Rules, state: _State, logits: jax.Array, cache: KVCache) -> 
     """The state with one more token per beam, from logits [B * G * K, V] and a cache with all tokens so far."""
     batch, beams, _ = state.groups[0].tokens.shape
     count, vocab = len(state.groups), logits.shape[1]
-    logprobs = jax.nn.log_softmax(logits).reshape(batch, count, beams, vocab)
+    logprobs = only_allowed(jax.nn.log_softmax(logits), rules.allowed).reshape(batch, count, beams, vocab)
     chosen_before = jnp.zeros((batch, vocab))
     groups, rows = [], []
     for number, group in enumerate(state.groups):

@@ -19,6 +19,7 @@ from llorch_jax.errors import SearchError
 from llorch_jax.linear import EXACT
 from llorch_jax.model import run
 from llorch_jax.params import Params
+from llorch_jax.sampling.masking import only_allowed
 
 
 @struct.dataclass
@@ -34,6 +35,7 @@ class _State:
         known: int32 [B], how many of them there are.
         finished: bool [B].
         cache: of B * C rows, those of one text alike.
+        allowed: int32 [1, ceil(V / 32)], bits of the ids that may be chosen; None for all.
     """
 
     tokens: jax.Array
@@ -44,6 +46,7 @@ class _State:
     known: jax.Array
     finished: jax.Array
     cache: Any
+    allowed: jax.Array | None = None
 
 
 def contrastive_search(
@@ -57,6 +60,7 @@ def contrastive_search(
     eos_id: int | Sequence[int] | None = None,
     cache: KVCache | None = None,
     lengths: Any = None,
+    allowed: Any = None,
 ) -> tuple[jax.Array, KVCache]:
     """Continues a batch of prompts by contrastive search (Su et al. 2022, 2202.06417, section 3.2).
 
@@ -76,6 +80,7 @@ def contrastive_search(
             prefill; a `PagedCache` needs pages for that, and a step on the host for every token. Tokens that it holds
             already are not compared with.
         lengths: int32 [B], how many prompt tokens of each row are real; None means all T.
+        allowed: bits int32 [1, ceil(V / 32)], the lowest first, of the ids that may be chosen; None for all.
 
     Returns:
         int32 [B, max_new_tokens], filled up with the (first) end-of-text id behind a row's end; and the cache of B
@@ -93,7 +98,9 @@ def contrastive_search(
         raise SearchError(f"alpha: expected a number from 0 to 1, got {alpha!r}")
     request = prepare(config, prompt_tokens, max_new_tokens + 1, cache, lengths, eos_id=eos_id)
     check_untraced(request)
-    state, eos_ids = _start(params, config, request, top_k, max_new_tokens), request.policy.eos_ids
+    known = None if allowed is None else jax.device_put(np.asarray(allowed, np.int32))
+    state = _start(params, config, request, top_k, max_new_tokens, known)
+    eos_ids = request.policy.eos_ids
     while int(state.count) < max_new_tokens and not np.all(state.finished):
         state = dataclasses.replace(state, cache=state.cache.reserve(1))
         until = min(max_new_tokens, int(state.count) + span(state.cache))
@@ -102,10 +109,14 @@ def contrastive_search(
     return tokens, state.cache.select(np.arange(request.tokens.shape[0]) * top_k)
 
 
-def _start(params: Params, config: GPT2Config, request: Request, top_k: int, max_new_tokens: int) -> _State:
+def _start(
+    params: Params, config: GPT2Config, request: Request, top_k: int, max_new_tokens: int, allowed: jax.Array | None
+) -> _State:
     """The state after the prefill."""
     batch, columns = request.tokens.shape
-    probabilities, ids, seen, cache = _prefill(params, config, request.tokens, request.lengths, request.cache, top_k)
+    probabilities, ids, seen, cache = _prefill(
+        params, config, request.tokens, request.lengths, request.cache, top_k, allowed
+    )
     room = bucket(columns + max_new_tokens) - columns
     filler = request.policy.eos_ids[0] if request.policy.eos_ids.size else jnp.int32(0)
     return _State(
@@ -117,16 +128,23 @@ def _start(params: Params, config: GPT2Config, request: Request, top_k: int, max
         known=jnp.array(request.lengths),
         finished=request.finished,
         cache=cache.fork(top_k),
+        allowed=allowed,
     )
 
 
 @partial(jax.jit, static_argnames=("config", "top_k"), donate_argnames="cache")
 def _prefill(
-    params: Params, config: GPT2Config, tokens: jax.Array, lengths: jax.Array, cache: KVCache, top_k: int
+    params: Params,
+    config: GPT2Config,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    cache: KVCache,
+    top_k: int,
+    allowed: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, KVCache]:
     """The first candidates' probabilities and ids [B, C], the tokens' hidden states [B, T, D], and the cache."""
     out = run(params, config, tokens, cache, lengths, last=True)
-    return *_candidates(out.logits, top_k), _unit(out.hidden), out.cache
+    return *_candidates(out.logits, top_k, allowed), _unit(out.hidden), out.cache
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="state")
@@ -151,7 +169,7 @@ def _step(params: Params, config: GPT2Config, eos_ids: jax.Array, alpha: jax.Arr
     best = jnp.argmax(score, axis=1).astype(jnp.int32)[:, None]
     rows = jnp.arange(batch, dtype=jnp.int32)[:, None] * width + best  # [B, 1]
     token = jnp.take_along_axis(state.ids, best, axis=1)
-    probabilities, ids = _candidates(jnp.take(logits, rows[:, 0], axis=0), width)
+    probabilities, ids = _candidates(jnp.take(logits, rows[:, 0], axis=0), width, state.allowed)
     chosen = jnp.take_along_axis(hidden, best[..., None], axis=1)
     written = jax.lax.dynamic_update_slice(state.tokens, token, (jnp.int32(0), state.count))
     return _State(
@@ -163,12 +181,13 @@ def _step(params: Params, config: GPT2Config, eos_ids: jax.Array, alpha: jax.Arr
         known=state.known + going,
         finished=state.finished | jnp.isin(token[:, 0], eos_ids),
         cache=cache.select(jnp.broadcast_to(rows, state.ids.shape).reshape(-1)),
+        allowed=state.allowed,
     )
 
 
-def _candidates(logits: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
-    """Probabilities and ids [B, C] of the most likely tokens."""
-    probabilities, ids = jax.lax.top_k(jax.nn.softmax(logits), top_k)
+def _candidates(logits: jax.Array, top_k: int, allowed: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Probabilities and ids [B, C] of the most likely tokens that are allowed."""
+    probabilities, ids = jax.lax.top_k(jax.nn.softmax(only_allowed(logits, allowed)), top_k)
     return probabilities, ids
 
 

@@ -14,7 +14,7 @@ from llorch_jax.errors import LlorchError, TokenError
 from llorch_jax.evaluation.loglikelihood import encode_pair, first_token, score_continuations
 from llorch_jax.loading.checkpoint import Model, load
 from llorch_jax.sampling import make_sampler
-from llorch_jax.text.results import tokenizer_of
+from llorch_jax.text.vocabulary import tokenizer_of
 
 NAME = "llorch-jax"
 

@@ -19,7 +19,7 @@ from llorch_jax.errors import TokenError
 from llorch_jax.loading.checkpoint import Model
 from llorch_jax.model import run
 from llorch_jax.params import Params
-from llorch_jax.text.results import tokenizer_of
+from llorch_jax.text.vocabulary import tokenizer_of
 from llorch_jax.tokenizer import Tokenizer
 
 ROWS = 8  # continuations that are scored at once

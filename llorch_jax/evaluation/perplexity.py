@@ -3,20 +3,16 @@
 import dataclasses
 import math
 from collections.abc import Iterator
-from functools import partial
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from llorch_jax.buckets import bucket
 from llorch_jax.checks import check_tokens
 from llorch_jax.config import GPT2Config
+from llorch_jax.decoding.scoring import token_logprobs
 from llorch_jax.errors import LlorchError, TokenError
 from llorch_jax.loading.checkpoint import Model
-from llorch_jax.model import run
 from llorch_jax.params import Params
-from llorch_jax.text.results import tokenizer_of
+from llorch_jax.text.vocabulary import tokenizer_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,18 +84,7 @@ def _windows(params: Params, config: GPT2Config, ids: np.ndarray, stride: int) -
         window = ids[start : start + size + 1]  # the last id is a target only and needs no position
         end = start + len(window)
         if end > done:
-            inputs, targets = window[:-1], window[1:]
-            padding = bucket(len(inputs), size) - len(inputs)
-            scored = _logprobs(params, config, *(np.pad(x, (0, padding))[None] for x in (inputs, targets)))
-            yield np.asarray(scored)[0, done - 1 - start : len(inputs)]
+            yield token_logprobs(params, config, window)[done - 1 - start :]
             done = end
         if end == len(ids):
             return
-
-
-@partial(jax.jit, static_argnames="config")
-def _logprobs(params: Params, config: GPT2Config, inputs: jax.Array, targets: jax.Array) -> jax.Array:
-    """Log-probability of each target [B, T] after the inputs [B, T] up to its place."""
-    logits = run(params, config, inputs, None).logits
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)

@@ -18,7 +18,8 @@ class Masked:
 
     Attributes:
         sampler: any `Sampler`.
-        mask: int32 [B, ceil(V / 32)]; bit i of word w says whether token 32 w + i is allowed, at least one per row.
+        mask: int32 [1 or B, ceil(V / 32)]; bit i of word w says whether token 32 w + i is allowed. At least one is
+            allowed in every row.
     """
 
     sampler: Any
@@ -35,9 +36,8 @@ class Masked:
         return getattr(self.sampler, "needs_history", False)
 
     def __call__(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
-        allowed = unpack_mask(self.mask, logits.shape[1])
-        masked = jnp.where(allowed, logits, MASKED)
-        return _insist(self.sampler(masked, keys), masked, allowed)
+        masked = only_allowed(logits, self.mask)
+        return _insist(self.sampler(masked, keys), masked)
 
     def sample(
         self, logits: jax.Array, keys: jax.Array, history: History | None, eos_ids: jax.Array, memory: Any
@@ -45,10 +45,32 @@ class Masked:
         """Token ids int32 [B], and what the sampler remembers; see `Sampler`."""
         if not hasattr(self.sampler, "sample"):
             return self(logits, keys), memory
-        allowed = unpack_mask(self.mask, logits.shape[1])
-        masked = jnp.where(allowed, logits, MASKED)
+        masked = only_allowed(logits, self.mask)
         token, memory = self.sampler.sample(masked, keys, history, eos_ids, memory)
-        return _insist(token, masked, allowed), memory
+        return _insist(token, masked), memory
+
+    def start(self, batch: int) -> Any:
+        """What the sampler remembers at first."""
+        return self.sampler.start(batch) if hasattr(self.sampler, "start") else None
+
+    def check_ids(self, vocab_size: int) -> None:
+        """Raises SamplerError for a setting that names an id outside the vocabulary; host only."""
+        if hasattr(self.sampler, "check_ids"):
+            self.sampler.check_ids(vocab_size)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether `filtered` says with what probability each token is drawn, whatever came before."""
+        return getattr(self.sampler, "is_plain", hasattr(self.sampler, "filtered"))
+
+    def filtered(self, logits: jax.Array) -> jax.Array:
+        """Logits [B, V] whose softmax is what tokens are drawn from."""
+        return self.sampler.filtered(only_allowed(logits, self.mask))
+
+
+def only_allowed(logits: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Logits [B, V], minus infinity where a mask int32 [1 or B, ceil(V / 32)] excludes them; None excludes none."""
+    return logits if mask is None else jnp.where(unpack_mask(mask, logits.shape[1]), logits, MASKED)
 
 
 def unpack_mask(mask: jax.Array, vocab_size: int) -> jax.Array:
@@ -57,6 +79,7 @@ def unpack_mask(mask: jax.Array, vocab_size: int) -> jax.Array:
     return bits.reshape(mask.shape[0], -1)[:, :vocab_size] == 1
 
 
-def _insist(token: jax.Array, masked: jax.Array, allowed: jax.Array) -> jax.Array:
-    kept = jnp.take_along_axis(allowed, token[:, None], axis=1)[:, 0]
-    return jnp.where(kept, token, jnp.argmax(masked, axis=-1).astype(jnp.int32))
+def _insist(token: jax.Array, masked: jax.Array) -> jax.Array:
+    """The tokens int32 [B], and the most likely one where a token is not among the masked logits [B, V]."""
+    chosen = jnp.take_along_axis(masked, token[:, None], axis=1)[:, 0]
+    return jnp.where(chosen > MASKED, token, jnp.argmax(masked, axis=-1).astype(jnp.int32))

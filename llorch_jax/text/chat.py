@@ -22,12 +22,15 @@ from llorch_jax.cache.files import CACHE_CLASSES, check_loaded, fingerprint
 from llorch_jax.cache.layouts import fit_cache
 from llorch_jax.decoding.request import prepare
 from llorch_jax.decoding.streaming import Segment
-from llorch_jax.errors import CacheError, CapacityError, ChatError
+from llorch_jax.errors import CacheError, CapacityError, ChatError, OptionError
 from llorch_jax.loading.checkpoint import Model
-from llorch_jax.sampling import History, make_sampler
-from llorch_jax.text.results import tokenizer_of
-from llorch_jax.text.stopping import StopMatcher
+from llorch_jax.sampling import History
+from llorch_jax.text.ending import Ending, Transcript
+from llorch_jax.text.options import GenerationOptions
+from llorch_jax.text.prompts import key_of_seed
 from llorch_jax.text.timing import Stopwatch, Timings
+from llorch_jax.text.vocabulary import tokenizer_of
+from llorch_jax.tracing import whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +38,8 @@ class Template:
     """How turns are written. Models that were not trained on conversations know none; plain roles often do.
 
     Attributes:
-        before: what stands before the user's words.
-        after: what stands behind them, and leads to the reply.
+        before: text before the user's words.
+        after: text after them, which leads to the reply.
         stops: texts before which a reply ends.
     """
 
@@ -119,25 +122,30 @@ class Chat:
         system: text that the conversation began with.
     """
 
-    def __init__(
-        self, model: Model, template: Template = RAW, *, cache: str = "static", system: str = "", **settings: Any
-    ) -> None:
+    def __init__(self, model: Model, template: Template = RAW, *, system: str = "", **options: Any) -> None:
         """An empty conversation, or one that begins with a text of yours, `system`.
 
         Args:
             model: from `load`.
             template: how turns are written; `RAW` for none.
-            cache: layout, as for `generate`.
-            settings: `temperature`, `seed` and others of the sampler.
+            system: the text that the conversation begins with.
+            options: as in `generate`; see docs/options.md for those that apply.
 
         Raises:
-            CacheError, SamplerError, ModelError: as `generate`.
+            OptionError, CacheError, SamplerError, ModelError: as `generate`.
         """
-        self.model, self.template, self.layout = model, template, cache
-        self._seed = settings.pop("seed", 0)
-        self._sampler = make_sampler(**{"temperature": 0.0, **settings})
-        self._tokenizer = tokenizer_of(model)
+        self.options = GenerationOptions.create(**options)
+        self.options.check_method("chat")
+        self.options.check_model(model.config)
+        if isinstance(self.options.seed, tuple):
+            raise OptionError(f"seed: expected one for a conversation, got {len(self.options.seed)}")
+        self.model = model
+        self.template = template
+        self.layout: Any = self.options.cache
         self.system = system
+        self._seed: int = self.options.seed
+        self._sampler = self.options.sampler_for(model)
+        self._tokenizer = tokenizer_of(model)
         self._begin()
 
     def _begin(self) -> None:
@@ -153,10 +161,10 @@ class Chat:
         """The whole text."""
         return self._tokenizer.decode(self.tokens)
 
-    def reply(self, words: str, max_new_tokens: int = 128) -> Generator[str, None, None]:
+    def reply(self, words: str, max_new_tokens: int | None = None) -> Generator[str, None, None]:
         """Adds a turn and gives the reply in pieces, as `stream` does. What is taken of it becomes part of the text.
 
-        Closing the iterator ends the reply where it is.
+        Closing the iterator ends the reply where it is. `max_new_tokens` replaces the option of this name.
 
         Raises:
             ChatError: there is nothing to go on from.
@@ -165,11 +173,11 @@ class Chat:
         new = self._tokenizer.encode(self.template.before + words + self.template.after)
         return self._checked(new, max_new_tokens, self._seed)
 
-    def regenerate(self, max_new_tokens: int = 128, *, seed: int | None = None) -> Generator[str, None, None]:
+    def regenerate(self, max_new_tokens: int | None = None, *, seed: int | None = None) -> Generator[str, None, None]:
         """Takes back the last reply and gives another one to the same words.
 
         Args:
-            max_new_tokens: maximum number of new tokens.
+            max_new_tokens: maximum number of new tokens; None for that of the options.
             seed: of the draws; the conversation's own seed would draw the same reply again. None takes one that
                 follows from the reply.
 
@@ -186,7 +194,8 @@ class Chat:
         self.undo()
         return self._checked(new, max_new_tokens, seed)
 
-    def _checked(self, new: list[int], max_new_tokens: int, seed: int) -> Generator[str, None, None]:
+    def _checked(self, new: list[int], most: int | None, seed: int) -> Generator[str, None, None]:
+        max_new_tokens = self.options.max_new_tokens if most is None else whole("max_new_tokens", most, CapacityError)
         context = self.model.config.n_positions
         room = context - len(self.tokens) - len(new)
         if not self.tokens and not new:
@@ -211,45 +220,45 @@ class Chat:
             del self.tokens[before:], self.turns[-1]
             self.cache = self._empty()
             raise
-        matcher = StopMatcher(self.template.stops)
-        decoder = self._tokenizer.stream()
-        shown = ""
+        ending = self._ending(limit)
+        transcript = Transcript(self._tokenizer, ending)
         try:
             for step in segment.run():
                 turn.generated += 1
                 turn.timings = _timed(turn, watch)
                 token = int(step.token[0])
-                if step.finished[0]:
-                    turn.ended = "stop"
-                    break
-                self.tokens.append(token)
-                piece = matcher.push(decoder.push(token))
-                shown += piece
+                piece = transcript.push(token)
+                if token not in ending.ids:  # an id that ends the reply is not part of the text
+                    self.tokens.append(token)
+                if transcript.finish_reason is not None:
+                    turn.ended = "stop" if transcript.finish_reason == "stop" else at_limit
                 yield piece
+                if transcript.finish_reason is not None:
+                    return
                 watch.skip()  # what the caller did with the piece
-                if matcher.found is not None:
-                    turn.ended = "stop"
-                    break
-            else:
-                turn.ended = at_limit
-                piece = matcher.push(decoder.flush()) + matcher.flush()
-                shown += piece
-                yield piece
         finally:
-            self._settle(segment.state.cache, turn.reply, shown)
+            self._settle(segment.state.cache, turn.reply, transcript.text)
+
+    def _ending(self, limit: int) -> Ending:
+        """When a reply of at most `limit` tokens ends."""
+        own = Ending.of(self.model, self.options)
+        return dataclasses.replace(own, stops=(*self.template.stops, *own.stops), limit=limit)
 
     def _start(self, turn: Turn, limit: int, seed: int) -> Segment:
         """Begins to decode after the text; the cache reads what it does not hold yet."""
         held = int(np.asarray(self.cache.lengths)[0])
         missing = np.array([self.tokens[held:]], np.int32)
         turn.prefilled = missing.shape[1]
-        key, eos_id = jax.random.key(seed), self.model.config.eos_ids
-        request = prepare(self.model.config, missing, limit, self.cache, None, self._sampler, key, eos_id)
+        eos_ids = self._ending(limit).ids or None
+        request = prepare(
+            self.model.config, missing, limit, self.cache, None, self._sampler, key_of_seed(seed), eos_ids
+        )
         if request.history is not None:  # of the whole text, not of this turn only
-            whole, size = np.array([self.tokens], np.int32), bucket(len(self.tokens) + limit)
-            lengths = jnp.asarray([len(self.tokens)], jnp.int32)
-            padded = np.pad(whole, ((0, 0), (0, bucket(whole.shape[1]) - whole.shape[1])))
-            request = dataclasses.replace(request, history=History.of(jnp.asarray(padded), lengths, size))
+            text = np.array([self.tokens], np.int32)
+            padded = np.pad(text, ((0, 0), (0, bucket(text.shape[1]) - text.shape[1])))
+            lengths = jnp.asarray([text.shape[1]], jnp.int32)
+            history = History.of(jnp.asarray(padded), lengths, bucket(text.shape[1] + limit))
+            request = dataclasses.replace(request, history=history)
         return Segment(self.model.params, self.model.config, request)
 
     def _settle(self, cache: KVCache, start: int, shown: str) -> None:

@@ -1,67 +1,76 @@
-"""Several samples from one prompt, and the best of them."""
+"""Several samples of a prompt, and the best of them."""
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llorch_jax.cache.layouts import fit_cache
-from llorch_jax.decoding.branching import check_whole
 from llorch_jax.decoding.loop import generate_from
-from llorch_jax.decoding.request import prepare
+from llorch_jax.decoding.request import Request
 from llorch_jax.decoding.steps import first_logits
-from llorch_jax.errors import SearchError, TokenError
+from llorch_jax.errors import OptionError
 from llorch_jax.loading.checkpoint import Model
-from llorch_jax.sampling import Sampler, make_sampler
-from llorch_jax.text.results import Generation, ending_of, generation_of, key_of_seed, tokenizer_of
-from llorch_jax.text.timing import Stopwatch, Timings
+from llorch_jax.text.collecting import collect, steps_of
+from llorch_jax.text.options import GenerationOptions
+from llorch_jax.text.prompts import make_batch, prompt_list
+from llorch_jax.text.results import Generation
+from llorch_jax.text.timing import Stopwatch
+from llorch_jax.tracing import whole
 
 
 def generate_n(
     model: Model,
-    prompt: str,
+    prompt: str | list[str],
     n: int = 4,
     max_new_tokens: int = 64,
     *,
     best_of: int | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    cache: str = "static",
-) -> list[Generation]:
-    """Several continuations of one prompt, which is prefilled only once; its cache is forked.
+    **options: Any,
+) -> list[Generation] | list[list[Generation]]:
+    """Several continuations of a prompt, which is prefilled only once; its cache is forked.
 
-    Sample i has the tokens of row i of `generate(model, [prompt] * n, ...)` with the same settings.
+    The samples of one prompt have the tokens of `generate(model, [prompt] * n, ...)` with the same options; those of
+    several prompts the tokens of `generate` with each of the prompts n times in a row.
 
     Args:
         model: from `load`.
-        prompt: the text to continue.
-        n: how many continuations are returned.
-        max_new_tokens: how many tokens each gets at most.
+        prompt: the text to continue, or several.
+        n: number of continuations of each.
+        max_new_tokens: maximum number of new tokens of each continuation.
         best_of: how many are drawn, n or more; the n with the greatest mean log-probability per token are returned,
             best first. None draws n and returns them as they are.
-        temperature: above 0.
-        top_k: draw from this many most likely tokens.
-        top_p: draw from the most likely tokens that reach this probability.
-        seed: of the draws.
-        cache: layout of the KV cache, as in `generate`; a paged one shares the prompt's pages between the samples.
+        options: as in `generate`; see docs/options.md for those that apply. The temperature is 1 unless you say
+            otherwise. With num_beams it is a beam search whose n best beams are returned. A paged cache shares the
+            prompt's pages between the samples.
+
+    Returns:
+        n generations, or a list of n for each prompt if `prompt` is a list.
 
     Raises:
         ModelError, TokenError, CapacityError, SamplerError: as `generate`.
-        SearchError: n or best_of is impossible, or the temperature is 0, which would make all samples alike.
+        OptionError: n or best_of is impossible, an option is of no use here, or the temperature is 0, which would make
+            all samples alike.
     """
-    check_whole("n", n)
-    drawn = n if best_of is None else best_of
-    check_whole("best_of", drawn, least=n)
-    if temperature == 0:
-        raise SearchError("temperature: expected more than 0 for different samples, got 0")
-    samples = _draw(
-        model, prompt, drawn, max_new_tokens, make_sampler(temperature, top_k=top_k, top_p=top_p), seed, cache
-    )
-    return samples if best_of is None else sorted(samples, key=mean_logprob, reverse=True)[:n]
+    whole("n", n, OptionError)
+    drawn = n if best_of is None else whole("best_of", best_of, OptionError, least=n)
+    prompts = prompt_list(prompt)
+    if options.get("num_beams") is not None:
+        checked = GenerationOptions.create(max_new_tokens=max_new_tokens, **options)
+        groups = _beams(model, prompts, checked, n, best_of)
+    else:
+        if options.get("sampler") is None:
+            options = {"temperature": 1.0, **options}
+        checked = GenerationOptions.create(max_new_tokens=max_new_tokens, **options)
+        if checked.sampler is None and isinstance(checked.temperature, int | float) and checked.temperature == 0:
+            raise OptionError("temperature: expected more than 0 for different samples, got 0")
+        samples = _draw(model, prompts, checked, drawn)
+        groups = [samples[start : start + drawn] for start in range(0, len(samples), drawn)]
+    if best_of is not None:
+        groups = [sorted(group, key=mean_logprob, reverse=True)[:n] for group in groups]
+    return groups[0] if isinstance(prompt, str) else groups
 
 
 def mean_logprob(generation: Generation) -> float:
@@ -69,29 +78,35 @@ def mean_logprob(generation: Generation) -> float:
     return math.fsum(generation.logprobs) / len(generation.logprobs)
 
 
-def _draw(
-    model: Model, prompt: str, count: int, max_new_tokens: int, sampler: Sampler, seed: int, cache: str
-) -> list[Generation]:
-    """So many samples in one batch, after a prefill of one row."""
+def _beams(
+    model: Model, prompts: list[str], options: GenerationOptions, n: int, best_of: int | None
+) -> list[list[Generation]]:
+    from llorch_jax.text.search import beams
+
+    if best_of is not None:
+        raise OptionError(f"best_of: expected none with beam search, which returns the n best beams, got {best_of}")
+    return beams(model, prompts, options, n)
+
+
+def _draw(model: Model, prompts: list[str], options: GenerationOptions, copies: int) -> list[Generation]:
+    """`copies` samples of each prompt in one batch, after a prefill of one row per prompt."""
     watch = Stopwatch()
-    ids = tokenizer_of(model).encode(prompt)
-    if not ids:
-        raise TokenError("prompt: expected at least one token, got an empty text")
-    config, eos_id = model.config, model.config.eos_ids
-    # A cache for all rows of which one is taken: a paged one then has pages for all.
-    empty = fit_cache(config, cache, count, min(len(ids) + max(max_new_tokens, 1) - 1, config.n_positions))
-    single = empty.select(np.zeros(1, np.int32))
-    request = prepare(config, [ids], max_new_tokens, single, sampler=sampler, key=jax.random.key(0), eos_id=eos_id)
-    logits, after = first_logits(model.params, config, request)
+    batch = make_batch(model, prompts, options, "generate_n", copies)
+    logits, after = first_logits(model.params, model.config, _without_copies(batch.request, copies))
     jax.block_until_ready(logits)
     prefill_seconds = watch.lap()
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key_of_seed(seed), jnp.arange(count))
-    policy = dataclasses.replace(request.policy, keys=keys)
-    request = dataclasses.replace(request, policy=policy, finished=jnp.zeros(count, bool))
-    logits = jnp.repeat(logits, count, axis=0)
-    generated, _ = generate_from(model.params, config, request, logits, after.fork(count))
-    generated = jax.device_get(generated)
-    timings = Timings(watch.compile, prefill_seconds, watch.lap(), generated.tokens.shape[1])
-    ending = ending_of(model, None, ())
-    rows = [generation_of(model, ids, generated, row, ending) for row in range(count)]
-    return [dataclasses.replace(row, timings=timings) for row in rows]
+    logits = jnp.repeat(logits, copies, axis=0)
+    generated, _ = generate_from(model.params, model.config, batch.request, logits, after.fork(copies))
+    return collect(steps_of(generated, batch.ending.ids), batch.rows, watch, prefill_seconds)
+
+
+def _without_copies(request: Request, copies: int) -> Request:
+    """The request for the first of every `copies` rows, as far as a prefill looks at it."""
+    firsts = np.arange(0, request.tokens.shape[0], copies, dtype=np.int32)
+    lengths = np.asarray(request.lengths)[firsts]
+    return dataclasses.replace(
+        request,
+        tokens=jax.device_put(np.asarray(request.tokens)[firsts]),
+        lengths=jax.device_put(lengths),
+        cache=request.cache.select(firsts).reserve(lengths),  # selecting rows may give up what was reserved for them
+    )

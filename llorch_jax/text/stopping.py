@@ -1,25 +1,30 @@
-"""Where a text ends: stop strings, across the borders of tokens, and withheld from a stream until ruled out."""
+"""Stop strings: found across token boundaries, and withheld from a stream until they are ruled out."""
 
 from collections.abc import Sequence
 
-from llorch_jax.errors import SamplerError
+from llorch_jax.errors import OptionError
 
 
 def check_stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     """Stop strings as a tuple.
 
     Raises:
-        SamplerError: one is empty or no text.
+        OptionError: one is empty or not a text.
     """
-    stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
-    for each in stops:
+    if stop is None:
+        return ()
+    if isinstance(stop, str):
+        stop = (stop,)
+    if not isinstance(stop, Sequence):
+        raise OptionError(f"stop: expected a text or a list of texts, got {stop!r:.80}")
+    for each in stop:
         if not isinstance(each, str) or not each:
-            raise SamplerError(f"stop: expected texts of one character or more, got {each!r}")
-    return stops
+            raise OptionError(f"stop: expected texts of one character or more, got {each!r:.80}")
+    return tuple(stop)
 
 
 class StopMatcher:
-    """Watches a text as it grows, and gives out what is certain to come before any stop string."""
+    """Watches a text as it grows, and gives out what certainly comes before any stop string."""
 
     def __init__(self, stops: tuple[str, ...]) -> None:
         self.stops = stops
@@ -27,29 +32,30 @@ class StopMatcher:
         self._withheld = ""
 
     def push(self, text: str) -> str:
-        """What can be given out after this text; `found` is set where a stop string is complete.
+        """What can be given out after this text; `found` is set once a stop string is complete.
 
-        Of several stop strings that one counts which is complete first, and of those the longest.
+        Of several stop strings the one that is complete first counts, and of those the longest.
         """
-        self._withheld += text
-        ends = [(place + len(stop), place) for stop in self.stops if (place := self._withheld.find(stop)) >= 0]
+        text = self._withheld + text
+        places = {stop: text.find(stop) for stop in self.stops}
+        ends = [(place + len(stop), place) for stop, place in places.items() if place >= 0]
         if ends:
             end, place = min(ends)
-            self.found, certain, self._withheld = self._withheld[place:end], self._withheld[:place], ""
-            return certain
-        keep = max((self._overlap(stop) for stop in self.stops), default=0)
-        certain, self._withheld = (
-            self._withheld[: len(self._withheld) - keep],
-            self._withheld[len(self._withheld) - keep :],
-        )
-        return certain
+            self.found = text[place:end]
+            self._withheld = ""
+            return text[:place]
+        certain = len(text) - max((_overlap(text, stop) for stop in self.stops), default=0)
+        self._withheld = text[certain:]
+        return text[:certain]
 
     def flush(self) -> str:
         """What was withheld, at the end of the text."""
-        rest, self._withheld = self._withheld, ""
+        rest = self._withheld
+        self._withheld = ""
         return rest
 
-    def _overlap(self, stop: str) -> int:
-        """How many characters at the end of the text are the start of a stop string."""
-        sizes = range(min(len(stop) - 1, len(self._withheld)), 0, -1)
-        return next((size for size in sizes if self._withheld.endswith(stop[:size])), 0)
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of a text are the start of a stop string."""
+    sizes = range(min(len(stop) - 1, len(text)), 0, -1)
+    return next((size for size in sizes if text.endswith(stop[:size])), 0)

@@ -1,6 +1,9 @@
 """Prompts from a file: what each gets, runs that are stopped and go on, and files that are not what they should be."""
 
 import json
+import os
+import re
+from pathlib import Path
 
 import pytest
 
@@ -51,15 +54,15 @@ def test_each_prompt_gets_what_it_gets_alone(model, source, tmp_path):
 def test_a_run_stopped_anywhere_goes_on_to_the_same_file(model, source, tmp_path, monkeypatch):
     calls = []
 
-    def fake(model, prompts, seed, **settings):
+    def fake(model, prompts, options):
         calls.append(prompts)
         timings = Timings(0, 0, 0, 1)
         return [
-            lj.Generation(f"{text}|{each}|{len(prompts)}", [each], "length", [0.0], [1], timings)
-            for text, each in zip(prompts, seed, strict=True)
+            lj.Generation(f"{text}|{seed}|{len(prompts)}", [seed], "length", [0.0], [1], timings)
+            for text, seed in zip(prompts, options.seed, strict=True)
         ]
 
-    monkeypatch.setattr(batch_file, "generate", fake)
+    monkeypatch.setattr(batch_file, "continue_texts", fake)
     target = tmp_path / "out.jsonl"
     generate_file(model, source, target, batch_size=2, **SETTINGS)
     whole = target.read_bytes()
@@ -85,13 +88,33 @@ def test_results_of_other_jobs_are_refused_and_left(model, source, tmp_path, mon
     [
         ("[1]", r'line 2: expected a JSON object with a text as "prompt"'),
         ("{", r"line 2: expected a JSON object \("),
-        ('{"prompt": ""}', r"line 2: expected a prompt and max_new_tokens of at least one token, got 0"),
-        (
-            '{"prompt": "A", "max_new_tokens": 600}',
-            r"line 2: expected .* within the context of 512, got 1",
-        ),
+        ('{"prompt": ""}', r"line 2: prompt 0: expected at least one token"),
+        ('{"prompt": "A", "max_new_tokens": 600}', r"line 2: prompt and .* within the context of 512, got 1 and 600"),
+        ('{"prompt": "A", "max_new_tokens": 0}', r"line 2: max_new_tokens: expected"),
+        ('{"prompt": "A", "max_new_tokens": 20, "cache": "rotating"}', r"line 2: .*expected"),
+        ('{"prompt": "A", "cache": "nine"}', r"line 2: cache: expected .*'nine'"),
+        ('{"prompt": "A", "cache": 5}', r"line 2: cache: expected .*got a int"),
+        ('{"prompt": "A", "overflow": "wrap"}', r"line 2: overflow: expected"),
+        ('{"prompt": "A", "stop": [""]}', r"line 2: stop: expected"),
+        ('{"prompt": "A", "stop": 1}', r"line 2: stop: expected"),
+        ('{"prompt": "A", "stop_ids": [99999]}', r"line 2: stop_ids: expected ids"),
+        ('{"prompt": "A", "stop_ids": ["a"]}', r"line 2: stop_ids: expected whole numbers"),
+        ('{"prompt": "A", "bad_words": [[99999]]}', r"line 2: bad_words: expected ids"),
+        ('{"prompt": "A", "temperature": [0.5, 0.7]}', r"line 2: temperature: expected one value, got 2"),
+        ('{"prompt": "A", "min_p": [0.5, 0.7]}', r"line 2: min_p: expected one value, got 2"),
+        ('{"prompt": "A", "top_logprobs": 99999}', r"line 2: top_logprobs: expected"),
+        ('{"prompt": "A", "seed": [1]}', r"line 2: seed: expected one whole number"),
+        ('{"prompt": "A", "id": "\\ud800"}', r"line 2: 'id': expected text that UTF-8 can encode"),
+        ('{"prompt": "A", "id": 1e999}', r"line 2: id: expected finite numbers"),
+        ('{"prompt": "A", "\\ud800": 1}', r"line 2: .*UTF-8"),
+        ('{"prompt": "\\udfff"}', r"line 2: 'prompt': expected text that UTF-8"),
+        ('{"prompt": "A", "seed": ' + "9" * 5000 + "}", r"line 2: expected .* number of too many digits"),
+        ('{"prompt": "A", "id": ' + "[" * 100000 + "]" * 100000 + "}", r"line 2: expected .* nested too deeply"),
+        ('{"prompt": "A", "regex": "(a"}', r"line 2: regex: "),
+        ('{"prompt": "A", "num_beams": 2, "top_k": 5}', r"line 2: top_k: expected none with beam search"),
+        ('{"prompt": "A", "sampler": "greedy"}', r"line 2: sampler: expected a sampler, got a str"),
         ('{"prompt": "A", "top_p": 2}', r"line 2: top_p: expected"),
-        ('{"prompt": "A", "top_q": 2}', r"line 2: .*top_q"),
+        ('{"prompt": "A", "top_q": 2}', r"line 2: top_q: got an unknown option; did you mean top_"),
         ('{"prompt": "A", "seed": "x"}', r"line 2: seed: expected a whole number, got 'x'"),
     ],
 )
@@ -101,6 +124,61 @@ def test_bad_lines_are_named_before_anything_runs(model, tmp_path, line, message
     with pytest.raises(BatchFileError, match=message):
         generate_file(model, source, target)
     assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"all my notes", b"one\ntwo\n", b'{"jo', b'{"job": "0123456789abcdef", "li', b"\n", b"\xff"]
+)
+def test_only_a_half_written_result_of_this_job_is_cut(model, source, tmp_path, content):
+    target = tmp_path / "notes.txt"
+    target.write_bytes(content)
+    if content == b'{"jo':  # the start of any result
+        assert generate_file(model, source, target, **SETTINGS) == 5
+        return
+    with pytest.raises(BatchFileError, match=r"notes.txt: line [12]: expected the result of prompt"):
+        generate_file(model, source, target, **SETTINGS)
+    assert target.read_bytes() == content
+
+
+def test_the_prompts_are_no_target(model, source, tmp_path):
+    before = source.read_bytes()
+    (tmp_path / "link").symlink_to(source)
+    os.link(source, tmp_path / "hard")
+    for target in (source, tmp_path / "link", tmp_path / "hard"):
+        for overwrite in (False, True):
+            with pytest.raises(BatchFileError, match="expected another file than that of the prompts"):
+                generate_file(model, source, target, overwrite=overwrite, **SETTINGS)
+    assert source.read_bytes() == before
+
+
+def test_only_regular_files_are_written(model, source, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for target in (tmp_path / "fifo", Path("/dev/null")):
+        with pytest.raises(BatchFileError, match="expected a regular file or none"):
+            generate_file(model, source, target, overwrite=True, **SETTINGS)
+    with pytest.raises(BatchFileError, match="expected a regular file"):
+        generate_file(model, tmp_path / "fifo", tmp_path / "out")
+
+
+def test_constraints_and_searches_in_lines_and_for_all(model, tmp_path):
+    pytest.importorskip("llguidance")
+    lines = [{"regex": "[a-c]{3}"}, {}, {"choices": ["yes", "no"]}, {"regex": None}, {"num_beams": 2, "regex": None}]
+    source, target = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(json.dumps({"prompt": "Once", **line}) for line in lines))
+    generate_file(model, source, target, max_new_tokens=4, regex="[0-9]{2}")
+    texts = [json.loads(line)["text"] for line in target.read_text().splitlines()]
+    assert re.fullmatch("[a-c]{3}", texts[0])
+    assert re.fullmatch("[0-9]{2}", texts[1])
+    assert texts[2] in ("yes", "no")
+    assert texts[3] == lj.generate(model, "Once", 4).text
+    assert texts[4] == lj.generate(model, "Once", 4, num_beams=2).text
+
+
+def test_options_that_no_file_has_are_refused(model, source, tmp_path):
+    cache = lj.make_cache(model.config, "static")
+    for options in ({"sampler": lj.Greedy()}, {"cache": cache}):
+        with pytest.raises(lj.OptionError, match="with a file of prompts"):
+            generate_file(model, source, tmp_path / "out", **options)
 
 
 def test_missing_and_unwritable_files(model, source, tmp_path):

@@ -1,7 +1,10 @@
 """Conversations: what is prefilled, taking back, other replies, branches and files."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+import tiny
 
 import llorch_jax as lj
 from llorch_jax.errors import ChatError
@@ -81,6 +84,36 @@ def test_a_reply_that_is_closed_stays_as_far_as_it_was_read(model):
     pieces.close()
     assert chat.text == f"Once upon a time{taken}"
     assert say(chat, " and") == lj.generate(model, f"Once upon a time{taken} and", 12).text
+
+
+def test_nothing_withheld_is_lost_where_the_model_ends():
+    reciting = tiny.reciting_model("one two three")
+    for stop, shown in (("three!", "ne two three"), (" three", "ne two")):
+        chat = Chat(reciting, Template("", "", (stop,)))
+        assert say(chat, "o", 20) == shown
+        assert (chat.text, chat.turns[-1].ended) == (f"o{shown}", "stop")
+        chat = Chat(reciting, RAW, stop=stop)
+        assert say(chat, "o", 20) == shown
+
+
+def test_options_that_a_conversation_cannot_use_are_refused(model):
+    for options, message in (
+        ({"num_beams": 2}, "num_beams: expected none with chat"),
+        ({"overflow": "reencode"}, "overflow: expected none with chat"),
+        ({"max_tokens": 2}, "max_tokens: .*expected max_new_tokens"),
+        ({"seed": [1]}, "seed: expected one"),
+    ):
+        with pytest.raises(lj.OptionError, match=message):
+            Chat(model, RAW, **options)
+
+
+def test_ids_that_the_tokenizer_lacks_are_never_said():
+    wide = tiny.random_model(n_layer=1, n_embd=16, n_head=1, num_kv_heads=1, vocab_size=320)
+    weights = wide.params.wte
+    wide = dataclasses.replace(wide, params=wide.params.replace(wte=weights.at[257:].set(50 * weights[:63])))
+    chat = Chat(wide, RAW)
+    say(chat, "Once", 8)
+    assert max(chat.tokens) < 257
 
 
 def test_a_full_context_is_told_and_changes_nothing(model):

@@ -205,8 +205,8 @@ class TestErrors:
             ({"top_k": 0}, lj.SamplerError, "top_k: .* got 0"),  # temperature 0 does not use it, but it is a mistake
             ({"top_p": 1.5}, lj.SamplerError, "top_p: .* got 1.5"),
             ({"temperature": 1.0, "top_p": 0.0}, lj.SamplerError, "top_p: .* got 0"),
-            ({"seed": "1"}, lj.SamplerError, "seed: expected a whole number, got '1'"),
-            ({"seed": None}, lj.SamplerError, "seed: .* got None"),
+            ({"seed": "1"}, lj.OptionError, "seed: expected a whole number, got '1'"),
+            ({"seed": None}, lj.OptionError, "seed: .* got None"),
             ({"cache": "no such"}, lj.LlorchError, "cache: .*'no such'"),
         ],
     )

@@ -31,6 +31,19 @@ def test_are_the_rows_of_a_batch(model, batch, cache):
     np.testing.assert_allclose([out.logprobs for out in found], [out.logprobs for out in batch], atol=1e-4)
 
 
+def test_several_prompts_have_the_samples_of_each_alone(model, batch):
+    prompts = ["Once", "A fox", "x"]
+    found = lj.generate_n(model, prompts, 5, 10, stop="zq", **{**SAMPLED, "seed": [3, 4, 5]})
+    assert [len(group) for group in found] == [5, 5, 5]
+    assert [out.token_ids for out in found[0]] == [out.token_ids for out in batch]
+    for prompt, seed, group in zip(prompts[1:], (4, 5), found[1:], strict=True):
+        alone = lj.generate_n(model, prompt, 5, 10, **{**SAMPLED, "seed": seed})
+        assert [out.token_ids for out in group] == [out.token_ids for out in alone]
+    repeated = lj.generate(model, [prompt for prompt in prompts for _ in range(5)], 10, **SAMPLED)
+    together = lj.generate_n(model, prompts, 5, 10, **SAMPLED)
+    assert [out.token_ids for group in together for out in group] == [out.token_ids for out in repeated]
+
+
 def test_the_prompt_is_prefilled_once(model, monkeypatch):
     rows = []
     real = samples.first_logits
@@ -50,12 +63,14 @@ def test_the_best_have_the_greatest_mean_logprob(model, batch):
     ("settings", "message"),
     [
         ({"n": 0}, "n: expected a whole number from 1 up, got 0"),
+        ({"max_tokens": 3}, "max_tokens: got an unknown option; expected max_new_tokens"),
+        ({"top_logprobs": 1, "num_beams": 2}, "top_logprobs: expected none with beam search"),
         ({"n": 3, "best_of": 2}, "best_of: expected a whole number from 3 up, got 2"),
         ({"temperature": 0}, "temperature: expected more than 0"),
     ],
 )
 def test_impossible_settings_are_refused(model, settings, message):
-    with pytest.raises(lj.SearchError, match=message):
+    with pytest.raises(lj.OptionError, match=message):
         lj.generate_n(model, "Once", **settings)
 
 

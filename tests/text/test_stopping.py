@@ -75,7 +75,7 @@ class TestStopStrings:
         assert out.finish_reason == "stop"
 
     def test_empty_stop_strings(self):
-        with pytest.raises(lj.SamplerError, match="stop: expected texts of one character"):
+        with pytest.raises(lj.OptionError, match="stop: expected texts of one character"):
             lj.generate(self.model, "o", 4, stop="")
 
 
@@ -153,5 +153,5 @@ def test_top_logprobs():
         assert alternatives[0][0] == out.token_ids[step]
         assert [id for id, _ in piece.top_logprobs] == best.tolist()
     assert lj.generate(MODEL, "abc", 2).top_logprobs is None
-    with pytest.raises(lj.SamplerError, match=r"top_logprobs: expected 0 \.\. vocab_size=257, got 258"):
+    with pytest.raises(lj.OptionError, match=r"top_logprobs: expected 0 \.\. vocab_size=257, got 258"):
         lj.generate(MODEL, "abc", 2, top_logprobs=258)

@@ -68,8 +68,9 @@ class Constraint:
         return cls("choices", json.dumps(list(texts)))
 
 
+KINDS: tuple[Kind, ...] = ("regex", "json_schema", "grammar", "choices")
 Constraints = Constraint | Sequence[Constraint | None]
-_MAKERS = {
+_MAKERS: dict[str, Any] = {
     "regex": Constraint.regex,
     "json_schema": Constraint.json_schema,
     "grammar": Constraint.grammar,
@@ -83,7 +84,7 @@ def take_constraint(settings: dict[str, Any]) -> Constraints | None:
     Raises:
         ConstraintError: there are several, or one of the wrong type.
     """
-    names = ("constraint", *_MAKERS)
+    names = ("constraint", *KINDS)
     given = {name: value for name in names if (value := settings.pop(name, None)) is not None}
     if len(given) > 1:
         raise ConstraintError(f"constraints: expected one of {', '.join(names)}, got {' and '.join(given)}")

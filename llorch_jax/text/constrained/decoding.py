@@ -5,8 +5,7 @@ runs the host finds out which tokens may come next. `steps.first_state` then sam
 """
 
 import dataclasses
-from collections.abc import Generator, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -14,30 +13,17 @@ import numpy as np
 
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding import steps
-from llorch_jax.decoding.overflow import Reencode
 from llorch_jax.decoding.request import Request, following
-from llorch_jax.decoding.steps import DecodeState, Generated
+from llorch_jax.decoding.steps import DecodeState
+from llorch_jax.decoding.streaming import Step
 from llorch_jax.errors import ConstraintError
 from llorch_jax.loading.checkpoint import Model
 from llorch_jax.params import Params
-from llorch_jax.sampling import make_sampler
 from llorch_jax.sampling.masking import Masked
 from llorch_jax.text.constrained.constraint import Constraints, per_row
 from llorch_jax.text.constrained.matching import Matcher, compiler_of
-from llorch_jax.text.results import (
-    Ending,
-    FinishReason,
-    Generation,
-    Piece,
-    ending_of,
-    generation_of,
-    id_logprobs,
-    on_host,
-    prompt_list,
-    text_request,
-    tokenizer_of,
-)
-from llorch_jax.text.timing import Stopwatch, Timings
+from llorch_jax.text.prompts import Batch
+from llorch_jax.text.vocabulary import tokenizer_of
 
 
 class Rows:
@@ -45,7 +31,6 @@ class Rows:
 
     Attributes:
         complete: bool [B], rows that an id ended, or whose constraint allows nothing more.
-        counts: int [B], tokens of each row so far, that which ended it included.
         mask: int32 [B, W], a new array for every step, as the one before may still be read.
     """
 
@@ -54,7 +39,7 @@ class Rows:
         self.matchers: list[Matcher | None] = [
             None if each is None else compiler.matcher(each, eos_ids) for each in per_row(constraints, batch)
         ]
-        self.complete, self.counts = np.zeros(batch, bool), np.zeros(batch, int)
+        self.complete = np.zeros(batch, bool)
         self._eos_ids, self._words = eos_ids, compiler.words
         self.fill()
         if self.complete.any():
@@ -65,7 +50,6 @@ class Rows:
         for row, token in enumerate(tokens.tolist()):
             if self.complete[row]:
                 continue
-            self.counts[row] += 1
             matcher = self.matchers[row]
             self.complete[row] = token in self._eos_ids or (matcher is not None and not matcher.push(token))
 
@@ -77,79 +61,32 @@ class Rows:
                 self.complete[row], self.mask[row] = True, -1
 
 
-def generate_constrained(
-    model: Model,
-    prompt: str | list[str],
-    max_new_tokens: int,
-    constraint: Constraints,
-    *,
-    temperature: float = 0.0,
-    seed: int = 0,
-    cache: str = "static",
-    overflow: str | Reencode = "error",
-    stop: str | Sequence[str] | None = None,
-    stop_ids: Sequence[int] = (),
-    top_logprobs: int = 0,
-    **settings: Any,
-) -> Generation | list[Generation]:
-    """What `generate` does where it is given a constraint; arguments and errors as there."""
-    watch = Stopwatch()
-    prompts, ending = prompt_list(prompt), _strict_ending(model, stop, stop_ids)
-    sampler = make_sampler(temperature, **settings)
-    ids, request = text_request(model, prompts, max_new_tokens, sampler, seed, cache, overflow, ending, top_logprobs)
-    rows = Rows(model, constraint, len(prompts), ending.ids)
-    parts, prefill_seconds = [], 0.0
-    for state in constrained_states(model.params, model.config, request, rows):
-        parts.append(jax.tree.map(np.array, Generated(state.token, state.logprob, state.top)))
-        if len(parts) == 1:
-            prefill_seconds = watch.lap()
-    generated = jax.tree.map(lambda *steps: np.stack(steps, axis=1), *parts)
-    timings = Timings(watch.compile, prefill_seconds, watch.lap(), len(parts))
-    outputs = [_output(model, row, generated, rows, i, ending) for i, row in enumerate(ids)]
-    outputs = [dataclasses.replace(out, timings=timings) for out in outputs]
-    return outputs[0] if isinstance(prompt, str) else outputs
+def constrained_steps(model: Model, batch: Batch, constraints: Constraints) -> Iterator[Step]:
+    """The steps of a batch under constraints; rows are finished as soon as their constraint allows nothing more.
 
-
-def stream_constrained(
-    model: Model,
-    prompt: str,
-    max_new_tokens: int,
-    constraint: Constraints,
-    *,
-    temperature: float = 0.0,
-    seed: int = 0,
-    cache: str = "static",
-    overflow: str | Reencode = "error",
-    stop: str | Sequence[str] | None = None,
-    stop_ids: Sequence[int] = (),
-    top_logprobs: int = 0,
-    **settings: Any,
-) -> Generator[Piece, None, None]:
-    """What `stream` does where it is given a constraint; arguments and errors as there."""
-    watch = Stopwatch()
-    ending = _strict_ending(model, stop, stop_ids)
-    sampler = make_sampler(temperature, **settings)
-    _, request = text_request(model, [prompt], max_new_tokens, sampler, seed, cache, overflow, ending, top_logprobs)
-    rows = Rows(model, constraint, 1, ending.ids)
-    states = constrained_states(model.params, model.config, request, rows)
-    return _pieces(model, states, rows, max_new_tokens, ending, watch, prepare_seconds=watch.lap())
-
-
-def constrained_states(params: Params, config: GPT2Config, request: Request, rows: Rows) -> Iterator[DecodeState]:
-    """The states of a prepared request after each step, until all rows are complete; `rows` has them counted in.
-
-    The cache of a state is donated by the next step, which may run already.
+    Raises:
+        ConstraintError: a constraint is invalid; at once, and not at the first step.
     """
+    rows = Rows(model, constraints, len(batch.rows), batch.ending.ids)
+    return _steps(model.params, model.config, batch.request, rows)
+
+
+def _steps(params: Params, config: GPT2Config, request: Request, rows: Rows) -> Iterator[Step]:
+    """The steps of a prepared request, across re-encodings, until all rows are complete."""
+    part = 0
     while True:
         new = []
         for state in _segment(params, config, request, rows):
+            token, logprob, top = jax.tree.map(np.array, (state.token, state.logprob, state.top))
+            step = Step(token, logprob, top, rows.complete.copy(), part)
             if request.later:
-                new.append(np.array(state.token))
-            yield state
+                new.append(step.token)
+            yield step
         if request.later == 0 or rows.complete.all():
             return
         state = dataclasses.replace(state, finished=jnp.array(rows.complete))
         request = following(config, request, np.stack(new, 1), state)
+        part += 1
 
 
 def _segment(params: Params, config: GPT2Config, request: Request, rows: Rows) -> Iterator[DecodeState]:
@@ -173,48 +110,3 @@ def _segment(params: Params, config: GPT2Config, request: Request, rows: Rows) -
         yield state
         if rows.complete.all():
             return
-
-
-def _strict_ending(model: Model, stop: str | Sequence[str] | None, stop_ids: Sequence[int]) -> Ending:
-    """When texts end. A stop string would cut them where the constraint does not allow it."""
-    if stop:
-        raise ConstraintError(f"stop: expected none with a constraint, which says where a text ends, got {stop!r}")
-    return ending_of(model, None, stop_ids)
-
-
-def _output(model: Model, ids: list[int], generated: Generated, rows: Rows, row: int, ending: Ending) -> Generation:
-    """What a row with the prompt `ids` got, without what stands behind its end; its timings are to be filled in."""
-    own = jax.tree.map(lambda array: array[row : row + 1, : rows.counts[row]], generated)
-    out = generation_of(model, ids, own, 0, ending)
-    return dataclasses.replace(out, finish_reason="stop") if rows.complete[row] else out
-
-
-def _pieces(
-    model: Model,
-    states: Iterator[DecodeState],
-    rows: Rows,
-    limit: int,
-    ending: Ending,
-    watch: Stopwatch,
-    prepare_seconds: float,
-) -> Generator[Piece, None, None]:
-    decoder = tokenizer_of(model).stream()
-    prefill_seconds, decode_seconds = prepare_seconds, 0.0
-    watch.skip()  # what the caller did before asking for the first piece
-    for count, state in enumerate(states, 1):
-        # As NumPy arrays: an index into a JAX array is a program of its own, which would wait for the model's.
-        token, logprob = int(np.asarray(state.token)[0]), float(np.asarray(state.logprob)[0])
-        top = None if state.top is None else id_logprobs(*(array[0] for array in on_host(state.top)))
-        if count == 1:
-            prefill_seconds += watch.lap()
-        else:
-            decode_seconds += watch.lap()
-        stopped = token if token in ending.ids else None
-        complete = bool(rows.complete[0])
-        text = "" if stopped is not None else decoder.push(token)
-        if complete or count == limit:
-            text += decoder.flush()
-        reason: FinishReason | None = "stop" if complete else "length" if count == limit else None
-        timings = Timings(watch.compile, prefill_seconds, decode_seconds, count)
-        yield Piece(text, token, logprob, reason, timings, stopped, top)
-        watch.skip()  # what the caller did with the piece

@@ -242,7 +242,6 @@ def test_other_rows_growing_caches_and_reencoding_change_nothing():
         ({"constraint": "a+"}, r"constraint: expected a Constraint or a list of them, got 'a\+'"),
         ({"constraint": [None, None]}, "constraint: expected one per prompt, 1, got 2"),
         ({"constraint": ["a"]}, "constraint 0: expected a Constraint or None, got 'a'"),
-        ({"regex": "a+", "stop": "b"}, "stop: expected none with a constraint"),
     ],
 )
 def test_bad_constraints_are_named(settings, message):
@@ -250,6 +249,20 @@ def test_bad_constraints_are_named(settings, message):
         with pytest.raises(lj.ConstraintError, match=message) as error:
             run(RECITING, "o", 5, **settings)
         assert "\n" not in str(error.value)
+
+
+def test_stop_strings_are_refused():
+    with pytest.raises(lj.OptionError, match="stop: expected none with constrained generation"):
+        lj.generate(RECITING, "o", 5, regex="a+", stop="b")
+
+
+def test_no_half_character_at_the_limit():
+    pattern = "é{2,4}"
+    for count, text in ((1, ""), (2, "é"), (3, "é"), (4, "éé")):
+        out = lj.generate(RECITING, "o", count, regex=pattern)
+        pieces = list(lj.stream(RECITING, "o", count, regex=pattern))
+        assert (out.text, out.finish_reason, len(out.token_ids)) == (text, "length", count)
+        assert "".join(piece.text for piece in pieces) == text
 
 
 def test_what_a_constraint_needs(monkeypatch):

@@ -1,0 +1,200 @@
+"""The jobs in a file of prompts: each line is checked completely before anything runs."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from llorch_jax.cache.base import KVCache
+from llorch_jax.cache.layouts import make_cache
+from llorch_jax.decoding.overflow import Reencode, check_overflow
+from llorch_jax.errors import BatchFileError, CapacityError, LlorchError, OptionError
+from llorch_jax.loading.checkpoint import Model
+from llorch_jax.sampling.settings import rows_of
+from llorch_jax.text.constrained.constraint import KINDS, Constraint
+from llorch_jax.text.ending import Ending
+from llorch_jax.text.options import GenerationOptions
+from llorch_jax.text.prompts import encode_prompts
+from llorch_jax.text.vocabulary import tokenizer_of
+
+_OWN = ("prompt", "id")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One line of the input.
+
+    Attributes:
+        line: its place among the lines that are not blank, from 1.
+        id: what the line gives as its id, or None.
+        prompt: the text to continue.
+        settings: those of the file with those of the line.
+    """
+
+    line: int
+    id: Any
+    prompt: str
+    settings: dict[str, Any]
+
+    @cached_property
+    def options(self) -> GenerationOptions:
+        """The settings, checked."""
+        return GenerationOptions.create(**self.settings)
+
+    def hash(self, model: str) -> str:
+        """A hash of everything that the result depends on."""
+        content = [model, self.line, self.id, self.prompt, self.settings]
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=_plain).encode()).hexdigest()[:16]
+
+
+class JobReader:
+    """Reads and checks jobs for one model."""
+
+    def __init__(self, model: Model, settings: Mapping[str, Any]) -> None:
+        """A reader for lines whose settings are added to these.
+
+        Raises:
+            LlorchError: a setting is impossible, or cannot be used for a file.
+        """
+        self._model = model
+        self._settings = dict(settings)
+        self._capacities: dict[Any, int] = {}
+        if settings.get("sampler") is not None:
+            raise OptionError("sampler: expected none with a file of prompts, whose settings are written down")
+        if isinstance(settings.get("cache"), KVCache):
+            raise OptionError("cache: expected the name of a layout with a file of prompts, got a cache")
+        GenerationOptions.create(**settings)
+
+    def read(self, source: Path) -> list[Job]:
+        """The jobs of a file.
+
+        Raises:
+            BatchFileError: the file cannot be read, or a line is not as it should be; the message names line and field.
+        """
+        if source.exists() and not source.is_file():
+            raise BatchFileError(f"{source}: expected a regular file, got another kind")
+        try:
+            lines = source.read_text(encoding="utf-8").split("\n")  # splitlines would split at U+2028, too
+        except (OSError, ValueError) as error:
+            raise BatchFileError(f"{source}: expected a readable file in UTF-8 ({error})") from None
+        jobs: list[Job] = []
+        for number, text in enumerate(lines, 1):
+            if text.strip():
+                try:
+                    jobs.append(self._job(len(jobs) + 1, text))
+                except (LlorchError, TypeError, ValueError, OverflowError) as error:
+                    raise BatchFileError(f"{source}: line {number}: {error}") from None
+        return jobs
+
+    def _job(self, line: int, text: str) -> Job:
+        given = _parse(text)
+        for name, value in given.items():
+            _check_writable(name, value)
+        own = {name: value for name, value in given.items() if name not in _OWN}
+        settings = dict(self._settings)
+        if any(name in own for name in KINDS):  # a line's constraint takes the place of the file's
+            settings = {name: value for name, value in settings.items() if name not in (*KINDS, "constraint")}
+        job = Job(line, given.get("id"), given["prompt"], settings | own)
+        self._check(job)
+        return job
+
+    def _check(self, job: Job) -> None:
+        options, config = job.options, self._model.config
+        if isinstance(options.seed, tuple):
+            raise OptionError(f"seed: expected one whole number, got {len(options.seed)}")
+        options.check_method(options.method)
+        options.check_model(config)
+        sampler: Any = options.sampler_for(self._model)
+        _check_rows(options, sampler)
+        if hasattr(sampler, "check_ids"):
+            sampler.check_ids(config.vocab_size)
+        if options.constraint is not None:
+            self._check_constraint(options)
+        (ids,) = encode_prompts(self._model, [job.prompt])
+        self._check_room(len(ids), options)
+
+    def _check_constraint(self, options: GenerationOptions) -> None:
+        from llorch_jax.text.constrained.matching import compiler_of
+
+        eos_ids = Ending.of(self._model, options).ids
+        compiler = compiler_of(tokenizer_of(self._model), self._model.config.vocab_size, eos_ids)
+        assert isinstance(options.constraint, Constraint)
+        compiler.matcher(options.constraint, eos_ids)
+
+    def _check_room(self, count: int, options: GenerationOptions) -> None:
+        """Raises CapacityError if a prompt of `count` tokens and its new ones do not fit."""
+        context = self._capacity(options.cache)
+        reencode = check_overflow(options.overflow)
+        if reencode is not None:
+            reencode.kept(np.zeros(context + 1, np.int32), context)
+            return
+        last = 1 if options.method == "contrastive search" else 0  # which feeds its last token as well
+        if count + options.max_new_tokens - 1 + last > context:
+            raise CapacityError(
+                f"prompt and max_new_tokens: expected both within the context of {context}, got {count} and "
+                f"{options.max_new_tokens} tokens"
+            )
+
+    def _capacity(self, cache: Any) -> int:
+        """How many tokens a row of a layout can hold; nothing is allocated."""
+        if cache not in self._capacities:
+            shapes: Any = jax.eval_shape(lambda: make_cache(self._model.config, cache))
+            self._capacities[cache] = min(shapes.capacity, self._model.config.n_positions)
+        return self._capacities[cache]
+
+
+def _parse(text: str) -> dict[str, Any]:
+    """The object on a line.
+
+    Raises:
+        BatchFileError: it is no JSON object with a prompt.
+    """
+    try:
+        given = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BatchFileError(f"expected a JSON object ({error})") from None
+    except RecursionError:
+        raise BatchFileError("expected a JSON object, got one that is nested too deeply") from None
+    except ValueError:  # of integers with more digits than Python converts
+        raise BatchFileError("expected a JSON object, got one with a number of too many digits") from None
+    if not isinstance(given, dict) or not isinstance(given.get("prompt"), str):
+        raise BatchFileError('expected a JSON object with a text as "prompt"')
+    return given
+
+
+def _check_writable(name: str, value: Any) -> None:
+    """Raises BatchFileError for a value that cannot be written as JSON in UTF-8."""
+    try:
+        json.dumps([name, value], ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        raise BatchFileError(f"{name!a:.60}: expected text that UTF-8 can encode, got a lone surrogate") from None
+    except ValueError:
+        raise BatchFileError(f"{name}: expected finite numbers, got NaN or infinity") from None
+    except RecursionError:
+        raise BatchFileError(f"{name}: expected a value that is nested less deeply") from None
+
+
+def _check_rows(options: GenerationOptions, sampler: Any) -> None:
+    """Raises OptionError for a setting that has a value for each row of a batch: a line is one row."""
+    plain = {"temperature": options.temperature, "top_k": options.sampling.get("top_k")}
+    plain |= {"top_p": options.sampling.get("top_p")}
+    counts = {name: np.size(value) for name, value in plain.items() if value is not None}
+    counts |= {name: rows_of(value) for name, value in getattr(sampler, "more", {}).items()}
+    for name, count in counts.items():
+        if count != 1:
+            raise OptionError(f"{name}: expected one value, got {count}")
+
+
+def _plain(value: Any) -> Any:
+    """What stands for an option in a hash where JSON has no such value."""
+    if isinstance(value, Reencode | Constraint):
+        return [type(value).__name__, dataclasses.asdict(value)]
+    if isinstance(value, type):
+        return value.__name__
+    raise OptionError(f"settings: expected values that JSON has, got a {type(value).__name__}")

@@ -1,0 +1,284 @@
+"""The settings of text generation: one set for every way of generating, checked once, before anything runs."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from llorch_jax.cache.base import KVCache
+from llorch_jax.cache.layouts import Strategy
+from llorch_jax.checks import check_cache
+from llorch_jax.config import GPT2Config
+from llorch_jax.decoding.overflow import Reencode, check_overflow
+from llorch_jax.errors import CacheError, CapacityError, OptionError, TokenError
+from llorch_jax.loading.checkpoint import Model
+from llorch_jax.sampling import Sampler, make_sampler
+from llorch_jax.sampling.masking import Masked
+from llorch_jax.sampling.settings import SETTINGS
+from llorch_jax.text.constrained.constraint import Constraints, take_constraint
+from llorch_jax.text.stopping import check_stops
+from llorch_jax.text.vocabulary import breaker_ids, known_ids, tokenizer_of
+from llorch_jax.tracing import is_whole, whole
+
+Method = Literal[
+    "sampling",
+    "constrained generation",
+    "generate_n",
+    "speculative decoding",
+    "beam search",
+    "contrastive search",
+    "chat",
+]
+
+SAMPLING = ("top_k", "top_p", *SETTINGS, "mirostat_tau", "mirostat_eta")
+_CONSTRAINTS = ("constraint", "regex", "json_schema", "grammar", "choices")
+_BEAMS = ("num_beams", "num_beam_groups", "diversity_penalty", "length_penalty", "early_stopping")
+_DRAWING = ("temperature", "top_k", "sampling settings", "sampler")
+_ALWAYS = ("max_new_tokens", "seed", "cache layout", "stop_ids")
+
+# What each method takes; docs/options.md shows this table.
+TAKES: dict[Method, tuple[str, ...]] = {
+    "sampling": (*_ALWAYS, *_DRAWING, "cache object", "overflow", "stop", "top_logprobs"),
+    "constrained generation": (*_ALWAYS, *_DRAWING, "cache object", "overflow", "top_logprobs", "constraint"),
+    "generate_n": (*_ALWAYS, *_DRAWING, "overflow", "stop", "top_logprobs"),
+    "speculative decoding": (*_ALWAYS, *_DRAWING, "cache object", "stop"),
+    "beam search": (*_ALWAYS, *_BEAMS),
+    "contrastive search": (*_ALWAYS, "top_k", "penalty_alpha", "stop"),
+    "chat": (*_ALWAYS, *_DRAWING, "stop"),
+}
+
+# Names that other libraries give to options.
+_ELSEWHERE = {
+    "alpha": "penalty_alpha",
+    "bad_words_ids": "bad_words",
+    "beam_width": "num_beams",
+    "best_of": "best_of of generate_n",
+    "do_sample": "temperature, where 0 takes the most likely token",
+    "draft": "draft of generate_speculative",
+    "dry_sequence_breakers": "dry_breakers",
+    "eos_id": "stop_ids",
+    "eos_token_id": "stop_ids",
+    "gbnf": "grammar",
+    "guided_choice": "choices",
+    "guided_grammar": "grammar",
+    "guided_json": "json_schema",
+    "guided_regex": "regex",
+    "json": "json_schema",
+    "logprobs": "top_logprobs",
+    "max_length": "max_new_tokens",
+    "max_tokens": "max_new_tokens",
+    "min_length": "min_new_tokens",
+    "min_tokens": "min_new_tokens",
+    "mirostat": "mirostat_tau",
+    "n": "n of generate_n",
+    "n_predict": "max_new_tokens",
+    "num_groups": "num_beam_groups",
+    "num_return_sequences": "n of generate_n",
+    "random_seed": "seed",
+    "repeat_penalty": "repetition_penalty",
+    "response_format": "json_schema",
+    "stop_sequences": "stop",
+    "stop_strings": "stop",
+    "stop_token_ids": "stop_ids",
+    "temp": "temperature",
+    "top_n_tokens": "top_logprobs",
+    "typical": "typical_p",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """How texts are generated; make one with `GenerationOptions.create`, which checks everything.
+
+    `generate`, `stream`, `astream`, `generate_n`, `generate_speculative`, `Chat`, files of prompts and the command line
+    take these names with these defaults. What a method cannot do is refused by name; see docs/options.md.
+
+    Attributes:
+        max_new_tokens: maximum number of new tokens of each prompt.
+        temperature: 0 takes the most likely token; above 0, tokens are drawn.
+        sampling: the other settings of `Sampling.create` by name, such as top_k, top_p and repetition_penalty, or
+            mirostat_tau and mirostat_eta. At this level dry_breakers may hold texts as well as ids; without them
+            repetitions end at tokens with a newline, a colon, a quotation mark or an asterisk, as in llama.cpp.
+        sampler: a sampler of your own in place of temperature and sampling settings.
+        seed: of the draws: the same seed gives the same text. One per prompt gives each prompt the text that it would
+            get alone. Only the lowest 32 bits count.
+        cache: layout of the KV cache, such as static, dynamic, rotating:WINDOW[+SINKS], paged, int8 or h2o:BUDGET. Or a
+            `KVCache` with one row per prompt, whose tokens the prompts follow; it is donated.
+        overflow: "error" refuses texts that would outgrow the context; "reencode", or a `Reencode`, goes on with the
+            first and newest tokens.
+        stop: texts before which the new text ends.
+        stop_ids: ids that end a text, in addition to the model's own.
+        top_logprobs: how many of the most likely tokens to report at every step.
+        constraint: what the new text must match: a `Constraint`, or a list with one or None for each prompt. The
+            settings regex, json_schema, grammar and choices make one.
+        num_beams: number of beams of a beam search; None for none.
+        num_beam_groups: groups of a diverse beam search.
+        diversity_penalty: in a diverse beam search, the cost in nats of a token that an earlier group has chosen.
+        length_penalty: power of the length that a finished beam's score is divided by.
+        early_stopping: when a beam search ends: True, False or "never"; see `beam_search`.
+        penalty_alpha: weight of the similarity penalty in a contrastive search, 0 .. 1, with `top_k` candidates (4);
+            None for none.
+    """
+
+    max_new_tokens: int = 64
+    temperature: Any = 0.0
+    sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    sampler: Sampler | None = None
+    seed: int | tuple[int, ...] = 0
+    cache: Strategy | KVCache = "static"
+    overflow: str | Reencode = "error"
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    top_logprobs: int = 0
+    constraint: Constraints | None = None
+    num_beams: int | None = None
+    num_beam_groups: int = 1
+    diversity_penalty: float = 0.5
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+    penalty_alpha: float | None = None
+
+    @classmethod
+    def create(cls, **given: Any) -> "GenerationOptions":
+        """Options from settings by name. None is the same as leaving out an option that may be left empty.
+
+        Raises:
+            OptionError: a name is unknown, with the nearest known one, or a value is impossible.
+            SamplerError, ConstraintError, CapacityError: a setting of the sampler, the constraint, max_new_tokens or
+                overflow is impossible.
+        """
+        for name in given:
+            if name not in KNOWN:
+                raise OptionError(f"{name}: got an unknown option; {_nearest(name)}")
+        given = {name: value for name, value in given.items() if value is not None or name in _NEVER_NONE}
+        constraint = take_constraint(given)
+        sampling = {name: given.pop(name) for name in SAMPLING if name in given}
+        if "stop" in given:
+            given["stop"] = check_stops(given["stop"])
+        if "stop_ids" in given:
+            given["stop_ids"] = _whole_numbers("stop_ids", given["stop_ids"])
+        if isinstance(given.get("seed"), Sequence) and not isinstance(given["seed"], str):
+            given["seed"] = _whole_numbers("seed", given["seed"])
+        options = cls(sampling=sampling, constraint=constraint, **given)
+        options._check()
+        return options
+
+    @property
+    def method(self) -> Method:
+        """How one text per prompt is generated with these options."""
+        if self.num_beams is not None:
+            return "beam search"
+        if self.penalty_alpha is not None:
+            return "contrastive search"
+        return "sampling" if self.constraint is None else "constrained generation"
+
+    def check_method(self, method: Method) -> None:
+        """Raises OptionError for the first option given that a method does not take."""
+        for name, value in self._given().items():
+            kind = "sampling settings" if name in SAMPLING and name != "top_k" else name
+            if kind not in TAKES[method]:
+                shown = "cache" if name == "cache object" else name
+                raise OptionError(f"{shown}: expected none with {method}, which cannot use it, got {_brief(value)}")
+
+    def check_model(self, config: GPT2Config) -> None:
+        """Raises LlorchError for an option that does not fit a model; nothing is allocated."""
+        if self.top_logprobs > config.vocab_size:
+            raise OptionError(f"top_logprobs: expected 0 .. vocab_size={config.vocab_size}, got {self.top_logprobs}")
+        for id in self.stop_ids:
+            if not 0 <= id < config.vocab_size:
+                raise TokenError(f"stop_ids: expected ids in 0 .. {config.vocab_size - 1}, got {id}")
+        if isinstance(self.cache, KVCache):
+            check_cache(config, self.cache)
+
+    def _check(self) -> None:
+        whole("max_new_tokens", self.max_new_tokens, CapacityError)
+        whole("top_logprobs", self.top_logprobs, OptionError, least=0)
+        check_overflow(self.overflow)
+        for seed in self.seed if isinstance(self.seed, tuple) else (self.seed,):
+            if not is_whole(seed):
+                raise OptionError(f"seed: expected a whole number, got {_brief(seed)}")
+        if not isinstance(self.cache, str | KVCache) and not (
+            isinstance(self.cache, type) and issubclass(self.cache, KVCache)
+        ):
+            raise CacheError(f"cache: expected the name of a layout or a KVCache, got a {type(self.cache).__name__}")
+        if self.sampler is None:
+            breakers = self.sampling.get("dry_breakers")
+            make_sampler(self.temperature, **{**self.sampling, "dry_breakers": [] if _is_texts(breakers) else breakers})
+        else:
+            self._check_sampler()
+
+    def sampler_for(self, model: Model) -> Sampler:
+        """The sampler that these options describe, of which only ids come that the model's tokenizer knows."""
+        sampler: Any = self.sampler
+        if sampler is None:
+            sampling = {**self.sampling}
+            breakers = sampling.get("dry_breakers")
+            if "dry_multiplier" in sampling and breakers is None:
+                sampling["dry_breakers"] = breaker_ids(tokenizer_of(model))
+            elif _is_texts(breakers):
+                sampling["dry_breakers"] = breaker_ids(tokenizer_of(model), sampling["dry_breakers"])
+            sampler = make_sampler(self.temperature, **sampling)
+        mask = known_ids(tokenizer_of(model), model.config.vocab_size)
+        return sampler if mask is None else Masked(sampler, mask)  # type: ignore[return-value]
+
+    def _check_sampler(self) -> None:
+        if not callable(self.sampler) and not hasattr(self.sampler, "sample"):
+            raise OptionError(f"sampler: expected a sampler, got a {type(self.sampler).__name__}")
+        own = [*self.sampling, *(["temperature"] if self.temperature != 0 else [])]
+        if own:
+            raise OptionError(f"sampler: expected no {own[0]} with it, as it says itself how tokens are drawn")
+
+    def _given(self) -> dict[str, Any]:
+        """The options that differ from their defaults, by the names of `TAKES`."""
+        given = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name == "cache":
+                given["cache object" if isinstance(value, KVCache) else "cache layout"] = value
+            elif field.name == "sampling":
+                given |= value
+            elif value is not field.default and not np.array_equal(value, field.default):  # type: ignore[arg-type]
+                given[field.name] = value
+        return given
+
+
+KNOWN = (
+    *(field.name for field in dataclasses.fields(GenerationOptions) if field.name != "sampling"),
+    *SAMPLING,
+    *(name for name in _CONSTRAINTS if name != "constraint"),
+)
+
+
+_NEVER_NONE = {
+    field.name
+    for field in dataclasses.fields(GenerationOptions)
+    if field.default is not None and field.default != () and field.name != "sampling"
+}
+
+
+def _brief(value: Any) -> str:
+    """A value for a message; never more than a line, and no array."""
+    plain = value is None or isinstance(value, str | int | float | list | tuple)
+    return repr(value)[:60] if plain else f"a {type(value).__name__}"
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(each, str) and each for each in value)
+
+
+def _nearest(name: str) -> str:
+    if name in _ELSEWHERE:
+        return f"expected {_ELSEWHERE[name]}"
+    near = difflib.get_close_matches(name, KNOWN, n=1)
+    return f"did you mean {near[0]}?" if near else f"expected one of {', '.join(KNOWN)}"
+
+
+def _whole_numbers(name: str, values: Any) -> tuple[int, ...]:
+    if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
+        raise OptionError(f"{name}: expected a list of whole numbers, got {values!r:.80}")
+    for value in values:
+        if not is_whole(value):
+            raise OptionError(f"{name}: expected whole numbers, got {value!r:.80}")
+    return tuple(int(value) for value in values)

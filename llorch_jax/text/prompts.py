@@ -1,0 +1,118 @@
+"""From texts to a request for their tokens."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llorch_jax.cache.base import KVCache
+from llorch_jax.cache.layouts import fit_cache
+from llorch_jax.decoding.overflow import padded
+from llorch_jax.decoding.request import Request, prepare
+from llorch_jax.errors import OptionError, TokenError
+from llorch_jax.loading.checkpoint import Model
+from llorch_jax.text.collecting import Growing
+from llorch_jax.text.ending import Ending
+from llorch_jax.text.options import GenerationOptions, Method
+from llorch_jax.text.vocabulary import tokenizer_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Prompts that run together.
+
+    Attributes:
+        prompt_ids: tokens of each row's prompt.
+        ending: when the new texts end.
+        request: for their tokens.
+        rows: what each row has got so far.
+    """
+
+    prompt_ids: list[list[int]]
+    ending: Ending
+    request: Request
+    rows: list[Growing]
+
+
+def prompt_list(prompt: str | Sequence[str]) -> list[str]:
+    """One prompt or several as a list."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not isinstance(prompt, list | tuple) or not prompt:
+        got = "none" if isinstance(prompt, list | tuple) else type(prompt).__name__
+        raise TokenError(f"prompt: expected a text or a list of texts, got {got}")
+    return list(prompt)
+
+
+def encode_prompts(model: Model, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each prompt.
+
+    Raises:
+        TokenError: a prompt is empty or holds what the tokenizer has no token for.
+    """
+    tokenizer = tokenizer_of(model)
+    rows = [tokenizer.encode(text) for text in prompts]
+    for number, row in enumerate(rows):
+        if not row:
+            raise TokenError(f"prompt {number}: expected at least one token, got an empty text")
+    return rows
+
+
+def make_batch(
+    model: Model, prompts: Sequence[str], options: GenerationOptions, method: Method, copies: int = 1
+) -> Batch:
+    """A checked batch of prompts, each `copies` times in a row; nothing has run then.
+
+    Raises:
+        LlorchError: an option does not fit the method or the model, or a prompt does not fit the context.
+    """
+    options.check_method(method)
+    options.check_model(model.config)
+    ending = Ending.of(model, options)
+    ids = [row for row in encode_prompts(model, prompts) for _ in range(copies)]
+    tokens, lengths = padded(ids)
+    keys = row_keys(options.seed, len(prompts), copies)
+    needed = min(tokens.shape[1] + options.max_new_tokens - 1, model.config.n_positions)
+    cache = options.cache
+    if not isinstance(cache, KVCache):
+        cache = fit_cache(model.config, cache, len(ids), needed)
+    request = prepare(
+        model.config,
+        tokens,
+        options.max_new_tokens,
+        cache,
+        lengths,
+        options.sampler_for(model),
+        keys,
+        ending.ids or None,
+        options.overflow,
+        top_logprobs=options.top_logprobs,
+    )
+    rows = [Growing(tokenizer_of(model), ending, row) for row in ids]
+    return Batch(ids, ending, request, rows)
+
+
+def key_of_seed(seed: int) -> jax.Array:
+    """A random key, of the lowest 32 bits."""
+    return jax.random.key(int(seed) % 2**32)
+
+
+def row_keys(seed: int | Sequence[int], prompts: int, copies: int = 1) -> jax.Array:
+    """A key for each row [prompts * copies].
+
+    With one seed it is the seed's key folded with the row's number. With one seed per prompt each prompt has the keys
+    that it would have alone.
+
+    Raises:
+        OptionError: there are several seeds, but not one per prompt.
+    """
+    fold = jax.vmap(jax.random.fold_in, (None, 0))
+    if not isinstance(seed, Sequence):
+        return fold(key_of_seed(seed), jnp.arange(prompts * copies))
+    if len(seed) != prompts:
+        raise OptionError(f"seed: expected one, or {prompts}, one per prompt, got {len(seed)}")
+    keys = jnp.stack([key_of_seed(each) for each in seed])
+    numbers = jnp.asarray(np.arange(copies))
+    return jax.vmap(fold, (0, None))(keys, numbers).reshape(-1)

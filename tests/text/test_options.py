@@ -1,0 +1,221 @@
+"""One set of options for every way of generating: what each takes, what it refuses by name, and near names."""
+
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+import llorch_jax as lj
+from llorch_jax.text.options import KNOWN, TAKES, GenerationOptions
+
+MODEL = tiny.random_model(n_layer=1, n_embd=16, n_head=1, num_kv_heads=1)
+RECITING = tiny.reciting_model("one two three")
+PAGE = Path(__file__).parents[2] / "docs" / "options.md"
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("max_tokens", "expected max_new_tokens"),
+        ("do_sample", "expected temperature"),
+        ("num_return_sequences", "expected n of generate_n"),
+        ("eos_token_id", "expected stop_ids"),
+        ("temperatur", "did you mean temperature?"),
+        ("repetition_penalti", "did you mean repetition_penalty?"),
+        ("zzz", "expected one of max_new_tokens, "),
+    ],
+)
+def test_unknown_options_name_the_nearest(name, near):
+    for call in (lj.generate, lj.stream, lj.generate_n, lj.generate_speculative):
+        with pytest.raises(lj.OptionError, match=re.escape(f"{name}: got an unknown option; {near}")):
+            call(MODEL, "a", **{name: 1})
+
+
+EXAMPLES = {
+    "temperature": 0.5,
+    "top_k": 5,
+    "sampling settings": {"min_p": 0.1},
+    "sampler": lj.Greedy(),
+    "overflow": "reencode",
+    "stop": "b",
+    "top_logprobs": 1,
+    "constraint": {"choices": ["a"]},
+    "num_beams": 2,
+    "num_beam_groups": 2,
+    "diversity_penalty": 0.1,
+    "length_penalty": 0.5,
+    "early_stopping": True,
+    "penalty_alpha": 0.5,
+}
+
+
+@pytest.mark.parametrize("method", TAKES)
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_method_refuses_by_name_what_it_does_not_take(method, name):
+    value = EXAMPLES[name]
+    options = GenerationOptions.create(**(value if isinstance(value, dict) else {name: value}))
+    if name in TAKES[method]:
+        options.check_method(method)
+        return
+    shown = "min_p" if isinstance(value, dict) and "min_p" in value else name
+    with pytest.raises(lj.OptionError, match=f"{shown}: expected none with {method}, which cannot use it, got"):
+        options.check_method(method)
+
+
+def test_the_page_shows_what_each_method_takes():
+    lines = [line for line in PAGE.read_text(encoding="utf-8").split("\n") if line.startswith("|")]
+    head = [cell.strip() for cell in lines[0].strip("|").split("|")]
+    methods = head[2:]
+    assert methods == list(TAKES)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2 : 2 + len(lines)]]
+    shown = {}
+    for row in rows:
+        if len(row) == len(head):
+            for method, cell in zip(methods, row[2:], strict=True):
+                if cell == "yes":
+                    shown.setdefault(method, []).extend(re.findall(r"`([^`]+)`|(?<!`)\b(cache object)\b", row[0]))
+    for method, found in shown.items():
+        names = {name or other for name, other in found}
+        expected = {name for name in TAKES[method] if name not in ("sampling settings", "cache layout")}
+        assert expected <= names, (method, expected - names)
+        extra = names - expected - {"cache"}
+        assert extra <= (set(KNOWN) if "sampling settings" in TAKES[method] else set()), (method, extra)
+
+
+def test_a_sampler_of_ones_own():
+    keys = lj.Sampling.create(0.7, top_k=5)
+    own = lj.generate(MODEL, ["Once", "A"], 8, seed=3, sampler=keys)
+    named = lj.generate(MODEL, ["Once", "A"], 8, seed=3, temperature=0.7, top_k=5)
+    assert [out.token_ids for out in own] == [out.token_ids for out in named]
+    streamed = [piece.token_id for piece in lj.stream(MODEL, "Once", 8, seed=3, sampler=keys)]
+    assert streamed == own[0].token_ids
+    with pytest.raises(lj.OptionError, match="sampler: expected no top_k with it"):
+        lj.generate(MODEL, "a", 2, sampler=keys, top_k=4)
+    with pytest.raises(lj.OptionError, match="sampler: expected a sampler, got a str"):
+        lj.generate(MODEL, "a", 2, sampler="greedy")
+
+
+def test_a_prefilled_cache_goes_before_the_prompt():
+    first, second = MODEL.tokenizer.encode("Once upon"), MODEL.tokenizer.encode(" a time")
+
+    def prefilled():
+        cache = lj.StaticCache.init(MODEL.config, batch_size=1, capacity=64)
+        return lj.prefill(MODEL.params, MODEL.config, [first], cache)[1]
+
+    whole = lj.generate(MODEL, "Once upon a time", 8)
+    out = lj.generate(MODEL, " a time", 8, cache=prefilled())
+    assert (out.token_ids, out.prompt_ids) == (whole.token_ids, second)
+    pieces = list(lj.stream(MODEL, " a time", 8, cache=prefilled(), stop="zzz"))
+    assert [piece.token_id for piece in pieces] == whole.token_ids
+
+
+def test_a_wrong_cache_is_told_in_a_short_line():
+    other = lj.StaticCache.init(tiny.CONFIG, batch_size=1, capacity=16)
+    for wrong in (other, jax.numpy.zeros((50, 50)), {"keys": np.zeros(1000)}, 5, lj.Greedy):
+        with pytest.raises(lj.CacheError, match="cache: expected") as error:
+            lj.generate(MODEL, "a", 2, cache=wrong)
+        assert len(str(error.value)) < 200
+    with pytest.raises(lj.OptionError, match=r"cache: expected none with generate_n.*got a StaticCache"):
+        lj.generate_n(MODEL, "a", 2, 2, cache=lj.make_cache(MODEL.config, batch_size=2))
+
+
+def test_default_breakers_of_dry_are_those_of_llama_cpp():
+    """A text that repeats across a newline: with the default breakers the repetition costs nothing after it."""
+    model = MODEL
+    newline = model.tokenizer.encode("\n")[0]
+    by_default = GenerationOptions.create(dry_multiplier=1.0).sampler_for(model)
+    texts = GenerationOptions.create(dry_multiplier=1.0, dry_breakers=["\n"]).sampler_for(model)
+    none = GenerationOptions.create(dry_multiplier=1.0, dry_breakers=[]).sampler_for(model)
+    marks = {id for mark in '\n:"*' for id in model.tokenizer.encode(mark)}
+    assert set(np.asarray(by_default.more["dry_breakers"]).ravel().tolist()) - {-1} == marks
+    assert set(np.asarray(texts.more["dry_breakers"]).ravel().tolist()) - {-1} == {newline}
+    assert set(np.asarray(none.more["dry_breakers"]).ravel().tolist()) - {-1} == set()
+    with pytest.raises(lj.SamplerError, match="dry_breakers"):
+        GenerationOptions.create(dry_multiplier=1.0, dry_breakers=["a", 5])
+
+
+class TestSearches:
+    def test_beams_are_those_of_beam_search(self):
+        prompts = ["Once", "A fox"]
+        ids = [MODEL.tokenizer.encode(prompt) for prompt in prompts]
+        tokens = np.zeros((2, 5), np.int32)
+        for row, each in zip(tokens, ids, strict=True):
+            row[: len(each)] = each
+        expected = lj.beam_search(
+            MODEL.params, MODEL.config, tokens, 6, num_beams=4, num_return=2, lengths=[len(each) for each in ids]
+        )
+        best = lj.generate(MODEL, prompts, 6, num_beams=4)
+        assert [out.token_ids for out in best] == expected.tokens[:, 0].tolist()
+        several = lj.generate_n(MODEL, prompts, 2, 6, num_beams=4, cache="paged:4")
+        assert [[out.token_ids for out in group] for group in several] == expected.tokens.tolist()
+        for group, scores in zip(several, expected.scores, strict=True):
+            sums = [sum(out.logprobs) / 6 for out in group]
+            np.testing.assert_allclose(sums, scores, rtol=1e-4)
+
+    def test_a_beam_ends_with_the_text(self):
+        out = lj.generate(RECITING, "o", 20, num_beams=2, length_penalty=0.0)
+        assert (out.text, out.finish_reason, out.stop_reason) == ("ne two three", "stop", tiny.END_OF_TEXT)
+
+    def test_contrastive_search(self):
+        ids = MODEL.tokenizer.encode("Once")
+        expected, _ = lj.contrastive_search(MODEL.params, MODEL.config, [ids], 6, top_k=3, alpha=0.6)
+        out = lj.generate(MODEL, "Once", 6, penalty_alpha=0.6, top_k=3)
+        assert out.token_ids == expected[0].tolist()
+        stopped = lj.generate(RECITING, "o", 20, penalty_alpha=0.1, stop=" three")
+        assert (stopped.text, stopped.stop_reason) == ("ne two", " three")
+        logits = lj.forward(MODEL.params, MODEL.config, [[*ids, *out.token_ids]])
+        logprobs = np.asarray(jax.nn.log_softmax(logits[0]))
+        places = range(len(ids) - 1, len(ids) + 5)
+        np.testing.assert_allclose(
+            out.logprobs, [logprobs[p, id] for p, id in zip(places, out.token_ids, strict=True)], atol=1e-4
+        )
+
+    def test_cannot_be_streamed(self):
+        with pytest.raises(lj.OptionError, match="num_beams: expected none with sampling"):
+            lj.stream(MODEL, "a", 2, num_beams=2)
+        with pytest.raises(lj.OptionError, match="temperature: expected none with beam search"):
+            lj.generate(MODEL, "a", 2, num_beams=2, temperature=0.5)
+
+
+class TestWideVocabulary:
+    """A model of 320 ids, of which the tokenizer knows 257 and the model likes the others most."""
+
+    model = tiny.random_model(n_layer=1, n_embd=16, n_head=1, num_kv_heads=1, vocab_size=320)
+    weights = model.params.wte
+    params = model.params.replace(wte=weights.at[257:].set(50 * weights[:63]))
+
+    @pytest.fixture
+    def wide(self):
+        import dataclasses
+
+        return dataclasses.replace(self.model, params=self.params)
+
+    def test_the_model_would_say_unknown_ids(self, wide):
+        tokens, _ = lj.generate_tokens(wide.params, wide.config, [wide.tokenizer.encode("Once")], 8)
+        assert np.max(tokens) > 256
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"temperature": 1.0, "top_k": 50},
+            {"stop": "zzz"},
+            {"num_beams": 3},
+            {"penalty_alpha": 0.6},
+            {"sampler": lj.Greedy()},
+        ],
+        ids=str,
+    )
+    def test_none_is_ever_drawn(self, wide, options):
+        for out in lj.generate(wide, ["Once", "A"], 8, **options):
+            assert max(out.token_ids) < 257
+            assert out.text == wide.tokenizer.decode(out.token_ids)
+
+    def test_nor_elsewhere(self, wide):
+        outs = [*lj.generate_n(wide, "Once", 2, 8), lj.generate_speculative(wide, "Once", 8)[0]]
+        draft = lj.generate_speculative(wide, "Once", 8, draft=wide, temperature=1.0)[0]
+        assert max(id for out in [*outs, draft] for id in out.token_ids) < 257
+        assert all(piece.token_id < 257 for piece in lj.stream(wide, "Once", 8))
