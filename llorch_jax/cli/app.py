@@ -170,7 +170,7 @@ def chat_command(
     settings: dict[str, Any],
     model: ModelOption = "demo",
     cache: CacheOption = "static",
-    max_new_tokens: LengthOption = 128,
+    max_new_tokens: LengthOption = 64,
     system: Annotated[
         str, option("--system", metavar="TEXT", help="Text that the conversation begins with.", panel="Conversation")
     ] = "",

@@ -50,7 +50,7 @@ class Setting:
 
 
 SAMPLING = (
-    Setting("temperature", float, "X", "Temperature, 0 or more; 0 always takes the most likely token.", 0.8),
+    Setting("temperature", float, "X", "Temperature of the draws; 0, the default, takes the most likely token."),
     Setting("top_k", int, "N", "Draw from the N most likely tokens."),
     Setting("top_p", float, "P", "Draw from the most likely tokens whose probabilities add up to P."),
     Setting("min_p", float, "P", "Draw from tokens at least P times as likely as the most likely one."),

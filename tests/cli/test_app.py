@@ -60,7 +60,7 @@ class TestGenerate:
         assert run(*arguments, "--seed", 6)[1] != streamed[1]
 
     def test_json(self, run, model, folder):
-        code, out, err = run("generate", PROMPT, "-m", folder, "-n", 12, "--seed", 5, "--json")
+        code, out, err = run("generate", PROMPT, "-m", folder, "-n", 12, "--temperature", 0.8, "--seed", 5, "--json")
         fields, expected = json.loads(out), lj.generate(model, PROMPT, 12, temperature=0.8, seed=5)
         assert (code, err, out.count("\n")) == (0, "", 1)
         assert set(fields.pop("timings")) == {"compile", "prefill", "decode", "new_tokens", "ms_per_token"}
