@@ -58,11 +58,13 @@ def install() -> None:
     """Takes SIGINT, unless the process was started with SIGINT ignored, as shells start background jobs."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         return
+    signal.signal(signal.SIGINT, _note)
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    threading.Thread(target=_watch, args=(reading,), name="interrupts", daemon=True).start()
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    signal.signal(signal.SIGINT, _note)
+    threading.Thread(target=_watch, args=(reading,), name="interrupts", daemon=True).start()
+    if pending() is not None:  # it came before anything could be read from the pipe
+        _leave(128 + signal.SIGINT)
 
 
 def take(*numbers: int) -> None:
