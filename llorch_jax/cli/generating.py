@@ -10,7 +10,6 @@ from llorch_jax.cli import interrupts
 from llorch_jax.cli.loading import load_model
 from llorch_jax.cli.terminal import bar, note, show_timings, waiting
 from llorch_jax.cli.values import resolve, text_or_stdin
-from llorch_jax.errors import DraftError
 from llorch_jax.loading.checkpoint import Model
 from llorch_jax.text.batch_file import generate_file
 from llorch_jax.text.generation import generate, stream
@@ -19,12 +18,17 @@ from llorch_jax.text.speculative import generate_speculative
 from llorch_jax.text.timing import Timings
 
 
+def is_search(settings: dict[str, Any]) -> bool:
+    """Whether settings ask for a search, whose text is only known at the end."""
+    return "num_beams" in settings or "penalty_alpha" in settings
+
+
 def one(source: str, prompt: str, settings: dict[str, Any], streamed: bool, as_json: bool, timings: bool) -> None:
     """Continues one prompt on standard output: as it comes, at once, or as JSON."""
     text = text_or_stdin(prompt)
     model, load_seconds = load_model(source)
     settings = resolve(settings, model.tokenizer)
-    if streamed and not as_json and not _is_search(settings):
+    if streamed and not as_json and not is_search(settings):
         spent = _streamed(model, text, settings)
     else:
         with waiting("compiling and generating"):
@@ -33,11 +37,6 @@ def one(source: str, prompt: str, settings: dict[str, Any], streamed: bool, as_j
         spent = out.timings
     if timings:
         show_timings(load_seconds, spent)
-
-
-def _is_search(settings: dict[str, Any]) -> bool:
-    """Whether the text is only known at the end."""
-    return "num_beams" in settings or "penalty_alpha" in settings
 
 
 def _streamed(model: Model, prompt: str, settings: dict[str, Any]) -> Timings:
@@ -83,8 +82,6 @@ def speculate(
     timings: bool,
 ) -> None:
     """Prints the text at the end, and on standard error what the guesses were good for."""
-    if "overflow" in settings:
-        raise DraftError("--overflow: expected error with --speculative or --draft, which do not re-encode")
     text = text_or_stdin(prompt)
     model, load_seconds = load_model(source)
     settings = resolve(settings, model.tokenizer)

@@ -75,6 +75,7 @@ PENALTIES = (
     Setting("no_repeat_ngram_size", int, "N", "No sequence of N tokens occurs twice; 0 is off."),
     Setting("logit_bias", str, "ID=X", "Add X to the logit of the token with this id.", many=True),
     Setting("bad_words", str, "TEXT", "Text that must not occur.", flag="--bad-word", many=True),
+    Setting("forced_tokens", int, "ID", "The next id that the text begins with.", flag="--forced-token", many=True),
 )
 ENDING = (
     Setting("min_new_tokens", int, "N", "Minimum number of new tokens."),
@@ -92,7 +93,14 @@ SEARCH = (
     Setting("num_beam_groups", int, "N", "Diverse beam search: number of groups.", flag="--beam-groups"),
     Setting("diversity_penalty", float, "X", "Diverse beam search: cost of another group's choice (0.5)."),
     Setting("length_penalty", float, "X", "Beam search: scores are divided by length to the power of X (1)."),
-    Setting("penalty_alpha", float, "P", "Contrastive search: weight of the penalty on similar tokens."),
+    Setting("early_stopping", str, "WHEN", "Beam search: true, false or never; when to stop early (false)."),
+    Setting(
+        "penalty_alpha",
+        float,
+        "P",
+        "Contrastive search: weight of the penalty on similar tokens, with --top-k candidates (4).",
+        flag="--contrastive-alpha",
+    ),
 )
 PANELS: dict[str, tuple[Setting, ...]] = {
     "Sampling": SAMPLING,

@@ -44,6 +44,8 @@ def resolve(settings: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
         found["grammar"] = _text_or_file("--grammar", found["grammar"], r"::=|:\s|\n", "a grammar")
     if "logit_bias" in found:
         found["logit_bias"] = dict(map(_bias, found["logit_bias"]))
+    if "early_stopping" in found:
+        found["early_stopping"] = {"true": True, "false": False}.get(found["early_stopping"], found["early_stopping"])
     if "bad_words" in found and tokenizer is not None:
         texts = [start + text for text in found["bad_words"] for start in ("", " ")]
         found["bad_words"] = [tokenizer.encode(text) for text in texts]

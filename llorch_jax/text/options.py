@@ -22,6 +22,8 @@ from llorch_jax.text.stopping import check_stops
 from llorch_jax.text.vocabulary import breaker_ids, known_ids, tokenizer_of
 from llorch_jax.tracing import is_whole, whole
 
+_MOST_TOKENS = 2**30  # positions are int32, and sums of two of these still are
+
 Method = Literal[
     "sampling",
     "constrained generation",
@@ -193,7 +195,7 @@ class GenerationOptions:
             check_cache(config, self.cache)
 
     def _check(self) -> None:
-        whole("max_new_tokens", self.max_new_tokens, CapacityError)
+        whole("max_new_tokens", self.max_new_tokens, CapacityError, most=_MOST_TOKENS)
         whole("top_logprobs", self.top_logprobs, OptionError, least=0)
         check_overflow(self.overflow)
         for seed in self.seed if isinstance(self.seed, tuple) else (self.seed,):

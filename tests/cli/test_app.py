@@ -113,6 +113,30 @@ class TestGenerate:
             assert re.fullmatch(r"guesses: \d+% of \d+ accepted, \d\.\d\d tokens per step over \d+ steps\n", err)
         check_error(run(*arguments, "--speculative", "lookup", "--overflow", "reencode"), "--overflow")
 
+    def test_searches(self, run, model, folder):
+        found = run("generate", PROMPT, "-m", folder, "-n", 6, "--beams", 2, "--length-penalty", 0.5)
+        assert found == (0, PROMPT + lj.generate(model, PROMPT, 6, num_beams=2, length_penalty=0.5).text + "\n", "")
+        found = run("generate", PROMPT, "-m", folder, "-n", 6, "--contrastive-alpha", 0.6)
+        assert found == (0, PROMPT + lj.generate(model, PROMPT, 6, penalty_alpha=0.6).text + "\n", "")
+
+    def test_options_with_texts_and_ids(self, run, model, folder):
+        tokenizer = model.tokenizer
+        common = ["generate", PROMPT, "-m", folder, "-n", 8, "--temperature", 0]
+        plain = lj.generate(model, PROMPT, 8)
+        banned = tokenizer.decode(plain.token_ids[:1])
+        forced = tokenizer.encode("X")[0]
+        expected = lj.generate(
+            model,
+            PROMPT,
+            8,
+            logit_bias={plain.token_ids[1]: -100.0},
+            bad_words=[tokenizer.encode(banned), tokenizer.encode(" " + banned)],
+            forced_tokens=[forced],
+        )
+        more = ["--logit-bias", f"{plain.token_ids[1]}=-100", "--bad-word", banned, "--forced-token", forced]
+        assert run(*common, *more) == (0, PROMPT + expected.text + "\n", "")
+        assert expected.text != plain.text
+
 
 class TestOtherCommands:
     def test_score(self, run, model, folder):
@@ -206,6 +230,10 @@ class TestErrors:
             (["--model", "no/such/directory"], "'no/such/directory' is no such directory"),
             (["-n", "64"], "n_positions=64 per row, got 67"),
             (["-n", "0"], "error: --max-new-tokens: .* got 0"),
+            (["-n", "2147483649"], "error: --max-new-tokens: .* got 2147483649"),
+            (["-n", "2147483649", "--overflow", "reencode"], "error: --max-new-tokens: .* got 2147483649"),
+            (["--beams", "2", "--temperature", "1"], "error: --temperature: expected none with beam search"),
+            (["--choice", "a", "--stop", "b"], "error: --stop: expected none"),
             (["--temperature", "-1"], r"error: --temperature: .* got -1\.0"),
             (["--temperature", "0", "--top-k", "-1"], "error: --top-k: .* got -1"),
             (["--top-p", "1.5"], r"error: --top-p: .* got 1\.5"),
