@@ -1,12 +1,13 @@
 """Side by side with other implementations, on the same weights, in one run.
 
     python -m benchmarks.compare --peer transformers=PYTHON --peer ctranslate2=PYTHON --peer llama.cpp=PYTHON
-                                 [--preset gpt2] [--cases 1x64+64,1x512+4,8x64+16] [--rounds 3]
+                                 [--preset gpt2] [--cases 1x64+64,1x512+4,8x64+16] [--weights float32,int8]
+                                 [--rounds 3]
 
-PYTHON is the interpreter of an environment that has the peer; docs/benchmarks.md tells how to make one. A case is
+PYTHON is the interpreter of an environment that has the peer; docs/benchmarks.md says how to make one. A case is
 BATCHxPROMPT+NEW. In each round every contender in turn generates one token (the prefill) and then NEW tokens; a step is
-the difference over NEW - 1. First the greedy tokens are compared: the exit code is 1 where a float32 peer disagrees.
-The ratio is our time over the peer's.
+the difference divided by NEW - 1. First the greedy tokens are compared: the exit code is 1 where a float32 peer
+disagrees. The ratio is the time of llorch_jax, with weights of the same precision, over the peer's.
 """
 
 import argparse
@@ -18,20 +19,40 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import llorch_jax as lj
 from benchmarks.decoder import random_tokens
 from benchmarks.limits import Limits
-from benchmarks.measure import interleaved, machine, random_model
+from benchmarks.measure import Sample, interleaved, machine, random_model
 from benchmarks.peer_process import SCRIPTS, Peer, PeerError
-from benchmarks.reports import Report, keep, parser, report, row, show
+from benchmarks.reports import Report, keep, parser, report, row, show, spread
 
 Case = tuple[int, int, int]  # batch, prompt, new
 Run = Callable[[list[list[int]], int], tuple[list[list[int]], float]]  # tokens, new -> new tokens, seconds
 OURS = "llorch_jax"
+PRECISIONS = ("float32", "float16", "int8", "int4")
 
 
-def measure(preset: str, peers: dict[str, tuple[str, Path | None]], cases: list[Case], rounds: int) -> Report:
+class Contender(NamedTuple):
+    """Something that generates.
+
+    Attributes:
+        run: generates greedily.
+        precision: of its weights, one of `PRECISIONS`.
+    """
+
+    run: Run
+    precision: str
+
+
+def measure(
+    preset: str,
+    peers: dict[str, tuple[str, Path | None]],
+    cases: list[Case],
+    rounds: int,
+    weights: Sequence[str] = ("float32",),
+) -> Report:
     """Rows of every contender and case, and whether the tokens agree.
 
     Args:
@@ -39,30 +60,46 @@ def measure(preset: str, peers: dict[str, tuple[str, Path | None]], cases: list[
         peers: for each name its interpreter, and a script in place of the usual one.
         cases: what to time.
         rounds: how often.
+        weights: precisions in which llorch_jax takes part, float32 among them.
     """
     config, params = random_model(preset)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         directory = Path(folder) / "model"
         write_checkpoint(directory, config, params)
-        contenders: dict[str, Run] = {OURS: functools.partial(run_ours, params, config)}
-        exact, versions = {OURS}, {}
+        contenders = ours(config, params, weights)
+        versions, builds = {}, {}
         for name, (python, script) in peers.items():
             peer = stack.enter_context(Peer(name, python, script))
             peer.load(directory, Path(folder), machine()["cores"])
             versions |= peer.versions
-            for variant in peer.variants:
-                contenders[f"{name} {variant}"] = functools.partial(peer.generate, variant)
-            exact |= {f"{name} {variant}" for variant in peer.exact}
-        agreement, rows, limits = [], [], {}
+            builds |= {name: peer.build} if peer.build else {}
+            for variant, precision in peer.variants.items():
+                contenders[f"{name} {variant}"] = Contender(functools.partial(peer.generate, variant), precision)
+        agreement, rows = [], []
         for case in cases:
             tokens = random_tokens(config, *case[:2]).tolist()
-            agreement += list(_agreement(contenders, exact, case, tokens))
-            able = {line["contender"] for line in agreement if line["case"] == _label(case) and "error" not in line}
-            values = interleaved(_tasks({k: v for k, v in contenders.items() if k in able}, case, tokens), rounds)
-            rows += _rows(case, values)
+            lines = list(_agreement(contenders, case, tokens))
+            able = {line["contender"] for line in lines if "error" not in line}
+            taking_part = {name: each for name, each in contenders.items() if name in able}
+            values = interleaved(_tasks(taking_part, case, tokens), rounds)
+            agreement += lines
+            rows += _rows(case, taking_part, values)
         limits = interleaved(Limits.of(preset).tasks(), rounds)
-    extra = {"agreement": agreement, "versions": versions}
+    extra = {"agreement": agreement, "versions": versions, "builds": builds}
     return report("compare", {"preset": preset}, rows, limits, "peer", **extra)
+
+
+def ours(config: lj.GPT2Config, params: lj.Params, weights: Sequence[str]) -> dict[str, Contender]:
+    """This library with weights in some precisions."""
+    found = {}
+    for precision in weights:
+        stored = params if precision == "float32" else lj.quantize(params, precision)
+        found[_ours(precision)] = Contender(functools.partial(run_ours, stored, config), precision)
+    return found
+
+
+def _ours(precision: str) -> str:
+    return OURS if precision == "float32" else f"{OURS} {precision}"
 
 
 def write_checkpoint(directory: Path, config: lj.GPT2Config, params: lj.Params) -> None:
@@ -87,45 +124,50 @@ def _label(case: Case) -> str:
     return f"{case[0]}x{case[1]}+{case[2]}"
 
 
-def _agreement(contenders: dict[str, Run], exact: set[str], case: Case, tokens: list[list[int]]) -> Iterator[Report]:
+def _agreement(contenders: dict[str, Contender], case: Case, tokens: list[list[int]]) -> Iterator[Report]:
     """For each contender how many of its first tokens are ours; a contender that cannot do the case has an error."""
-    expected = contenders[OURS](tokens, case[2])[0]
-    for name, run in contenders.items():
-        line: Report = {"case": _label(case), "contender": name, "exact": name in exact}
+    expected = contenders[OURS].run(tokens, case[2])[0]
+    for name, each in contenders.items():
+        line: Report = {"case": _label(case), "contender": name, "exact": each.precision == "float32"}
         try:
-            got = run(tokens, case[2])[0]
+            got = each.run(tokens, case[2])[0]
         except PeerError as error:
             yield line | {"error": str(error)}
             continue
-        same = [a == b for ours, theirs in zip(expected, got, strict=True) for a, b in zip(ours, theirs, strict=True)]
+        same = [a == b for own, theirs in zip(expected, got, strict=True) for a, b in zip(own, theirs, strict=True)]
         yield line | {"tokens": len(same), "same": same.index(False) if False in same else len(same)}
 
 
-def _tasks(contenders: dict[str, Run], case: Case, tokens: list[list[int]]) -> dict[str, Callable[[], float]]:
+def _tasks(contenders: dict[str, Contender], case: Case, tokens: list[list[int]]) -> dict[str, Callable[[], float]]:
     """Milliseconds of a prefill and of a whole generation, for every contender."""
     tasks: dict[str, Callable[[], float]] = {}
-    for name, run in contenders.items():
-        tasks[f"prefill {name}"] = lambda run=run: 1000 * run(tokens, 1)[1]
-        tasks[f"whole {name}"] = lambda run=run: 1000 * run(tokens, case[2])[1]
+    for name, each in contenders.items():
+        tasks[f"prefill {name}"] = lambda run=each.run: 1000 * run(tokens, 1)[1]
+        tasks[f"whole {name}"] = lambda run=each.run: 1000 * run(tokens, case[2])[1]
     return tasks
 
 
-def _rows(case: Case, values: dict[str, list[float]]) -> list[Report]:
-    """Prefill and step of ours beside each peer's."""
+def _rows(case: Case, contenders: dict[str, Contender], values: dict[str, list[float]]) -> list[Report]:
+    """Prefill and step of every contender, compared with ours in the same precision, or in float32 where there is none.
+
+    Our own rows in other precisions are compared with our float32. `time` is what the contender itself took.
+    """
     batch, _, new = case
-    names = [key.removeprefix("prefill ") for key in values if key.startswith("prefill ")]
     times = {}
-    for name in names:
+    for name in contenders:
         prefill = values[f"prefill {name}"]
-        times["prefill", name] = prefill
         pairs = zip(values[f"whole {name}"], prefill, strict=True)
+        times["prefill", name] = prefill
         times["step", name] = [(whole - first) / (new - 1) for whole, first in pairs]
     rows = []
     for (kind, name), theirs in times.items():
-        ours = times[kind, OURS]
-        label = f"{_label(case)} {kind}"
-        line = row(f"{label} {name}", ours, theirs, kind=kind, case=_label(case), contender=name)
-        line["tokens_per_second"] = 1000 * batch / line["against"] if kind == "step" else None
+        partner = _ours(contenders[name].precision)
+        own, against = times[kind, partner if partner in contenders else OURS], theirs
+        if contenders[name].precision != "float32" and name == partner:
+            against = times[kind, OURS]
+        extra = {"kind": kind, "case": _label(case), "contender": name, "precision": contenders[name].precision}
+        line = row(f"{_label(case)} {kind} {name}", own, against, time=Sample.of(theirs), **extra)
+        line["tokens_per_second"] = 1000 * batch / line["time"].median if kind == "step" else None
         rows.append(line)
     return sorted(rows, key=lambda line: line["kind"])
 
@@ -139,6 +181,19 @@ def _case(text: str) -> list[Case]:
     if min(min(case[:2]) for case in cases) < 1 or min(case[2] for case in cases) < 2:
         raise argparse.ArgumentTypeError(f"expected BATCHxPROMPT+NEW with 2 new tokens or more, got {text}")
     return cases
+
+
+def precisions(text: str) -> list[str]:
+    """The value of an option with precisions of our own weights, float32 always among them."""
+    chosen = text.split(",")
+    if unknown := [each for each in chosen if each not in PRECISIONS]:
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(PRECISIONS)}; got {unknown[0]}")
+    return [each for each in PRECISIONS if each == "float32" or each in chosen]
+
+
+def describe(line: Report) -> str:
+    """What a row adds: how long the contender itself took."""
+    return f"itself {spread(line['time'])} ms"
 
 
 def peer_option(text: str) -> tuple[str, tuple[str, Path | None]]:
@@ -155,9 +210,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--peer", type=peer_option, action="append", default=[], metavar="NAME=PYTHON", help="any number"
     )
     options.add_argument("--cases", type=_case, default=[(1, 64, 64), (1, 512, 4), (8, 64, 16)])
+    options.add_argument(
+        "--weights", type=precisions, default=["float32"], help="precisions of llorch_jax, with commas (float32)"
+    )
     chosen = options.parse_args(argv)
-    figures = measure(chosen.preset, dict(chosen.peer), chosen.cases, chosen.rounds)
-    show(figures)
+    figures = measure(chosen.preset, dict(chosen.peer), chosen.cases, chosen.rounds, chosen.weights)
+    show(figures, describe)
     keep(figures, chosen.json)
     return tell_agreement(figures)
 
@@ -169,7 +227,7 @@ def tell_agreement(figures: Report) -> int:
         if "error" in line:
             print(f"{line['case']} {line['contender']}: left out ({line['error']})")
             continue
-        kind = "" if line["exact"] else " (rounded weights: need not agree)"
+        kind = "" if line["exact"] else " (rounded weights need not agree)"
         print(f"{line['case']} {line['contender']}: first {line['same']} of {line['tokens']} tokens agree{kind}")
         code = max(code, int(line["exact"] and line["same"] < line["tokens"]))
     return code

@@ -5,7 +5,10 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -74,14 +77,29 @@ _random_params = jax.jit(lj.init_params, static_argnums=0)
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """What the figures were measured on, by which command and at which commit."""
     return {
-        "date": datetime.date.today().isoformat(),
+        "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "commit": _commit(),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("jax", "jaxlib", "llorch-jax")},
     }
+
+
+def _commit() -> str:
+    """The commit that is checked out, with "+" where files differ from it; "unknown" outside a repository."""
+    root = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def write_json(path: Path | None, report: dict[str, Any]) -> None:

@@ -28,14 +28,16 @@ class Peer:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, stderr=sys.stderr
         )
-        self.variants: list[str] = []
-        self.exact: list[str] = []
+        self.variants: dict[str, str] = {}
         self.versions: dict[str, str] = {}
+        self.build = ""
 
     def load(self, directory: Path, work: Path, threads: int) -> None:
-        """Loads a model in every variant that the peer has."""
+        """Loads a model in every variant that the peer has; each has the precision of its weights."""
         answer = self._ask(op="load", directory=str(directory), work=str(work), threads=threads)
-        self.variants, self.exact, self.versions = answer["variants"], answer["exact"], answer["versions"]
+        self.variants = answer["variants"]
+        self.versions = answer["versions"]
+        self.build = answer["build"]
 
     def generate(self, variant: str, tokens: list[list[int]], new: int) -> tuple[list[list[int]], float]:
         """New tokens of every row, greedily, and the seconds it took."""

@@ -25,6 +25,7 @@ def measure(preset: str, batch: int, prompts: list[int], rounds: int) -> Report:
     rows = []
     for count in prompts:
         line = row(f"prefill {count}", values[str(count)], prefill_floors(values, prefill_flops(config, batch, count)))
+        line["tokens"] = count
         line["share_of_peak"] = 1 / line["ratio"].median
         line["tokens_per_second"] = 1000 * batch * count / line["value"].median
         rows.append(line)

@@ -2,8 +2,10 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
+from html import escape
 from pathlib import Path
 
 import jax
@@ -30,6 +32,7 @@ from benchmarks.limits import kv_bytes, prefill_flops, step_bytes
 from benchmarks.measure import Sample, interleaved, random_model
 from benchmarks.peer_process import Peer, PeerError
 from benchmarks.reports import row
+from benchmarks.wording import QUICK, READING, number, words
 
 FAKE = '''
 """A peer that follows a file of recorded tokens, and refuses one case."""
@@ -45,7 +48,7 @@ def load(directory, work, threads):
         return [row[:new] for row in recorded]
     return {{"right": right, "wrong": lambda tokens, new: [[0] * new for _ in tokens]}}
 
-serve(load, ["right"], ["pip"])
+serve(load, {{"right": "float32", "wrong": "int8"}}, ["pip"], lambda: "by hand")
 '''
 
 
@@ -204,7 +207,7 @@ def test_an_impossible_case_is_refused(text, capsys):
 
 def test_peer_scripts_know_nothing_of_this_package():
     scripts = list((Path(compare.__file__).parent / "peers").glob("*.py"))
-    assert len(scripts) == 4
+    assert len(scripts) == 5
     for script in scripts:
         assert "import llorch_jax" not in script.read_text()
         assert "from llorch_jax" not in script.read_text()
@@ -238,18 +241,50 @@ def test_the_spread_and_two_percent_are_no_regression(low, found):
     assert len(check.regressions(run(before), run(after))[0]) == found
 
 
-def test_the_report_holds_plots_and_tables(reports, folder):
+@pytest.fixture(scope="module")
+def page(reports, folder):
+    """The report of all benchmarks, and its plots."""
     path = folder / "run.json"
     path.write_text(json.dumps({"reports": list(reports.values())}))
     html_report.main([str(path)])
-    page = (folder / "run" / "index.html").read_text()
-    plots = list((folder / "run").glob("*.png"))
-    assert len(plots) == 5
-    assert page.count("data:image/png;base64,") == 5
+    return (folder / "run" / "index.html").read_text(), sorted((folder / "run").glob("*.png"))
+
+
+def test_the_report_shows_plots_in_the_section_of_their_benchmark(page, reports):
+    text, plots = page
+    sections = text.split("<h2>")[2:]
+    assert [each.partition("<")[0] for each in sections] == [escape(words(name).title) for name in reports]
+    expected = {"decode": 1, "prefill": 1, "batch": 2, "long_context": 1, "startup": 1, "memory": 1, "profile_cache": 1}
+    expected["compare"] = 2
+    for name, section in zip(reports, sections, strict=True):
+        assert section.count("data:image/png;base64,") == expected[name]
+        assert section.index("<img") < section.index("<table")
+    assert len(plots) == sum(expected.values())
     assert all(plot.read_bytes().startswith(b"\x89PNG") for plot in plots)
-    assert "http" not in page  # nothing is fetched
-    for name in reports:
-        assert f"<h2>{name}</h2>" in page
+    assert "http" not in text  # nothing is fetched
+
+
+def test_the_report_says_what_it_shows_where_it_comes_from_and_that_a_quick_run_means_nothing(page, reports):
+    text, _ = page
+    machine = reports["decode"]["machine"]
+    for said in (READING, QUICK, machine["commit"], machine["processor"], "name=viewport", "&nbsp;ms", "&nbsp;MB"):
+        assert said in text
+    real = copy.deepcopy(reports["decode"])
+    real["setting"]["preset"] = "gpt2"
+    assert QUICK not in html_report.render([real], {})
+
+
+def test_the_report_has_no_key_in_place_of_a_name(page):
+    text, _ = page
+    shown = re.sub(r"<(style|code)>.*?</\1>|<[^>]*>", " ", text, flags=re.S)
+    assert re.findall(r"\b[a-z]+_[a-z_]+\b", shown.replace("generate_tokens", "").replace("llorch_jax", "")) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0, "0.00"), (0.0123, "0.012"), (1.234, "1.23"), (12.34, "12.3"), (1234.4, "1,234")]
+)
+def test_numbers_have_three_significant_digits(value, text):
+    assert number(value) == text
 
 
 def test_the_suite_keeps_its_figures(tmp_path, reports):

@@ -1,4 +1,4 @@
-"""CTranslate2, in float32 and with weights rounded to int8; converted from the checkpoint by transformers."""
+"""CTranslate2, in float32 and with weights and activations in int8; converted from the checkpoint by transformers."""
 
 import os
 
@@ -35,4 +35,4 @@ def _generator(directory: str, converted: str, kind: str, threads: int) -> Gener
 
 
 if __name__ == "__main__":
-    serve(load, ["float32"], ["ctranslate2"])
+    serve(load, {"float32": "float32", "int8": "int8"}, ["ctranslate2"])

@@ -35,4 +35,4 @@ def load(directory: str, work: str, threads: int) -> dict[str, Generate]:
 
 
 if __name__ == "__main__":
-    serve(load, ["eager", "static"], ["transformers", "torch"])
+    serve(load, {"eager": "float32", "static": "float32"}, ["transformers", "torch"])

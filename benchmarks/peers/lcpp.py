@@ -1,104 +1,100 @@
-"""llama.cpp through the wheel of xllamacpp, in float32 and Q8_0, one row at a time; converted from the checkpoint here.
+"""llama.cpp through llama-cpp-python, compiled for this machine, in float32, float16, Q8_0, Q4_0 and Q4_K.
 
-Its server runs inside this process. The wheel is compiled for AVX2: a build of llama.cpp for the machine itself may be
-faster where much is computed per weight, that is in prefill.
+Times its own evaluation loop: `llama_decode` and the most likely of the logits where they lie, without its server and
+without copies of logits. Rows of a batch are sequences of one context. Float32 weights go with a float32 KV cache, so
+that tokens can be compared; the others have its default, float16.
 """
 
-import json
-import os
-import re
+import ctypes
 from typing import Any
 
-import gguf
+import llama_cpp
 import numpy as np
-import xllamacpp
-from gguf import GGMLQuantizationType as Stored
-from safetensors.numpy import load_file
+from lcpp_files import convert
 from worker import Generate, serve
 
-NAMES = {
-    "ln_1": "attn_norm",
-    "attn.c_attn": "attn_qkv",
-    "attn.c_proj": "attn_output",
-    "ln_2": "ffn_norm",
-    "mlp.c_fc": "ffn_up",
-    "mlp.c_proj": "ffn_down",
-}
+PRECISIONS = {"f32": "float32", "f16": "float16", "q8_0": "int8", "q4_0": "int4", "q4_k": "int4"}
+_QUIET = llama_cpp.llama_log_callback(lambda level, text, data: None)
+
+
+class Model:
+    """One GGUF file and, for every number of rows, a context with its batch."""
+
+    def __init__(self, path: str, exact: bool, threads: int) -> None:
+        self._model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
+        if not self._model:
+            raise RuntimeError(f"{path}: llama.cpp cannot load it")
+        self._exact, self._threads = exact, threads
+        self._words = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
+        self._length = llama_cpp.llama_model_n_ctx_train(self._model)
+        self._contexts: dict[int, tuple[Any, Any]] = {}
+
+    def generate(self, tokens: list[list[int]], new: int) -> list[list[int]]:
+        rows = len(tokens)
+        if rows not in self._contexts:
+            self._contexts[rows] = self._context(rows), llama_cpp.llama_batch_init(rows * self._length, 0, 1)
+        context, batch = self._contexts[rows]
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), False)
+        found: list[list[int]] = [[] for _ in tokens]
+        given, position = tokens, 0
+        while True:
+            for row, token in enumerate(self._next(context, batch, given, position)):
+                found[row].append(token)
+            if len(found[0]) == new:
+                return found
+            position += len(given[0])
+            given = [[row[-1]] for row in found]
+
+    def _context(self, rows: int) -> Any:
+        settings = llama_cpp.llama_context_default_params()
+        settings.n_ctx = rows * self._length
+        settings.n_batch = rows * self._length
+        settings.n_ubatch = 512
+        settings.n_seq_max = rows
+        settings.n_threads = self._threads
+        settings.n_threads_batch = self._threads
+        settings.kv_unified = rows == 1
+        if self._exact:
+            settings.type_k = llama_cpp.GGML_TYPE_F32
+            settings.type_v = llama_cpp.GGML_TYPE_F32
+        context = llama_cpp.llama_init_from_model(self._model, settings)
+        if not context:
+            raise RuntimeError(f"llama.cpp cannot make a context of {rows} rows")
+        return context
+
+    def _next(self, context: Any, batch: Any, tokens: list[list[int]], position: int) -> list[int]:
+        """The most likely token after each row's new tokens, whose first has this position."""
+        count = len(tokens[0])
+        total = count * len(tokens)
+        batch.n_tokens = total
+        _array(batch.token, total)[:] = np.concatenate(tokens)
+        _array(batch.pos, total)[:] = np.tile(np.arange(position, position + count), len(tokens))
+        _array(batch.n_seq_id, total)[:] = 1
+        _array(batch.logits, total)[:] = np.arange(total) % count == count - 1
+        for index in range(total):
+            batch.seq_id[index][0] = index // count
+        if code := llama_cpp.llama_decode(context, batch):
+            raise RuntimeError(f"llama_decode: exit code {code}")
+        last = range(count - 1, total, count)
+        logits = [llama_cpp.llama_get_logits_ith(context, index) for index in last]
+        return [int(_array(each, self._words).argmax()) for each in logits]
+
+
+def _array(pointer: Any, size: int) -> np.ndarray:
+    return np.ctypeslib.as_array(pointer, shape=(size,))
 
 
 def load(directory: str, work: str, threads: int) -> dict[str, Generate]:
-    paths = {"f32": f"{work}/f32.gguf", "q8_0": f"{work}/q8_0.gguf"}
-    for kind, path in paths.items():
-        if not os.path.exists(path):
-            _convert(directory, path, Stored[kind.upper()])
-    return {kind: _generator(path, threads) for kind, path in paths.items()}
+    llama_cpp.llama_log_set(_QUIET, ctypes.c_void_p())
+    llama_cpp.llama_backend_init()
+    kinds = {kind: convert(directory, work, kind, threads) for kind in PRECISIONS}
+    return {kind: Model(path, kind == "f32", threads).generate for kind, path in kinds.items()}
 
 
-def _generator(path: str, threads: int) -> Generate:
-    settings = xllamacpp.CommonParams()
-    settings.model.path = path
-    settings.n_ctx, settings.n_batch, settings.n_ubatch, settings.n_parallel = 1024, 1024, 1024, 1
-    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
-    settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    server = xllamacpp.Server(settings)
-    greedy = {"temperature": 0, "ignore_eos": True, "cache_prompt": False}
-
-    def generate(tokens: list[list[int]], new: int) -> list[list[int]]:
-        if len(tokens) > 1:
-            raise NotImplementedError("a batch of several rows")
-        answer = server.handle_completions({"prompt": tokens[0], "n_predict": new, **greedy})
-        if "choices" not in answer:
-            raise RuntimeError(json.dumps(answer))
-        words = answer["choices"][0]["text"]  # such as t17t4, the words that the comparison's vocabulary has
-        return [[int(number) for number in re.findall(r"t(\d+)", words)]]
-
-    return generate
-
-
-def _convert(directory: str, path: str, kind: Stored) -> None:
-    with open(f"{directory}/config.json") as file:
-        config = json.load(file)
-    with open(f"{directory}/vocab.json") as file:
-        words = json.load(file)
-    stored = load_file(f"{directory}/model.safetensors").items()
-    tensors = {name.removeprefix("transformer."): array.astype(np.float32) for name, array in stored}
-    writer = gguf.GGUFWriter(path, "gpt2")
-    writer.add_block_count(config["n_layer"])
-    writer.add_context_length(config["n_positions"])
-    writer.add_embedding_length(config["n_embd"])
-    writer.add_feed_forward_length(config["n_inner"] or 4 * config["n_embd"])
-    writer.add_head_count(config["n_head"])
-    writer.add_layer_norm_eps(config["layer_norm_epsilon"])
-    _add_vocabulary(writer, words)
-
-    def add_matrix(name: str, array: np.ndarray) -> None:
-        writer.add_tensor(name, gguf.quantize(array, kind), raw_dtype=kind)
-
-    writer.add_tensor("position_embd.weight", tensors["wpe.weight"])
-    add_matrix("token_embd.weight", tensors["wte.weight"])
-    add_matrix("output.weight", tensors.get("lm_head.weight", tensors["wte.weight"]))
-    for part in ("weight", "bias"):
-        writer.add_tensor(f"output_norm.{part}", tensors[f"ln_f.{part}"])
-        for layer in range(config["n_layer"]):
-            for name, target in NAMES.items():
-                array = np.ascontiguousarray(tensors[f"h.{layer}.{name}.{part}"].T)  # stored as [in, out]
-                add = add_matrix if array.ndim == 2 else writer.add_tensor
-                add(f"blk.{layer}.{target}.{part}", array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def _add_vocabulary(writer: Any, words: dict[str, int]) -> None:
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(sorted(words, key=words.__getitem__))
-    writer.add_token_types([gguf.TokenType.NORMAL] * len(words))
-    writer.add_token_merges(["t 0"])
-    writer.add_bos_token_id(len(words) - 1)
-    writer.add_eos_token_id(len(words) - 1)
+def build() -> str:
+    """The instructions that llama.cpp was compiled for."""
+    return llama_cpp.llama_print_system_info().decode()
 
 
 if __name__ == "__main__":
-    serve(load, ["f32"], ["xllamacpp"])
+    serve(load, PRECISIONS, ["llama-cpp-python"], build)
