@@ -32,18 +32,16 @@ class Decoder:
         self.params, self.config, self.length, self.new = params, config, length, new
         batch = cache.batch_size
         tokens = random_tokens(config, batch, length)
-        self.request = prepare(config, tokens, new + 1, cache, None, sampler, jax.random.key(0))
+        self.request = prepare(config, tokens, new + 1, cache, None, sampler, jax.random.key(0), None)
         self._cache: Any = self.request.cache
         self.span = jnp.asarray([1, new + 1], jnp.int32)
-        self.out = steps.filler(self.request.policy, batch, bucket(new + 1))
+        self.out = steps.filler(self.request.decoding, bucket(new + 1))
         self._fill()
 
     def _fill(self) -> None:
-        policy, finished = self.request.policy, self.request.finished
-        request = dataclasses.replace(self.request, cache=self._cache)
-        logits, cache = steps.first_logits(self.params, self.config, request)
-        self.state = steps.first_state(policy, logits, finished, cache.reserve(self.new))
-        self._token = np.array(self.state.token)
+        state = steps.start(self.params, self.config, dataclasses.replace(self.request, cache=self._cache))
+        self.state = dataclasses.replace(state, cache=state.cache.reserve(self.new))
+        self._token = np.array(state.token)
 
     def rewind(self) -> steps.DecodeState:
         """The state behind the text, with room for the new tokens."""
@@ -55,6 +53,7 @@ class Decoder:
             self._fill()
             cache = self.state.cache
         state = dataclasses.replace(self.state, token=jax.device_put(self._token), cache=cache.reserve(self.new))
+        state = dataclasses.replace(state, remaining=jax.device_put(np.full_like(self._token, self.new)))
         return jax.block_until_ready(state)
 
     def compile(self) -> float:
@@ -68,7 +67,9 @@ class Decoder:
         state = self.rewind()
 
         def run() -> Any:
-            self.out, self.state = steps.loop(self.params, self.config, self.request.policy, self.out, state, self.span)
+            self.out, self.state = steps.loop(
+                self.params, self.config, self.request.decoding, self.out, state, self.span
+            )
             return self.out, self.state
 
         return 1000 * seconds(run) / self.new

@@ -44,7 +44,7 @@ class Loop:
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
         state = decoder.rewind()
-        given = decoder.params, decoder.config, decoder.request.policy, decoder.out, state, decoder.span
+        given = decoder.params, decoder.config, decoder.request.decoding, decoder.out, state, decoder.span
         self._program = Program(steps.loop, *given, scopes=tuple(PARTS))
         self.allocated = self._program.allocated()
 
@@ -65,7 +65,7 @@ class Loop:
         state = decoder.rewind()
 
         def run() -> Any:
-            given = decoder.params, decoder.request.policy, decoder.out, state, decoder.span
+            given = decoder.params, decoder.request.decoding, decoder.out, state, decoder.span
             decoder.out, decoder.state = self._program.compiled(*given)
             return decoder.out, decoder.state
 

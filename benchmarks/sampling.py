@@ -62,14 +62,12 @@ def measure(preset: str, batch: int, history: int, rounds: int) -> Report:
 def call(sampler: Any, logits: jax.Array, past: History) -> Callable[[], float]:
     """Milliseconds of a call."""
     batch = logits.shape[0]
-    keys, no_ids = jax.random.split(jax.random.key(0), batch), jnp.zeros(0, jnp.int32)
+    keys, no_ids = jax.random.split(jax.random.key(0), batch), jnp.zeros((batch, 0), jnp.int32)
 
     @jax.jit
     def choose(sampler: Any, logits: jax.Array) -> jax.Array:
-        if not hasattr(sampler, "sample"):
-            return sampler(logits, keys)
-        history = past if getattr(sampler, "needs_history", False) else None
-        return sampler.sample(logits, keys, history, no_ids, sampler.start(batch))[0]
+        history = past if sampler.needs_history else None
+        return sampler.sample(logits, keys, history, no_ids, sampler.init(batch))[0]
 
     return lambda: 1000 * seconds(lambda: [choose(sampler, logits) for _ in range(CALLS)]) / CALLS
 

@@ -39,10 +39,12 @@ if TYPE_CHECKING:
         DraftError,
         LlorchError,
         ModelError,
+        NonFiniteError,
         OptionError,
         QuantizationError,
         SamplerError,
         SearchError,
+        SessionError,
         TokenError,
     )
     from llorch_jax.evaluation.loglikelihood import Choice, choices
@@ -52,7 +54,7 @@ if TYPE_CHECKING:
     from llorch_jax.model import forward
     from llorch_jax.params import BlockParams, Params, count_params, init_params, param_shapes
     from llorch_jax.quantization import quantize
-    from llorch_jax.sampling import Greedy, Mirostat, Sampling
+    from llorch_jax.sampling import Greedy, History, Mirostat, Sampler, Sampling
     from llorch_jax.text.asynchronous import astream
     from llorch_jax.text.constrained.constraint import Constraint
     from llorch_jax.text.generation import generate, stream
@@ -83,12 +85,14 @@ _HOMES = {
     "Generation": "text.results",
     "GenerationOptions": "text.options",
     "Greedy": "sampling",
+    "History": "sampling",
     "KVCache": "cache",
     "LlorchError": "errors",
     "MemoryPlan": "cache",
     "Mirostat": "sampling",
     "Model": "loading.checkpoint",
     "ModelError": "errors",
+    "NonFiniteError": "errors",
     "OptionError": "errors",
     "PagedCache": "cache",
     "Params": "params",
@@ -98,11 +102,13 @@ _HOMES = {
     "QuantizedCache": "cache",
     "Reencode": "decoding.overflow",
     "RotatingCache": "cache",
+    "Sampler": "sampling",
     "SamplerError": "errors",
     "Sampling": "sampling",
     "Score": "evaluation.perplexity",
     "SearchError": "errors",
     "Session": "decoding.session",
+    "SessionError": "errors",
     "Speculation": "decoding.speculative.loop",
     "StaticCache": "cache",
     "TokenError": "errors",
@@ -177,12 +183,14 @@ __all__ = [
     "Generation",
     "GenerationOptions",
     "Greedy",
+    "History",
     "KVCache",
     "LlorchError",
     "MemoryPlan",
     "Mirostat",
     "Model",
     "ModelError",
+    "NonFiniteError",
     "OptionError",
     "PagedCache",
     "Params",
@@ -192,11 +200,13 @@ __all__ = [
     "QuantizedCache",
     "Reencode",
     "RotatingCache",
+    "Sampler",
     "SamplerError",
     "Sampling",
     "Score",
     "SearchError",
     "Session",
+    "SessionError",
     "Speculation",
     "StaticCache",
     "TokenError",

@@ -14,8 +14,8 @@ from llorch_jax.tracing import is_concrete
 MaybeCache = TypeVar("MaybeCache", bound=KVCache | None)
 
 
-def check_tokens(config: GPT2Config, tokens: Any) -> jax.Array:
-    """Token ids as int32 [B, T]; their values are checked where they are known, that is outside a traced function.
+def check_tokens(config: GPT2Config, tokens: Any) -> Any:
+    """Token ids as int32 [B, T], NumPy's unless they are traced; values are checked where they are known.
 
     Raises:
         TokenError: they are empty, misshapen, not integers, or outside the vocabulary.
@@ -31,48 +31,53 @@ def check_tokens(config: GPT2Config, tokens: Any) -> jax.Array:
         raise TokenError(f"tokens: expected at least one token per row, shape [B, T], got shape {list(tokens.shape)}")
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise TokenError(f"tokens: expected integer ids, got dtype {tokens.dtype}")
-    if is_concrete(tokens):
-        known = np.asarray(tokens)
-        bad = np.argwhere((known < 0) | (known >= config.vocab_size))
-        if len(bad):
-            row, column = bad[0]
-            raise TokenError(
-                f"tokens[{row}, {column}]: expected an id in 0 .. {config.vocab_size - 1}, got {known[row, column]}"
-            )
-    return jnp.asarray(tokens, jnp.int32)
+    if not is_concrete(tokens):
+        return jnp.asarray(tokens, jnp.int32)
+    known = np.asarray(tokens)
+    bad = np.argwhere((known < 0) | (known >= config.vocab_size))
+    if len(bad):
+        row, column = bad[0]
+        raise TokenError(
+            f"tokens[{row}, {column}]: expected an id in 0 .. {config.vocab_size - 1}, got {known[row, column]}"
+        )
+    return known.astype(np.int32, copy=False)
 
 
-def check_lengths(lengths: Any, tokens: jax.Array) -> jax.Array:
+def check_lengths(lengths: Any, tokens: Any) -> Any:
     """Prompt lengths as int32 [B], each in 1 .. T of `tokens` [B, T]; None means that every row is full.
+
+    They are NumPy's unless they are traced.
 
     Raises:
         TokenError: they do not fit the tokens.
     """
     batch, count = tokens.shape
     if lengths is None:
-        return jnp.full(batch, count, jnp.int32)
+        return np.full(batch, count, np.int32)
     lengths = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
     if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise TokenError(
             f"lengths: expected integers of shape [{batch}], got {lengths.dtype} of shape {list(lengths.shape)}"
         )
-    if is_concrete(lengths):
-        known = np.asarray(lengths)
-        if known.min() < 1 or known.max() > count:
-            raise TokenError(f"lengths: expected 1 .. {count} tokens in every row, got {known.tolist()}")
-    return jnp.asarray(lengths, jnp.int32)
+    if not is_concrete(lengths):
+        return jnp.asarray(lengths, jnp.int32)
+    known = np.asarray(lengths)
+    if known.min() < 1 or known.max() > count:
+        row = int(np.argmax((known < 1) | (known > count)))
+        raise TokenError(f"lengths[{row}]: expected 1 .. {count} tokens, got {known[row]}")
+    return known.astype(np.int32, copy=False)
 
 
 def check_append(
-    config: GPT2Config, tokens: Any, cache: MaybeCache, count: Any = None, later: int = 0
-) -> tuple[jax.Array, MaybeCache]:
+    config: GPT2Config, tokens: Any, cache: MaybeCache, count: Any = None, later: Any = 0
+) -> tuple[Any, MaybeCache]:
     """Checked tokens int32 [B, T], and the cache with room reserved for them.
 
     Args:
         config: the model's hyperparameters.
         tokens: ids [B, T].
         cache: what they are appended to, or None.
-        count: int32 [B], how many tokens of each row are real; None means T.
+        count: int32 [B], number of real tokens in each row; None means T.
         later: how many tokens per row will follow these, for which there must be room in the end.
 
     Raises:
@@ -87,11 +92,11 @@ def check_append(
         check_context(config, np.zeros(batch, np.int32), count + later)
         return tokens, cache
     if cache.batch_size != batch:
-        raise TokenError(f"tokens: expected as many rows as the cache has, {cache.batch_size}, got {batch}")
+        raise TokenError(f"tokens: expected {cache.batch_size} rows, as many as the cache has, got {batch}")
     check_cache(config, cache)
-    if not is_concrete(cache) and columns + later > cache.slots_in_jit:
+    if not is_concrete(cache) and columns + np.max(later) > cache.slots_in_jit:
         raise CapacityError(
-            f"cache: expected room for {columns + later} tokens per row, got a {type(cache).__name__} of "
+            f"cache: expected room for {columns + np.max(later)} tokens per row, got a {type(cache).__name__} of "
             f"{cache.slots_in_jit} slots, which cannot grow inside jit; call its `reserve` before"
         )
     check_context(config, cache.lengths, count + later)

@@ -63,3 +63,11 @@ class SamplerError(LlorchError):
 
 class QuantizationError(LlorchError):
     """Weights cannot be stored in the format that was asked for."""
+
+
+class SessionError(LlorchError):
+    """A session's file is missing, damaged or of another model, or a session cannot be saved."""
+
+
+class NonFiniteError(LlorchError):
+    """The model computed NaN or infinite logits, so that no token can be chosen."""

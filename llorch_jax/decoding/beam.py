@@ -6,7 +6,6 @@ by length ** length_penalty, and the best K others go on.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -18,12 +17,14 @@ from flax import struct
 from llorch_jax.buckets import bucket
 from llorch_jax.cache.base import KVCache
 from llorch_jax.config import GPT2Config
-from llorch_jax.decoding.branching import check_untraced, check_whole, feed, span
+from llorch_jax.decoding.branching import check_numbers, check_untraced, feed, span
+from llorch_jax.decoding.params import EosIds
 from llorch_jax.decoding.request import Request, prepare
 from llorch_jax.decoding.steps import first_logits
-from llorch_jax.errors import SearchError
+from llorch_jax.errors import CapacityError, SearchError
 from llorch_jax.params import Params
 from llorch_jax.sampling.masking import only_allowed
+from llorch_jax.tracing import whole
 
 _NEVER = -1e9  # a score that no text has
 
@@ -33,7 +34,7 @@ class Beams:
     """The best continuations that a search found for each prompt, best first.
 
     Attributes:
-        tokens: int32 [B, R, N], filled up with the (first) end-of-text id behind a continuation's end.
+        tokens: int32 [B, R, N], filled up with the row's (first) end-of-text id, or 0, after its end.
         lengths: int32 [B, R], tokens of each continuation, its end-of-text id included.
         scores: float32 [B, R], sum of the log-probabilities (in diverse search: less the penalties) over
             length ** length_penalty.
@@ -53,7 +54,7 @@ class _Rules:
         diversity: float32 [].
         eager: bool [], stop when K texts have ended.
         patient: bool [], stop only when no text however long could be better.
-        eos_ids: int32 [E].
+        eos_ids: int32 [B, E], filled up with -1.
         limit: int32 [], maximum number of new tokens.
         allowed: int32 [1, ceil(V / 32)], bits of the ids that may be chosen; None for all.
     """
@@ -109,7 +110,7 @@ def beam_search(
     early_stopping: bool | Literal["never"] = False,
     num_groups: int = 1,
     diversity: float = 0.5,
-    eos_id: int | Sequence[int] | None = None,
+    eos_id: EosIds = "config",
     cache: KVCache | None = None,
     lengths: Any = None,
     allowed: Any = None,
@@ -124,19 +125,19 @@ def beam_search(
         params: of a model of this configuration.
         config: the model's hyperparameters.
         prompt_tokens: int32 [B, T]; rows shorter than T are padded on the right with any id.
-        max_new_tokens: how many tokens each continuation gets at most, 1 or more.
+        max_new_tokens: maximum number of new tokens of each continuation, 1 or more.
         num_beams: beams per prompt, all groups together; a multiple of num_groups.
-        num_return: how many continuations R are returned, at most num_beams.
+        num_return: number of continuations R to return, at most num_beams.
         length_penalty: power of the length that a finished text's log-probability is divided by; 0 for plain sums,
             above 0 in favour of longer texts.
         early_stopping: True stops as soon as there are num_beams finished texts; False when the best beam could not
             improve on them if it ended now; "never" when no beam could, however long it becomes.
         num_groups: groups of beams.
         diversity: penalty, in nats, 0 or more.
-        eos_id: id or ids that end a text.
+        eos_id: as in `generate_tokens`.
         cache: of B rows, to append the prompts to, donated; None makes a `StaticCache`. Its rows are forked after the
             prefill. A `PagedCache` needs pages for all beams, and a step on the host for every token.
-        lengths: int32 [B], how many prompt tokens of each row are real; None means all T.
+        lengths: int32 [B], number of real prompt tokens in each row; None means all T.
         allowed: bits int32 [1, ceil(V / 32)], the lowest first, of the ids that may be chosen; None for all.
 
     Returns:
@@ -145,7 +146,9 @@ def beam_search(
     Raises:
         TokenError, CapacityError: as `generate_tokens`.
         SearchError: a setting is impossible.
+        NonFiniteError: the model's logits are NaN or infinite.
     """
+    whole("max_new_tokens", max_new_tokens, CapacityError)
     _check(num_beams, num_return, num_groups, length_penalty, diversity, early_stopping)
     request = prepare(config, prompt_tokens, max_new_tokens, cache, lengths, eos_id=eos_id)
     check_untraced(request)
@@ -154,17 +157,19 @@ def beam_search(
         jnp.float32(diversity),
         jnp.asarray(early_stopping is True),
         jnp.asarray(early_stopping == "never"),
-        request.policy.eos_ids,
+        request.decoding.eos_ids,
         jnp.int32(max_new_tokens),
         None if allowed is None else jax.device_put(np.asarray(allowed, np.int32)),
     )
     logits, cache = first_logits(params, config, request)
     state = _start(request, num_beams, num_groups, cache.fork(num_beams))
     state = _first(rules, state, jnp.repeat(logits, num_beams, axis=0))
+    check_numbers(state.groups[0].scores)
     while int(state.count) < max_new_tokens and any(np.any(group.open) for group in state.groups):
         state = dataclasses.replace(state, cache=state.cache.reserve(1))
         until = min(max_new_tokens, int(state.count) + span(state.cache))
         state = _loop(params, config, rules, state, jnp.int32(until))
+        check_numbers(state.groups[0].scores)
     return _best(request, state, num_return)
 
 
@@ -172,7 +177,7 @@ def _check(
     num_beams: Any, num_return: Any, num_groups: Any, length_penalty: Any, diversity: Any, early_stopping: Any
 ) -> None:
     for name, value in (("num_beams", num_beams), ("num_return", num_return), ("num_groups", num_groups)):
-        check_whole(name, value)
+        whole(name, value, SearchError)
     if num_return > num_beams:
         raise SearchError(f"num_return: expected at most num_beams={num_beams}, got {num_return}")
     if num_beams % num_groups:
@@ -214,13 +219,13 @@ def _loop(params: Params, config: GPT2Config, rules: _Rules, state: _State, unti
     def unfinished(state: _State) -> jax.Array:
         return (state.count < until) & jnp.any(jnp.stack([group.open for group in state.groups]))
 
-    def advance(state: _State) -> _State:
+    def step(state: _State) -> _State:
         tokens = jnp.stack([group.tokens for group in state.groups], axis=1)
         last = jax.lax.dynamic_index_in_dim(tokens, state.count - 1, axis=3, keepdims=False)
         logits, _, cache = feed(params, config, last.reshape(-1), state.cache)
         return _choose(rules, state, logits, cache)
 
-    return jax.lax.while_loop(unfinished, advance, state)
+    return jax.lax.while_loop(unfinished, step, state)
 
 
 def _choose(rules: _Rules, state: _State, logits: jax.Array, cache: KVCache) -> _State:
@@ -253,12 +258,12 @@ def _extend(rules: _Rules, group: _Group, logprobs: jax.Array, count: jax.Array)
         just ended included, have chosen each token, float32 [B, V].
     """
     batch, beams, vocab = logprobs.shape
-    width = min(max(2, 1 + rules.eos_ids.size) * beams, beams * vocab)
+    width = min(max(2, 1 + rules.eos_ids.shape[1]) * beams, beams * vocab)
     totals, flat = jax.lax.top_k((group.scores[..., None] + logprobs).reshape(batch, -1), width)
     parents, tokens = flat // vocab, flat % vocab
     texts = jnp.take_along_axis(group.tokens, parents[..., None], axis=1)  # [B, C, N]
     texts = jax.lax.dynamic_update_slice_in_dim(texts, tokens[..., None], count, axis=2)
-    is_end = jnp.isin(tokens, rules.eos_ids)
+    is_end = jnp.any(tokens[..., None] == rules.eos_ids[:, None], axis=-1)
     scores, best = jax.lax.top_k(jnp.where(is_end, totals + _NEVER, totals), beams)
     among_best = jnp.arange(width)[None] < beams
     row = jnp.arange(batch)[:, None]
@@ -308,6 +313,6 @@ def _best(request: Request, state: _State, num_return: int) -> Beams:
     best = np.argsort(-scores, axis=1, kind="stable")[:, :num_return]
     tokens = np.take_along_axis(tokens, best[..., None], axis=1)[..., : request.max_new_tokens]
     lengths, scores = (np.take_along_axis(x, best, axis=1) for x in (lengths, scores))
-    eos_ids = np.asarray(request.policy.eos_ids)
+    filler = request.decoding.filler_on_host()[:, None, None]
     there = np.arange(request.max_new_tokens) < lengths[..., None]
-    return Beams(np.where(there, tokens, eos_ids[0] if eos_ids.size else 0).astype(np.int32), lengths, scores)
+    return Beams(np.where(there, tokens, filler).astype(np.int32), lengths, scores)

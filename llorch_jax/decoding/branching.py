@@ -1,14 +1,15 @@
 """What searches over branches share: rows of one cache that are fed, compared, and reordered in every step."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llorch_jax.cache.base import KVCache
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.request import Request
-from llorch_jax.errors import CapacityError, SearchError
+from llorch_jax.errors import NonFiniteError, SearchError
 from llorch_jax.model import run
 from llorch_jax.params import Params
 from llorch_jax.tracing import is_concrete
@@ -51,13 +52,7 @@ def check_untraced(request: Request) -> None:
         raise SearchError("search: expected a call outside jit, got traced arrays")
 
 
-def check_new_tokens(count: object) -> None:
-    """Raises CapacityError unless `count` is a whole number from 1 up."""
-    if type(count) is not int or count < 1:
-        raise CapacityError(f"max_new_tokens: expected a whole number from 1 up, got {count!r}")
-
-
-def check_whole(name: str, value: object, least: int = 1) -> None:
-    """Raises SearchError unless a setting is a whole number from `least` up."""
-    if type(value) is not int or value < least:
-        raise SearchError(f"{name}: expected a whole number from {least} up, got {value!r}")
+def check_numbers(values: Any) -> None:
+    """Raises NonFiniteError where scores or probabilities are NaN, as those of NaN or infinite logits are."""
+    if np.any(np.isnan(np.asarray(values))):
+        raise NonFiniteError("logits: expected finite numbers, got NaN or infinity; check the weights")

@@ -1,7 +1,6 @@
 """Contrastive search: a likely token whose hidden state is unlike those before it."""
 
 import dataclasses
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,13 +12,15 @@ from flax import struct
 from llorch_jax.buckets import bucket
 from llorch_jax.cache.base import KVCache
 from llorch_jax.config import GPT2Config
-from llorch_jax.decoding.branching import check_new_tokens, check_untraced, check_whole, feed, span
+from llorch_jax.decoding.branching import check_numbers, check_untraced, feed, span
+from llorch_jax.decoding.params import DecodingParams, EosIds
 from llorch_jax.decoding.request import Request, prepare
-from llorch_jax.errors import SearchError
+from llorch_jax.errors import CapacityError, SearchError
 from llorch_jax.linear import EXACT
 from llorch_jax.model import run
 from llorch_jax.params import Params
 from llorch_jax.sampling.masking import only_allowed
+from llorch_jax.tracing import whole
 
 
 @struct.dataclass
@@ -57,7 +58,7 @@ def contrastive_search(
     *,
     top_k: int = 4,
     alpha: float = 0.6,
-    eos_id: int | Sequence[int] | None = None,
+    eos_id: EosIds = "config",
     cache: KVCache | None = None,
     lengths: Any = None,
     allowed: Any = None,
@@ -72,39 +73,39 @@ def contrastive_search(
         params: of a model of this configuration.
         config: the model's hyperparameters.
         prompt_tokens: int32 [B, T]; rows shorter than T are padded on the right with any id.
-        max_new_tokens: how many tokens each row gets at most, 1 or more.
+        max_new_tokens: maximum number of new tokens of each row, 1 or more.
         top_k: candidates per step, 1 or more; a step runs so many rows per text.
         alpha: from 0, which is greedy decoding, to 1.
-        eos_id: id or ids that end a row.
+        eos_id: as in `generate_tokens`.
         cache: of B rows, to append the prompts to, donated; None makes a `StaticCache`. Its rows are forked after the
             prefill; a `PagedCache` needs pages for that, and a step on the host for every token. Tokens that it holds
             already are not compared with.
-        lengths: int32 [B], how many prompt tokens of each row are real; None means all T.
+        lengths: int32 [B], number of real prompt tokens in each row; None means all T.
         allowed: bits int32 [1, ceil(V / 32)], the lowest first, of the ids that may be chosen; None for all.
 
     Returns:
-        int32 [B, max_new_tokens], filled up with the (first) end-of-text id behind a row's end; and the cache of B
-        rows, which holds the prompt and all new tokens.
+        int32 [B, max_new_tokens], filled up with the row's (first) end-of-text id, or 0, after its end; and the cache
+        of B rows, which holds the prompt and all new tokens.
 
     Raises:
         TokenError, CapacityError: as `prefill`; the prompt and all new tokens must fit.
         SearchError: a setting is impossible.
+        NonFiniteError: the model's logits are NaN or infinite.
     """
-    check_new_tokens(max_new_tokens)
-    check_whole("top_k", top_k)
-    if top_k > config.vocab_size:
-        raise SearchError(f"top_k: expected at most vocab_size={config.vocab_size}, got {top_k}")
+    whole("max_new_tokens", max_new_tokens, CapacityError, most=2**30)
+    whole("top_k", top_k, SearchError, most=config.vocab_size)
     if not 0 <= alpha <= 1:
         raise SearchError(f"alpha: expected a number from 0 to 1, got {alpha!r}")
     request = prepare(config, prompt_tokens, max_new_tokens + 1, cache, lengths, eos_id=eos_id)
     check_untraced(request)
     known = None if allowed is None else jax.device_put(np.asarray(allowed, np.int32))
     state = _start(params, config, request, top_k, max_new_tokens, known)
-    eos_ids = request.policy.eos_ids
+    check_numbers(state.probabilities)
     while int(state.count) < max_new_tokens and not np.all(state.finished):
         state = dataclasses.replace(state, cache=state.cache.reserve(1))
         until = min(max_new_tokens, int(state.count) + span(state.cache))
-        state = _loop(params, config, eos_ids, jnp.float32(alpha), state, jnp.int32(until))
+        state = _loop(params, config, request.decoding, jnp.float32(alpha), state, jnp.int32(until))
+        check_numbers(state.probabilities)
     tokens = jax.device_put(np.asarray(state.tokens)[:, :max_new_tokens])
     return tokens, state.cache.select(np.arange(request.tokens.shape[0]) * top_k)
 
@@ -118,15 +119,15 @@ def _start(
         params, config, request.tokens, request.lengths, request.cache, top_k, allowed
     )
     room = bucket(columns + max_new_tokens) - columns
-    filler = request.policy.eos_ids[0] if request.policy.eos_ids.size else jnp.int32(0)
+    filler = request.decoding.filler[:, None]
     return _State(
-        tokens=jnp.full((batch, bucket(max_new_tokens)), filler),
+        tokens=jnp.broadcast_to(filler, (batch, bucket(max_new_tokens))),
         count=jnp.int32(0),
         ids=ids,
         probabilities=probabilities,
         seen=jnp.pad(seen, ((0, 0), (0, room), (0, 0))),
         known=jnp.array(request.lengths),
-        finished=request.finished,
+        finished=jnp.asarray(request.finished),
         cache=cache.fork(top_k),
         allowed=allowed,
     )
@@ -149,17 +150,17 @@ def _prefill(
 
 @partial(jax.jit, static_argnames="config", donate_argnames="state")
 def _loop(
-    params: Params, config: GPT2Config, eos_ids: jax.Array, alpha: jax.Array, state: _State, until: jax.Array
+    params: Params, config: GPT2Config, decoding: DecodingParams, alpha: jax.Array, state: _State, until: jax.Array
 ) -> _State:
     """Steps until there are `until` tokens, or fewer where all rows have ended."""
 
     def unfinished(state: _State) -> jax.Array:
         return (state.count < until) & ~jnp.all(state.finished)
 
-    return jax.lax.while_loop(unfinished, partial(_step, params, config, eos_ids, alpha), state)
+    return jax.lax.while_loop(unfinished, partial(_step, params, config, decoding, alpha), state)
 
 
-def _step(params: Params, config: GPT2Config, eos_ids: jax.Array, alpha: jax.Array, state: _State) -> _State:
+def _step(params: Params, config: GPT2Config, decoding: DecodingParams, alpha: jax.Array, state: _State) -> _State:
     """Feeds all candidates, and keeps the best of each text."""
     batch, width = state.ids.shape
     going = 1 - state.finished.astype(jnp.int32)
@@ -179,7 +180,7 @@ def _step(params: Params, config: GPT2Config, eos_ids: jax.Array, alpha: jax.Arr
         probabilities=probabilities,
         seen=jax.vmap(jax.lax.dynamic_update_slice)(state.seen, chosen, (state.known, jnp.zeros_like(state.known))),
         known=state.known + going,
-        finished=state.finished | jnp.isin(token[:, 0], eos_ids),
+        finished=state.finished | decoding.ends(token[:, 0]),
         cache=cache.select(jnp.broadcast_to(rows, state.ids.shape).reshape(-1)),
         allowed=state.allowed,
     )

@@ -6,6 +6,7 @@ buffers, and must not be used again. `forward` is the variant that leaves its ca
 The loop inside `generate_tokens` and the one behind `stream_tokens` run the same step, of `steps`.
 """
 
+import dataclasses
 from collections.abc import Generator, Sequence
 from typing import Any, TypeVar
 
@@ -19,7 +20,8 @@ from llorch_jax.checks import check_append, check_lengths, check_tokens
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding import steps
 from llorch_jax.decoding.overflow import Reencode
-from llorch_jax.decoding.request import Policy, Request, following, pad_to_bucket, prepare
+from llorch_jax.decoding.params import DecodingParams, EosIds
+from llorch_jax.decoding.request import Request, following, pad_to_bucket, prepare
 from llorch_jax.decoding.streaming import Step, stream_steps
 from llorch_jax.errors import TokenError
 from llorch_jax.params import Params
@@ -81,12 +83,12 @@ def generate_tokens(
     params: Params,
     config: GPT2Config,
     prompt_tokens: Any,
-    max_new_tokens: int = 32,
+    max_new_tokens: int | Sequence[int] = 32,
     cache: KVCache | None = None,
     lengths: Any = None,
     sampler: Sampler | None = None,
     key: jax.Array | None = None,
-    eos_id: int | Sequence[int] | None = None,
+    eos_id: EosIds = "config",
     overflow: str | Reencode = "error",
 ) -> tuple[jax.Array, KVCache]:
     """Continues a batch of prompts, in one compiled loop. Inside your own `jit`, values are not checked.
@@ -95,28 +97,30 @@ def generate_tokens(
         params: of a model of this configuration.
         config: the model's hyperparameters.
         prompt_tokens: int32 [B, T]; rows shorter than T are padded on the right with any id.
-        max_new_tokens: how many tokens each row gets at most, 1 or more.
+        max_new_tokens: maximum number of new tokens of each row, one number or a sequence of B, 1 or more.
         cache: to append to, donated; None makes a `StaticCache` of the size needed.
-        lengths: int32 [B], how many prompt tokens of each row are real; None means all T.
-        sampler: `Greedy()` by default.
-        key: one key for the batch, which is folded with each row's number, or one key per row [B]. With the same key
-            come the same tokens, here and in `stream_tokens`.
-        eos_id: id or ids that end a row.
-        overflow: what happens where a text outgrows the context. "error" raises before anything is computed;
+        lengths: int32 [B], number of real prompt tokens in each row; None means all T.
+        sampler: a `Sampler`; `Greedy()` by default.
+        key: one key for the batch, which is folded with each row's number, or one key per row [B]. The same key gives
+            the same tokens, here and in `stream_tokens`.
+        eos_id: id or ids that end a row, or a list of ids per row. By default those of the configuration; None or ()
+            for none.
+        overflow: what happens when a text outgrows the context. "error" raises before anything is computed;
             "reencode", or a `Reencode` with settings, keeps the first and newest tokens and encodes them anew, as often
             as needed, in the same memory.
 
     Returns:
-        int32 [B, max_new_tokens], filled up with the (first) end-of-text id behind a row's end; and the cache, which
-        holds the prompt and all new tokens of a row but its last (after a re-encoding: those kept and the later ones).
+        int32 [B, N], N the largest `max_new_tokens`, filled up with the row's (first) end-of-text id, or 0, after its
+        end; and the cache, which holds the prompt and all new tokens of a row but its last (after a re-encoding: those
+        kept and the later ones).
 
     Raises:
         TokenError, CapacityError: as `prefill`; the prompt and all new tokens but the last must fit.
-        SamplerError: a random sampler got no key.
+        SamplerError: a random sampler got no key, or the settings ban every token.
+        NonFiniteError: the model's logits are NaN or infinite.
     """
     request = prepare(config, prompt_tokens, max_new_tokens, cache, lengths, sampler, key, eos_id, overflow)
-    logits, cache_after = steps.first_logits(params, config, request)
-    generated, cache_after = generate_from(params, config, request, logits, cache_after)
+    generated, cache_after = generate_from(params, config, request, steps.start(params, config, request))
     return generated.tokens, cache_after
 
 
@@ -124,12 +128,12 @@ def stream_tokens(
     params: Params,
     config: GPT2Config,
     prompt_tokens: Any,
-    max_new_tokens: int = 32,
+    max_new_tokens: int | Sequence[int] = 32,
     cache: KVCache | None = None,
     lengths: Any = None,
     sampler: Sampler | None = None,
     key: jax.Array | None = None,
-    eos_id: int | Sequence[int] | None = None,
+    eos_id: EosIds = "config",
     overflow: str | Reencode = "error",
 ) -> Generator[np.ndarray, None, KVCache]:
     """The tokens of `generate_tokens`, one step at a time, as soon as each is there.
@@ -137,7 +141,7 @@ def stream_tokens(
     Arguments and errors are those of `generate_tokens`; errors come at the call, before the first step.
 
     Yields:
-        int32 [B]; the (first) end-of-text id in rows that have ended. Stops when all rows have.
+        int32 [B]; the (first) end-of-text id, or 0, in rows that are done. Stops when all rows are.
 
     Returns:
         The cache, as the generator's return value.
@@ -152,71 +156,77 @@ def compile_count() -> int:
 
 
 def generate_from(
-    params: Params, config: GPT2Config, request: Request, logits: jax.Array, cache: KVCache
+    params: Params, config: GPT2Config, request: Request, state: steps.DecodeState
 ) -> tuple[steps.Generated, KVCache]:
-    """Tokens and log-probabilities [B, N] of a prepared request after its prefill, and the cache.
+    """Tokens and log-probabilities [B, N] of a prepared request after its first token, and the cache.
 
-    N is the number of tokens asked for.
+    N is the largest number of new tokens that was asked for.
     """
-    parts, total = [], request.max_new_tokens + request.later
+    parts, total = [], int(np.max(request.remaining))
     while True:
-        part, state = _generate_segment(params, config, request, logits, cache)
+        part, state = _generate_segment(params, config, request, state)
         parts.append(part)
-        if request.later == 0 or _all_finished(request.policy, state):
+        if request.later == 0 or _all_done(request.decoding, state):
             break
         request = following(config, request, np.asarray(part.tokens), state)
-        logits, cache = steps.first_logits(params, config, request)
+        state = steps.start(params, config, request)
     missing = total - sum(part.tokens.shape[1] for part in parts)
     if missing:
-        parts.append(steps.filler(request.policy, parts[0].tokens.shape[0], missing))
+        parts.append(steps.filler(request.decoding, missing))
     return jax.tree.map(lambda *arrays: jnp.concatenate(arrays, 1) if arrays[1:] else arrays[0], *parts), state.cache
 
 
 def _generate_segment(
-    params: Params, config: GPT2Config, request: Request, logits: jax.Array, cache: KVCache
+    params: Params, config: GPT2Config, request: Request, state: steps.DecodeState
 ) -> tuple[steps.Generated, steps.DecodeState]:
     """Generates until the context is full.
 
     The loop runs in spans as long as the cache has room; between them a cache that grows may do so.
     """
-    policy, limit = request.policy, request.max_new_tokens
-    state = steps.begin(request, logits, cache)
-    out = steps.put(steps.filler(policy, logits.shape[0], bucket(limit)), state, 0)
+    decoding, limit = request.decoding, request.max_new_tokens
+    out = steps.put(steps.filler(decoding, bucket(limit)), state, 0)
     if not is_concrete(state):  # inside a caller's own jit: the cache must have room from the start
-        out, state = steps.loop(params, config, policy, out, state, jnp.asarray([1, limit], jnp.int32))
+        out, state = steps.loop(params, config, decoding, out, state, jnp.asarray([1, limit], jnp.int32))
         return jax.tree.map(lambda array: array[:, :limit], out), state
-    return _run_spans(params, config, policy, out, state, (1, limit))
+    return _run_spans(params, config, decoding, out, state, (1, limit))
 
 
 def run_steps(
-    params: Params, config: GPT2Config, policy: Policy, state: steps.DecodeState, count: int
+    params: Params, config: GPT2Config, decoding: DecodingParams, state: steps.DecodeState, counts: np.ndarray
 ) -> tuple[steps.Generated, steps.DecodeState]:
-    """The next `count` tokens [B, count] after a state, whose cache must have room for them, and the state then."""
-    out = steps.filler(policy, state.token.shape[0], bucket(count))
-    return _run_spans(params, config, policy, out, state, (0, count))
+    """The next tokens after a state, as many per row as `counts` int32 [B] says, and the state then.
+
+    The cache must have room for them. Returns tokens [B, N], N the largest count.
+    """
+    longest = int(np.max(counts))
+    state = dataclasses.replace(state, remaining=jax.device_put(counts))
+    out = steps.filler(decoding, bucket(longest))
+    return _run_spans(params, config, decoding, out, state, (0, longest))
 
 
 def _run_spans(
     params: Params,
     config: GPT2Config,
-    policy: Policy,
+    decoding: DecodingParams,
     out: steps.Generated,
     state: steps.DecodeState,
     span: tuple[int, int],
 ) -> tuple[steps.Generated, steps.DecodeState]:
-    """Fills the columns of a span of `out`, as long as rows have not ended, and cuts it to the span's end."""
+    """Fills the columns of a span of `out`, as long as rows are not done, and cuts it to the span's end."""
     done, end = span
-    while done < end and not _all_finished(policy, state):
-        state = steps.with_room(state)
-        until = min(end, done + state.cache.room())
-        out, state = steps.loop(params, config, policy, out, state, jnp.asarray([done, until], jnp.int32))
+    while done < end and not _all_done(decoding, state):
+        state, room = steps.with_room(state)
+        until = min(end, done + room)
+        out, state = steps.loop(params, config, decoding, out, state, jnp.asarray([done, until], jnp.int32))
         done = until
     # By NumPy: a slice would be compiled for every length.
-    return jax.tree.map(lambda array: jax.device_put(np.asarray(array)[:, :end]), out), state
+    new = jax.tree.map(lambda array: np.asarray(array)[:, :end], out)
+    steps.check_chosen(new.tokens, new.logprobs)
+    return jax.device_put(new), state
 
 
-def _all_finished(policy: Policy, state: steps.DecodeState) -> bool:
-    return policy.eos_ids.size > 0 and bool(np.all(state.finished))
+def _all_done(decoding: DecodingParams, state: steps.DecodeState) -> bool:
+    return decoding.eos_ids.shape[1] > 0 and bool(np.all(steps.done_on_host(state)))
 
 
 def _tokens_of(stream: Generator[Step, None, KVCache]) -> Generator[np.ndarray, None, KVCache]:

@@ -4,39 +4,39 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from llorch_jax.cache.base import KVCache
 from llorch_jax.config import GPT2Config
 from llorch_jax.errors import CapacityError
+from llorch_jax.tracing import is_whole
 
 
 @dataclasses.dataclass(frozen=True)
 class Reencode:
-    """What becomes of a text that outgrows the context: its first and newest tokens are kept and encoded anew.
+    """Settings for texts that outgrow the context: their first and newest tokens are kept and encoded anew.
 
     GPT-2's learned positions end at n_positions, so keys and values cannot stay where they are as in StreamingLLM
-    (Xiao et al. 2023, 2309.17453), whose sinks these are. The tokens that are kept get fresh positions, and what
-    follows is exactly what the model says after them.
+    (Xiao et al. 2023, 2309.17453), whose sinks these are. The kept tokens get new positions, and what follows is
+    exactly what the model predicts after them.
 
     Attributes:
-        sinks: how many of the first tokens are kept.
-        window: how many of the newest; None means half of the context.
+        sinks: number of first tokens to keep.
+        window: number of newest tokens to keep; None means half of the context.
     """
 
     sinks: int = 4
     window: int | None = None
 
     def kept(self, row: np.ndarray, context: int) -> np.ndarray:
-        """The tokens that are kept of a row that has outgrown a context of so many tokens.
+        """The tokens that are kept of a row that has outgrown a context of `context` tokens.
 
         Raises:
             CapacityError: sinks and window leave no room for a new token.
         """
         window = max(1, context // 2) if self.window is None else self.window
-        whole = type(self.sinks) is int and type(window) is int
-        if not whole or self.sinks < 0 or window < 1 or self.sinks + window > context:
+        possible = is_whole(self.sinks) and is_whole(window) and self.sinks >= 0 and window >= 1
+        if not possible or self.sinks + window > context:
             raise CapacityError(
                 f"overflow: expected sinks >= 0 and window >= 1 that fit the context of {context}, "
                 f"got sinks={self.sinks}, window={window}"
@@ -56,7 +56,7 @@ def check_overflow(overflow: str | Reencode) -> Reencode | None:
 
 
 def context_of(config: GPT2Config, cache: KVCache | None) -> int:
-    """How many tokens fit; the tokens of a cache that holds some already could not be encoded anew."""
+    """Number of tokens that fit. The cache must be empty, as the tokens it holds could not be encoded anew."""
     if cache is None:
         return config.n_positions
     if np.any(np.asarray(cache.lengths)):
@@ -64,16 +64,16 @@ def context_of(config: GPT2Config, cache: KVCache | None) -> int:
     return min(config.n_positions, cache.capacity)
 
 
-def shortened(reencode: Reencode, tokens: jax.Array, lengths: jax.Array, context: int) -> tuple[jax.Array, jax.Array]:
+def shortened(reencode: Reencode, tokens: Any, lengths: Any, context: int) -> tuple[np.ndarray, np.ndarray]:
     """Prompts [B, T] with lengths [B]; those that do not fit the context are reduced to what is kept of them."""
     rows = [row[:n] for row, n in zip(np.asarray(tokens), np.asarray(lengths), strict=True)]
     return padded([reencode.kept(row, context) if len(row) > context else row for row in rows])
 
 
-def padded(rows: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
+def padded(rows: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
     """Rows of several lengths as int32 [B, T], padded on the right, and their lengths int32 [B]."""
     lengths = np.array([len(row) for row in rows], np.int32)
     tokens = np.zeros((len(rows), lengths.max()), np.int32)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = row
-    return jax.device_put(tokens), jax.device_put(lengths)  # jnp.asarray would be compiled for every length
+    return tokens, lengths

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
@@ -18,10 +17,11 @@ from llorch_jax.checks import check_cache, check_context, check_tokens
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding import steps
 from llorch_jax.decoding.loop import run_steps
-from llorch_jax.decoding.request import Policy, prepare
-from llorch_jax.errors import CacheError, CapacityError
+from llorch_jax.decoding.params import DecodingParams, EosIds
+from llorch_jax.decoding.request import new_token_counts, prepare
+from llorch_jax.errors import CacheError, SessionError
 from llorch_jax.params import Params
-from llorch_jax.sampling import Greedy, History, Mirostat, Sampler, Sampling
+from llorch_jax.sampling import Greedy, History, Mirostat, Sampler, Sampling, check_sampler
 
 
 @struct.dataclass
@@ -32,14 +32,14 @@ class Session:
         tokens: int32 [B, N], all tokens of each row so far, padded on the right.
         counts: int32 [B], how many there are.
         state: of decoding, with the cache and the newest token of each row.
-        policy: the sampler with its settings, the random keys, and the ids that end a row.
-        pending: whether the newest token has been sampled but not been given out by `generate`.
+        decoding: the sampler with its settings, the random keys, and the ids that end a row.
+        pending: whether the newest token has been sampled but not yet returned by `generate`.
     """
 
-    tokens: jax.Array
-    counts: jax.Array
+    tokens: Any
+    counts: Any
     state: steps.DecodeState
-    policy: Policy
+    decoding: DecodingParams
     pending: bool = struct.field(pytree_node=False)
 
     @classmethod
@@ -52,7 +52,7 @@ class Session:
         lengths: Any = None,
         sampler: Sampler | None = None,
         key: jax.Array | None = None,
-        eos_id: int | Sequence[int] | None = None,
+        eos_id: EosIds = "config",
     ) -> "Session":
         """A session that has read its prompts. Arguments and errors are those of `generate_tokens`.
 
@@ -62,11 +62,18 @@ class Session:
         if cache is None:
             cache = DynamicCache.init(config, batch_size=prompt.shape[0])
         request = prepare(config, prompt, 1, cache, lengths, sampler, key, eos_id, room=config.n_positions + 1)
-        state = steps.begin(request, *steps.first_logits(params, config, request))
-        return cls(prompt, request.lengths, state, request.policy, pending=True)
+        state = steps.start(params, config, request)
+        steps.check_chosen(np.array(state.token)[:, None], np.array(state.logprob)[:, None])
+        tokens, lengths = jax.device_put((prompt, request.lengths))
+        return cls(tokens, lengths, state, request.decoding, pending=True)
 
-    def generate(self, params: Params, config: GPT2Config, max_new_tokens: int) -> tuple[jax.Array, "Session"]:
-        """The next tokens, and the session after them. This session's cache is donated: go on with the new one.
+    def __repr__(self) -> str:
+        return f"Session({len(self.counts)} rows of up to {self.tokens.shape[1]} tokens, {self.state!r})"
+
+    def generate(
+        self, params: Params, config: GPT2Config, max_new_tokens: int | Sequence[int]
+    ) -> tuple[jax.Array, "Session"]:
+        """The next tokens, and the session after them. This session's cache is donated: continue with the new one.
 
         However a text is divided into calls, and whether or not the session was saved and loaded between them, its
         tokens are those of one call of `generate_tokens`.
@@ -74,53 +81,68 @@ class Session:
         Args:
             params: of the model that the session was started with.
             config: the model's hyperparameters.
-            max_new_tokens: how many, 1 or more.
+            max_new_tokens: maximum number of new tokens of each row, one number or a sequence of B, 1 or more.
 
         Returns:
-            int32 [B, max_new_tokens], filled up with the (first) end-of-text id behind a row's end.
+            int32 [B, N], N the largest `max_new_tokens`, filled up with the row's (first) end-of-text id, or 0, after
+            its end.
 
         Raises:
             CapacityError: they do not fit the context or the cache; the session stays valid.
+            CacheError: the session has been continued already, which donated its cache.
+            SamplerError, NonFiniteError: as `generate_tokens`; the session cannot be continued then.
         """
-        if type(max_new_tokens) is not int or max_new_tokens < 1:
-            raise CapacityError(f"max_new_tokens: expected a whole number from 1 up, got {max_new_tokens!r}")
-        count = max_new_tokens - self.pending
+        wanted = new_token_counts(max_new_tokens, len(self.counts))
+        finished = np.array(self.state.finished)
         check_cache(config, self.state.cache)
-        going_on = count * (1 - np.asarray(self.state.finished).astype(np.int32))
-        check_context(config, self.state.cache.lengths, going_on)
-        self.state.cache.check_room(going_on)
-        finished, first = np.array(self.state.finished), np.array(self.state.token)
-        if self.pending:  # whether this very token has ended the row does not matter to its own place in the text
-            finished = np.zeros_like(finished)
-        new, state = first[:, None][:, : self.pending], self.state
-        if count:
-            generated, state = run_steps(params, config, self.policy, state, count)
+        counts = wanted - self.pending
+        needed = np.where(finished, 0, counts)
+        check_context(config, self.state.cache.lengths, needed)
+        self.state.cache.check_room(needed)
+        new, state = np.array(self.state.token)[:, None][:, : self.pending], self.state
+        if counts.any():
+            generated, state = run_steps(params, config, self.decoding, state, counts)
             new = np.concatenate([new, np.asarray(generated.tokens)], axis=1)
-        tokens, counts = self._with(new, finished)
-        return jax.device_put(new), Session(tokens, counts, state, self.policy, pending=False)
+        # A pending token belongs to the text even where it has ended its row.
+        got = self.pending + np.where(finished, 0, counts - np.asarray(state.remaining)) * bool(counts.any())
+        tokens, lengths = self._with(new, got.astype(np.int32))
+        return jax.device_put(new), Session(tokens, lengths, state, self.decoding, pending=False)
 
-    def _with(self, new: np.ndarray, finished: np.ndarray) -> tuple[jax.Array, jax.Array]:
-        """Tokens and counts with new tokens [B, N] behind the rows, as far as these had not `finished` [B] before."""
-        ended = np.isin(new, np.asarray(self.policy.eos_ids))
-        added = np.where(ended.any(axis=1), ended.argmax(axis=1) + 1, new.shape[1])
-        added = np.where(finished, 0, added).astype(np.int32)
+    def _with(self, new: np.ndarray, added: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        """Tokens and counts with the first `added` int32 [B] of the new tokens [B, N] after each row's."""
         counts = np.asarray(self.counts)
         tokens = np.zeros((len(counts), int((counts + added).max())), np.int32)
         for row, (count, more) in enumerate(zip(counts, added, strict=True)):
-            tokens[row, :count] = self.tokens[row, :count]
+            tokens[row, :count] = np.asarray(self.tokens)[row, :count]
             tokens[row, count : count + more] = new[row, :more]
-        return jax.device_put(tokens), jnp.asarray(counts + added)
+        return jax.device_put((tokens, counts + added))
+
+
+_CLASSES = (Session, steps.DecodeState, DecodingParams, History, Greedy, Sampling, Mirostat, *CACHE_CLASSES)
 
 
 def _check_loaded(session: Session) -> None:
-    """Raises CacheError unless the fields of a session that was read from a file fit each other."""
-    if not isinstance(session.state.cache, KVCache):
-        raise CacheError(f"expected a session with a cache, got {session.state.cache!r:.80}")
-    check_loaded(session.state.cache)
+    """Raises SessionError or CacheError unless the fields of a session that was read from a file fit each other."""
+    cache = session.state.cache
+    if not isinstance(cache, KVCache):
+        raise SessionError(f"expected a session with a cache, got {type(cache).__name__}")
+    check_loaded(cache)
+    check_sampler(session.decoding.sampler, np.iinfo(np.int32).max)
+    state, rows = session.state, (cache.batch_size,)
+    vectors = {"counts": session.counts, "token": state.token, "finished": state.finished, "remaining": state.remaining}
+    vectors |= {"keys": session.decoding.keys, "eos_ids": session.decoding.eos_ids, "tokens": session.tokens}
+    for name, value in vectors.items():
+        axes = 2 if name in ("eos_ids", "tokens") else 1
+        if not isinstance(value, jax.Array) or value.ndim != axes or value.shape[:1] != rows:
+            raise SessionError(f"{name}: expected an array of {rows[0]} rows and {axes} axes, got {value!r:.80}")
+    counts = np.asarray(session.counts)
+    if counts.min() < 1 or counts.max() > session.tokens.shape[1]:
+        raise SessionError(
+            f"counts: expected 1 .. {session.tokens.shape[1]} tokens in every row, got {counts.tolist()}"
+        )
 
 
-_CLASSES = (Session, steps.DecodeState, Policy, History, Greedy, Sampling, Mirostat, *CACHE_CLASSES)
-_KIND = Kind("session", Session, _CLASSES, CacheError, _check_loaded)
+_KIND = Kind("session", Session, _CLASSES, SessionError, _check_loaded)
 
 
 def save_session(path: str | os.PathLike[str], session: Session, *, fingerprint: str = "") -> None:
@@ -132,21 +154,24 @@ def save_session(path: str | os.PathLike[str], session: Session, *, fingerprint:
         fingerprint: of the model, from `fingerprint`; `load_session` compares it.
 
     Raises:
-        CacheError: the session's cache was donated, its sampler or eviction policy is a function of your own, or the
+        SessionError: the session's cache was donated, its sampler or eviction policy is a function of your own, or the
             file cannot be written.
     """
-    check_savable(session.state.cache)
+    try:
+        check_savable(session.state.cache)
+    except CacheError as error:
+        raise SessionError(f"session: {error}") from None
     write_archive(Path(path), session, _KIND, fingerprint)
 
 
 def load_session(path: str | os.PathLike[str], *, fingerprint: str | None = None) -> Session:
-    """The session that `save_session` wrote; it goes on with the tokens that it would have had.
+    """The session that `save_session` wrote; it continues with the tokens that it would have had.
 
     Args:
         path: of the file.
         fingerprint: of the model that will use it, from `fingerprint`; None does not compare.
 
     Raises:
-        CacheError: the file is missing, truncated, corrupt, no session, of another format, or of another model.
+        SessionError: the file is missing, truncated, corrupt, no session, of another format, or of another model.
     """
     return read_archive(Path(path), _KIND, fingerprint)

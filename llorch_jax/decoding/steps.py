@@ -10,11 +10,14 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from llorch_jax.cache.base import KVCache
 from llorch_jax.config import GPT2Config
-from llorch_jax.decoding.request import Policy, Request
+from llorch_jax.decoding.params import DecodingParams
+from llorch_jax.decoding.request import Request
+from llorch_jax.errors import NonFiniteError, SamplerError
 from llorch_jax.model import run
 from llorch_jax.params import Params
 
@@ -26,22 +29,32 @@ class DecodeState:
     """What goes from one decode step to the next.
 
     Attributes:
-        token: int32 [B], sampled but not in the cache yet.
-        logprob: float32 [B], of `token` under the model, before the sampler's transforms.
-        finished: bool [B], rows that have produced an end-of-text id.
+        token: int32 [B], sampled but not in the cache yet; see `check_chosen` for -1.
+        logprob: float32 [B], of `token` under the model, before the sampler's transforms; 0 after a row's end.
+        finished: bool [B], rows that an end-of-text id has ended, or that could not go on.
+        remaining: int32 [B], the number of tokens that each row may still get.
         cache: of all tokens before `token`.
-        history: `History` of all tokens, `token` included; None where the sampler does not look at it.
-        memory: what the sampler remembers between steps.
+        history: `History` of all tokens, `token` included; None where nobody looks at it.
+        sampler_state: of the sampler.
         top: the most likely alternatives, where they were asked for.
     """
 
-    token: jax.Array
-    logprob: jax.Array
-    finished: jax.Array
+    token: Any
+    logprob: Any
+    finished: Any
+    remaining: Any
     cache: Any
     history: Any = None
-    memory: Any = None
+    sampler_state: Any = None
     top: Any = None
+
+    @property
+    def done(self) -> jax.Array:
+        """bool [B], rows that get no more tokens."""
+        return self.finished | (self.remaining <= 0)
+
+    def __repr__(self) -> str:
+        return f"DecodeState({len(self.finished)} rows, cache {type(self.cache).__name__})"
 
 
 @struct.dataclass
@@ -53,8 +66,8 @@ class Alternatives:
         logprobs: float32 [..., n], under the model.
     """
 
-    ids: jax.Array
-    logprobs: jax.Array
+    ids: Any
+    logprobs: Any
 
 
 @struct.dataclass
@@ -67,8 +80,8 @@ class Generated:
         top: `Alternatives` [B, N, n], where they were asked for.
     """
 
-    tokens: jax.Array
-    logprobs: jax.Array
+    tokens: Any
+    logprobs: Any
     top: Any = None
 
 
@@ -83,7 +96,16 @@ def prefill_step(
 
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def decode(params: Params, config: GPT2Config, token: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    """Logits [B, V] of one more token per row."""
     return _feed(params, config, token, cache, jnp.ones_like(token))
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def feed_active(
+    params: Params, config: GPT2Config, token: jax.Array, cache: Cache, active: jax.Array
+) -> tuple[jax.Array, Cache]:
+    """`decode` for the rows where `active` bool [B]; the others stay as they are."""
+    return _feed(params, config, token, cache, active.astype(jnp.int32))
 
 
 def _feed(
@@ -95,60 +117,87 @@ def _feed(
 
 
 @jax.named_scope("sampling")
-def _choose(
-    policy: Policy, logits: jax.Array, finished: jax.Array, cache: Cache, history: Any, memory: Any
-) -> DecodeState:
-    """The state after sampling from logits [B, V]: finished rows get the end-of-text id again."""
-    keys = jax.vmap(jax.random.fold_in)(policy.keys, cache.lengths)
-    if hasattr(policy.sampler, "sample"):
-        token, memory = policy.sampler.sample(logits, keys, history, policy.eos_ids, memory)
-    else:
-        token = policy.sampler(logits, keys)
-    if history is not None:
-        history = history.append(token, 1 - finished.astype(jnp.int32))
-    if policy.eos_ids.size:
-        token = jnp.where(finished, policy.eos_ids[0], token)
-        finished = finished | jnp.isin(token, policy.eos_ids)
+def choose(decoding: DecodingParams, logits: jax.Array, before: DecodeState, positions: jax.Array) -> DecodeState:
+    """The state after sampling a token of every row, in `jit`.
+
+    Rows that are done get filler. A row whose logits are not numbers, or in which no token is allowed, finishes with a
+    log-probability that is NaN, and the host reports it: see `check_chosen`.
+
+    Args:
+        decoding: how tokens are chosen.
+        logits: float32 [B, V].
+        before: the state of the tokens before, with the cache that the logits come from.
+        positions: int32 [B], of the tokens to be chosen.
+    """
+    sampler = decoding.sampler
+    keys = jax.vmap(jax.random.fold_in)(decoding.keys, positions)
+    history = before.history if sampler.needs_history else None
+    token, sampler_state = sampler.sample(logits, keys, history, decoding.eos_ids, before.sampler_state)
+    done = before.done
+    going = 1 - done.astype(jnp.int32)
+    token = jnp.where(done, decoding.filler, token)
     total = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
+    logprob = jnp.take_along_axis(logits, jnp.maximum(token, 0)[:, None], axis=1)[:, 0] - total
+    logprob = jnp.where(done, 0.0, jnp.where(token < 0, jnp.nan, logprob))
     top = None
-    if policy.top_logprobs:
-        values, ids = jax.lax.top_k(logits, policy.top_logprobs)
+    if decoding.top_logprobs:
+        values, ids = jax.lax.top_k(logits, decoding.top_logprobs)
         top = Alternatives(ids.astype(jnp.int32), values - total[:, None])
-    return DecodeState(token, chosen - total, finished, cache, history, memory, top)
+    return DecodeState(
+        token=token,
+        logprob=logprob,
+        finished=before.finished | (~done & (decoding.ends(token) | jnp.isnan(logprob))),
+        remaining=before.remaining - going,
+        cache=before.cache,
+        history=None if before.history is None else before.history.append(token, going),
+        sampler_state=sampler_state,
+        top=top,
+    )
 
 
-def next_state(params: Params, config: GPT2Config, policy: Policy, state: DecodeState) -> DecodeState:
+def next_state(params: Params, config: GPT2Config, decoding: DecodingParams, state: DecodeState) -> DecodeState:
     """One decode step: feed the last token, sample the next."""
-    count = 1 - state.finished.astype(jnp.int32)
-    logits, cache = _feed(params, config, state.token, state.cache, count)
-    return _choose(policy, logits, state.finished, cache, state.history, state.memory)
+    logits, cache = _feed(params, config, state.token, state.cache, 1 - state.done.astype(jnp.int32))
+    return choose(decoding, logits, dataclasses.replace(state, cache=cache), cache.lengths)
 
 
 @partial(jax.jit, donate_argnames="cache")
 def first_state(
-    policy: Policy, logits: jax.Array, finished: jax.Array, cache: Cache, history: Any = None, memory: Any = None
+    decoding: DecodingParams,
+    logits: jax.Array,
+    finished: Any,
+    remaining: Any,
+    cache: Cache,
+    history: Any = None,
+    sampler_state: Any = None,
 ) -> DecodeState:
-    return _choose(policy, logits, finished, cache, history, memory)
+    """The state after sampling from logits [B, V] that a pass outside the loop has computed."""
+    before = DecodeState(None, None, finished, remaining, cache, history, sampler_state)
+    return choose(decoding, logits, before, cache.lengths)
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames=("out", "state"))
 def loop(
-    params: Params, config: GPT2Config, policy: Policy, out: Generated, state: DecodeState, span: jax.Array
+    params: Params, config: GPT2Config, decoding: DecodingParams, out: Generated, state: DecodeState, span: jax.Array
 ) -> tuple[Generated, DecodeState]:
-    """Fills the columns `span[0]` up to `span[1]` of out, or fewer where all rows end before."""
+    """Fills the columns `span[0]` up to `span[1]` of out, or fewer where all rows are done before."""
 
     def unfinished(carry: tuple) -> jax.Array:
         count, _, state = carry
-        return (count < span[1]) & ~jnp.all(state.finished)
+        return (count < span[1]) & ~jnp.all(state.done)
 
-    def advance(carry: tuple) -> tuple:
+    def step(carry: tuple) -> tuple:
         count, out, state = carry
-        state = next_state(params, config, policy, state)
+        state = next_state(params, config, decoding, state)
         return count + 1, put(out, state, count), state
 
-    _, out, state = jax.lax.while_loop(unfinished, advance, (span[0], out, state))
+    _, out, state = jax.lax.while_loop(unfinished, step, (span[0], out, state))
     return out, state
+
+
+def start(params: Params, config: GPT2Config, request: Request) -> DecodeState:
+    """The state of a prepared request after its prefill, with the first token of every row."""
+    return begin(request, *first_logits(params, config, request))
 
 
 def first_logits(params: Params, config: GPT2Config, request: Request) -> tuple[jax.Array, KVCache]:
@@ -159,12 +208,32 @@ def first_logits(params: Params, config: GPT2Config, request: Request) -> tuple[
 
 def begin(request: Request, logits: jax.Array, cache: KVCache) -> DecodeState:
     """The state with the first token of a prepared request after its prefill."""
-    return first_state(request.policy, logits, request.finished, cache, request.history, request.memory)
+    return first_state(
+        request.decoding,
+        logits,
+        request.finished,
+        request.remaining,
+        cache,
+        request.history,
+        request.sampler_state,
+    )
 
 
-def with_room(state: DecodeState) -> DecodeState:
-    """The state, its cache with room for one more token in every row."""
-    return dataclasses.replace(state, cache=state.cache.reserve(1))
+def with_room(state: DecodeState) -> tuple[DecodeState, int]:
+    """The state, its cache with room for more tokens in the rows that are not done, and the number of steps it allows.
+
+    Rows that are done need no room: their context may be full.
+    """
+    active = ~done_on_host(state)
+    if not active.any():
+        return state, 1
+    cache = state.cache.reserve(active.astype(np.int32))
+    return dataclasses.replace(state, cache=cache), cache.room(active)
+
+
+def done_on_host(state: DecodeState) -> np.ndarray:
+    """`state.done` by NumPy; waits for the state."""
+    return np.asarray(state.finished) | (np.asarray(state.remaining) <= 0)
 
 
 def put(out: Generated, state: DecodeState, column: Any) -> Generated:
@@ -178,17 +247,37 @@ def put(out: Generated, state: DecodeState, column: Any) -> Generated:
     return jax.tree.map(write, out, new)
 
 
-def filler(policy: Policy, batch: int, count: int) -> Generated:
-    """What stands behind the end of a row."""
-    token = policy.eos_ids[0] if policy.eos_ids.size else jnp.int32(0)
-    shape, top = (batch, count), None
-    if policy.top_logprobs:
-        more = (*shape, policy.top_logprobs)
+def filler(decoding: DecodingParams, count: int) -> Generated:
+    """`count` columns of what stands after the end of a row."""
+    token = decoding.filler
+    shape, top = (token.shape[0], count), None
+    if decoding.top_logprobs:
+        more = (*shape, decoding.top_logprobs)
         top = Alternatives(jnp.zeros(more, jnp.int32), jnp.zeros(more, jnp.float32))
-    return Generated(jnp.full(shape, token), jnp.zeros(shape, jnp.float32), top)
+    return Generated(jnp.broadcast_to(token[:, None], shape), jnp.zeros(shape, jnp.float32), top)
+
+
+def check_chosen(tokens: np.ndarray, logprobs: np.ndarray) -> None:
+    """Raises an error where a row could not go on; host only.
+
+    Args:
+        tokens: int32 [B, N], -1 where the sampler allowed none.
+        logprobs: float32 [B, N], NaN where a row could not go on.
+
+    Raises:
+        SamplerError: the settings of the sampler ban every token.
+        NonFiniteError: the model's logits are NaN or infinite.
+    """
+    failed = np.argwhere(np.isnan(logprobs))
+    if not len(failed):
+        return
+    row, column = failed[0]
+    if tokens[row, column] < 0:
+        raise SamplerError(f"sampler: expected settings that allow a token, got none for row {row}: all are banned")
+    raise NonFiniteError(f"logits: expected finite numbers, got NaN or infinity in row {row}; check the weights")
 
 
 def compile_count() -> int:
     """How many variants of these programs have been compiled in this process."""
-    compiled: tuple[Any, ...] = (prefill_step, decode, first_state, loop)
+    compiled: tuple[Any, ...] = (prefill_step, decode, feed_active, first_state, loop)
     return sum(function._cache_size() for function in compiled)

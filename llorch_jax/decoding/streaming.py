@@ -27,17 +27,20 @@ class Step(NamedTuple):
     """One new token per row, on the host.
 
     Attributes:
-        token: int32 [B]; the (first) end-of-text id in rows that have ended.
+        token: int32 [B]; the row's (first) end-of-text id, or 0, in rows that are done.
         logprob: float32 [B].
         top: `Alternatives` [B, n], where they were asked for.
-        finished: bool [B], rows that have ended, with this token or before.
-        part: how often the text has been re-encoded before.
+        finished: bool [B], rows that an end-of-text id has ended, with this token or before; in constrained decoding
+            also rows whose constraint allows nothing more.
+        done: bool [B], rows that get no more tokens: they are finished, or have as many as they may get.
+        part: the number of times that the text has been re-encoded before.
     """
 
     token: np.ndarray
     logprob: np.ndarray
     top: Any
     finished: np.ndarray
+    done: np.ndarray
     part: int = 0
 
 
@@ -48,6 +51,9 @@ def stream_steps(params: Params, config: GPT2Config, request: Request) -> Genera
 
     Returns:
         The cache, as the generator's return value.
+
+    Raises:
+        SamplerError, NonFiniteError: see `steps.check_chosen`.
     """
     part = 0
     while True:
@@ -57,39 +63,54 @@ def stream_steps(params: Params, config: GPT2Config, request: Request) -> Genera
             if request.later:
                 new.append(step.token)
             yield step._replace(part=part)
-        if request.later == 0 or step.finished.all():
+        if request.later == 0 or step.done.all():
             return segment.state.cache
-        request, part = following(config, request, np.stack(new, 1), segment.state), part + 1
+        request = following(config, request, np.stack(new, 1), segment.state)
+        part += 1
 
 
 class Segment:
-    """The steps of a request until the context is full or all rows have ended; in the end `state` is the last one."""
+    """The steps of a request until the context is full or all rows are done; in the end `state` is the last one."""
 
     def __init__(self, params: Params, config: GPT2Config, request: Request) -> None:
-        self._params, self._config, self._policy = params, config, request.policy
-        self._left, self._room, self._size = request.max_new_tokens - 1, 0, 1
+        self._params = params
+        self._config = config
+        self._decoding = request.decoding
+        self._left = request.max_new_tokens - 1  # steps not yet in the queue
+        self._room = 0  # steps that the cache has room for
+        self._size = 1  # of the next block
+        self._finished = request.finished
+        self._remaining = request.remaining
         self._under_way: deque[tuple[steps.Generated, int]] = deque()
         self._spare: list[steps.Generated] = []
-        logits, cache = steps.first_logits(params, config, request)
-        self.state = steps.begin(request, logits, cache)
+        self.state = steps.start(params, config, request)
 
     def run(self) -> Generator[Step, None, None]:
+        """The steps; raises what `steps.check_chosen` does."""
         state = self.state
         # Copies: the next block takes the state's buffers over.
-        first = jax.tree.map(np.array, (state.token, state.logprob, state.top, state.finished))
-        finished = first[-1]
-        yield Step(*first)
-        del state, first
-        eos_ids = np.asarray(self._policy.eos_ids)
-        while (self._left or self._under_way) and not finished.all():
-            for step in self._next_block():
-                finished = finished | np.isin(step.token, eos_ids)
-                yield step._replace(finished=finished)
-                if finished.all():
+        first = jax.tree.map(np.array, steps.Generated(state.token, state.logprob, state.top))
+        del state
+        step = self._taken(first)
+        yield step
+        while (self._left or self._under_way) and not step.done.all():
+            for new in self._next_block():
+                step = self._taken(new)
+                yield step
+                if step.done.all():
                     return
 
-    def _next_block(self) -> list[Step]:
-        """Waits for the oldest block, with another one in the queue behind it."""
+    def _taken(self, new: steps.Generated) -> Step:
+        """A step of one token per row [B], after noting which rows it ends."""
+        steps.check_chosen(new.tokens[:, None], new.logprobs[:, None])
+        going = ~self._finished & (self._remaining > 0)
+        self._finished = self._finished | (going & self._decoding.ends_on_host(new.tokens))
+        self._remaining = self._remaining - going
+        done = self._finished | (self._remaining <= 0)
+        return Step(new.tokens, new.logprobs, new.top, self._finished, done)
+
+    def _next_block(self) -> list[steps.Generated]:
+        """Waits for the oldest block, with another one in the queue behind it; its steps."""
         start = time.perf_counter()
         while self._left and len(self._under_way) < 2:
             self._dispatch()
@@ -98,19 +119,16 @@ class Segment:
         self._spare.append(out)
         if time.perf_counter() - start < SHORT:
             self._size = min(2 * self._size, LONGEST)
-        none = np.zeros(0, bool)
-        columns = [jax.tree.map(lambda array, column=column: array[:, column], block) for column in range(count)]
-        return [Step(each.tokens, each.logprobs, each.top, none) for each in columns]
+        return [jax.tree.map(lambda array, column=column: array[:, column], block) for column in range(count)]
 
     def _dispatch(self) -> None:
         """Puts the next block in the queue."""
         if self._room == 0:
-            self.state = steps.with_room(self.state)
-            self._room = self.state.cache.room()
+            self.state, self._room = steps.with_room(self.state)
         count = min(self._size, self._left, self._room)
-        batch = self.state.token.shape[0]
-        out = self._spare.pop() if self._spare else steps.filler(self._policy, batch, LONGEST)
+        out = self._spare.pop() if self._spare else steps.filler(self._decoding, LONGEST)
         span = jnp.asarray([0, count], jnp.int32)
-        out, self.state = steps.loop(self._params, self._config, self._policy, out, self.state, span)
+        out, self.state = steps.loop(self._params, self._config, self._decoding, out, self.state, span)
         self._under_way.append((out, count))
-        self._left, self._room = self._left - count, self._room - count
+        self._left -= count
+        self._room -= count

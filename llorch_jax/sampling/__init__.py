@@ -1,6 +1,6 @@
 """From logits to token ids: samplers, and the transforms of logits that they are made of."""
 
-from llorch_jax.sampling.base import History, Sampler
+from llorch_jax.sampling.base import History, KnowsProbabilities, Sampler, check_sampler
 from llorch_jax.sampling.mirostat import Mirostat
 from llorch_jax.sampling.penalties import (
     apply_bad_words,
@@ -29,6 +29,7 @@ from llorch_jax.sampling.truncation import (
 __all__ = [
     "Greedy",
     "History",
+    "KnowsProbabilities",
     "Mirostat",
     "Sampler",
     "Sampling",
@@ -51,5 +52,6 @@ __all__ = [
     "apply_typical_p",
     "apply_xtc",
     "breakers_of",
+    "check_sampler",
     "make_sampler",
 ]

@@ -1,7 +1,7 @@
 """What all samplers share: the protocol, what they may know of a row's past, and checks of settings."""
 
 from collections.abc import Callable
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -51,19 +51,78 @@ class History:
         return self.lengths - self.prompts
 
 
+@runtime_checkable
 class Sampler(Protocol):
-    """What the decoding loops call.
+    """What the decoding loops call: any pytree with these four members, such as a `flax.struct.dataclass`.
 
-    A sampler that also has a method `sample(logits, keys, history, eos_ids, memory) -> (ids, memory)` is called by that
-    instead: `history` is a `History` where its attribute `needs_history` is true, `eos_ids` int32 [E], and `memory`
-    what it returned last, at first that of its method `start(batch)`.
+    Settings that are arrays are traced, so that other values compile nothing. See docs/sampling.md for an example.
     """
 
-    needs_key: bool
-
-    def __call__(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
-        """Token ids int32 [B] from logits float32 [B, V] and keys [B]."""
+    @property
+    def needs_key(self) -> bool:
+        """Whether it draws. If not, callers need not give a key."""
         ...
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether it must see the tokens so far."""
+        ...
+
+    def init(self, batch: int) -> Any:
+        """The state before the first token: a pytree of arrays whose first axis is the batch, or None."""
+        ...
+
+    def sample(
+        self, logits: jax.Array, keys: jax.Array, history: Any, eos_ids: jax.Array, state: Any
+    ) -> tuple[jax.Array, Any]:
+        """Chooses the next token of every row; called in `jit`.
+
+        Args:
+            logits: float32 [B, V].
+            keys: [B], a random key for each row and position.
+            history: `History` of the rows; None where `needs_history` is false.
+            eos_ids: int32 [B, E], ids that end a row, filled up with -1; E may be 0.
+            state: what `init` or the last call returned.
+
+        Returns:
+            Token ids int32 [B], -1 in a row that no token is allowed in, which decoding reports as a SamplerError; and
+            the state for the next step.
+        """
+        ...
+
+
+@runtime_checkable
+class ChecksIds(Protocol):
+    """A sampler whose settings name token ids, which must be in the vocabulary."""
+
+    def check_ids(self, vocab_size: int) -> None:
+        """Raises SamplerError for an id outside the vocabulary; host only."""
+        ...
+
+
+@runtime_checkable
+class KnowsProbabilities(Protocol):
+    """A sampler that can tell with what probability it draws each token, as rejection sampling needs."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether `filtered` says all about its draws, whatever came before."""
+        ...
+
+    def filtered(self, logits: jax.Array) -> jax.Array:
+        """Logits float32 [B, V] whose softmax tokens are drawn from, minus infinity where a token never is."""
+        ...
+
+
+def check_sampler(sampler: Any, vocab_size: int | None = None) -> None:
+    """Raises SamplerError for what is no sampler, or names ids outside a vocabulary of this size. Host only."""
+    if isinstance(sampler, type) or not isinstance(sampler, Sampler):
+        raise SamplerError(
+            "sampler: expected an object with needs_key, needs_history, init and sample, such as lj.Greedy(), "
+            f"got {sampler if isinstance(sampler, type) else type(sampler)}"
+        )
+    if vocab_size is not None and isinstance(sampler, ChecksIds):
+        sampler.check_ids(vocab_size)
 
 
 def per_row(setting: jax.Array) -> jax.Array:

@@ -6,24 +6,27 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from llorch_jax.sampling.base import MASKED, History
+from llorch_jax.errors import SamplerError
+from llorch_jax.sampling.base import MASKED, ChecksIds, History, KnowsProbabilities, Sampler
 
 
 @struct.dataclass
 class Masked:
-    """Another sampler, of which only allowed tokens come.
+    """Another sampler, restricted to allowed tokens.
 
-    The mask is applied to the logits before anything that the sampler does with them, as vLLM does. Where the sampler's
-    settings exclude all that is allowed, the most likely allowed token is taken.
+    The mask is applied to the logits before anything that the sampler does with them, as vLLM does.
 
     Attributes:
-        sampler: any `Sampler`.
+        sampler: the other one.
         mask: int32 [1 or B, ceil(V / 32)]; bit i of word w says whether token 32 w + i is allowed. At least one is
             allowed in every row.
+        insists: whether the most likely allowed token is taken where the sampler's settings exclude all that is
+            allowed, as a constraint wants it; if not, none is chosen (-1).
     """
 
-    sampler: Any
+    sampler: Sampler
     mask: Any
+    insists: bool = struct.field(pytree_node=False, default=True)
 
     @property
     def needs_key(self) -> bool:
@@ -33,38 +36,36 @@ class Masked:
     @property
     def needs_history(self) -> bool:
         """Whether it must see the tokens so far."""
-        return getattr(self.sampler, "needs_history", False)
+        return self.sampler.needs_history
 
-    def __call__(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
-        masked = only_allowed(logits, self.mask)
-        return _insist(self.sampler(masked, keys), masked)
+    def init(self, batch: int) -> Any:
+        """The other sampler's state."""
+        return self.sampler.init(batch)
 
     def sample(
-        self, logits: jax.Array, keys: jax.Array, history: History | None, eos_ids: jax.Array, memory: Any
+        self, logits: jax.Array, keys: jax.Array, history: History | None, eos_ids: jax.Array, state: Any
     ) -> tuple[jax.Array, Any]:
-        """Token ids int32 [B], and what the sampler remembers; see `Sampler`."""
-        if not hasattr(self.sampler, "sample"):
-            return self(logits, keys), memory
+        """Token ids int32 [B], and the other sampler's state; see `Sampler.sample`."""
         masked = only_allowed(logits, self.mask)
-        token, memory = self.sampler.sample(masked, keys, history, eos_ids, memory)
-        return _insist(token, masked), memory
-
-    def start(self, batch: int) -> Any:
-        """What the sampler remembers at first."""
-        return self.sampler.start(batch) if hasattr(self.sampler, "start") else None
+        token, state = self.sampler.sample(masked, keys, history, eos_ids, state)
+        chosen = jnp.take_along_axis(masked, jnp.maximum(token, 0)[:, None], axis=1)[:, 0]
+        other = jnp.argmax(masked, axis=-1).astype(jnp.int32) if self.insists else jnp.int32(-1)
+        return jnp.where((token >= 0) & (chosen > MASKED), token, other), state
 
     def check_ids(self, vocab_size: int) -> None:
         """Raises SamplerError for a setting that names an id outside the vocabulary; host only."""
-        if hasattr(self.sampler, "check_ids"):
+        if isinstance(self.sampler, ChecksIds):
             self.sampler.check_ids(vocab_size)
 
     @property
     def is_plain(self) -> bool:
         """Whether `filtered` says with what probability each token is drawn, whatever came before."""
-        return getattr(self.sampler, "is_plain", hasattr(self.sampler, "filtered"))
+        return isinstance(self.sampler, KnowsProbabilities) and self.sampler.is_plain
 
     def filtered(self, logits: jax.Array) -> jax.Array:
         """Logits [B, V] whose softmax is what tokens are drawn from."""
+        if not isinstance(self.sampler, KnowsProbabilities):
+            raise SamplerError(f"sampler: expected one with `filtered`, got a {type(self.sampler).__name__}")
         return self.sampler.filtered(only_allowed(logits, self.mask))
 
 
@@ -77,9 +78,3 @@ def unpack_mask(mask: jax.Array, vocab_size: int) -> jax.Array:
     """bool [B, V] of packed bits int32 [B, ceil(V / 32)], the lowest first."""
     bits = (mask[:, :, None] >> jnp.arange(32, dtype=jnp.int32)[None, None]) & 1
     return bits.reshape(mask.shape[0], -1)[:, :vocab_size] == 1
-
-
-def _insist(token: jax.Array, masked: jax.Array) -> jax.Array:
-    """The tokens int32 [B], and the most likely one where a token is not among the masked logits [B, V]."""
-    chosen = jnp.take_along_axis(masked, token[:, None], axis=1)[:, 0]
-    return jnp.where(chosen > MASKED, token, jnp.argmax(masked, axis=-1).astype(jnp.int32))

@@ -43,22 +43,19 @@ class Mirostat:
         rate, warmth = jnp.asarray(eta, jnp.float32), jnp.asarray(temperature, jnp.float32)
         return cls(jnp.asarray(tau, jnp.float32), rate, warmth)
 
-    def start(self, batch: int) -> jax.Array:
+    def init(self, batch: int) -> jax.Array:
         """mu float32 [B]."""
         return jnp.broadcast_to(2 * self.tau, (batch,))
 
-    def __call__(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
-        return self.sample(logits, keys, None, jnp.zeros(0, jnp.int32), self.start(logits.shape[0]))[0]
-
     def sample(
-        self, logits: jax.Array, keys: jax.Array, history: None, eos_ids: jax.Array, memory: jax.Array
+        self, logits: jax.Array, keys: jax.Array, history: None, eos_ids: jax.Array, state: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Token ids int32 [B], and mu for the next step."""
+        """Token ids int32 [B], and mu for the next step; see `Sampler.sample`."""
         logits = truncation.apply_temperature(logits, self.temperature)
         surprise = -jax.nn.log_softmax(logits, axis=-1) / jnp.log(2.0)
-        kept = (surprise <= memory[:, None]) | (logits == jnp.max(logits, axis=-1, keepdims=True))
+        kept = (surprise <= state[:, None]) | (logits == jnp.max(logits, axis=-1, keepdims=True))
         left = jnp.where(kept, logits, MASKED)
         token = draw(left, keys)
         chosen = jnp.take_along_axis(left, token[:, None], axis=1)[:, 0]
         observed = (jax.nn.logsumexp(left, axis=-1) - chosen) / jnp.log(2.0)
-        return token, memory - self.eta * (observed - self.tau)
+        return token, state - self.eta * (observed - self.tau)

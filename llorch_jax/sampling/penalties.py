@@ -118,9 +118,11 @@ def apply_bad_words(logits: jax.Array, history: History, words: jax.Array, sizes
 
 
 def apply_min_new_tokens(logits: jax.Array, history: History, eos_ids: jax.Array, count: jax.Array) -> jax.Array:
-    """Bans the ids that end a row, int32 [E], until it has `count` (int32) generated tokens."""
-    ending = jnp.zeros(logits.shape[-1], bool).at[eos_ids].set(True)
-    return jnp.where((history.generated[:, None] < per_row(count)) & ending[None], MASKED, logits)
+    """Bans the ids that end a row, int32 [B, E] filled up with -1, until it has `count` (int32) generated tokens."""
+    rows = jnp.arange(logits.shape[0])[:, None]
+    ids = jnp.where(eos_ids < 0, logits.shape[-1], eos_ids)
+    ending = jnp.zeros(logits.shape, bool).at[rows, ids].set(True, mode="drop")
+    return jnp.where((history.generated[:, None] < per_row(count)) & ending, MASKED, logits)
 
 
 def apply_forced_tokens(logits: jax.Array, history: History, forced: jax.Array) -> jax.Array:

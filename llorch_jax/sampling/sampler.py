@@ -24,10 +24,22 @@ class Greedy:
     """The most likely token; of equal ones the lowest id."""
 
     needs_key: bool = struct.field(pytree_node=False, default=False)
+    needs_history: bool = struct.field(pytree_node=False, default=False)
 
-    def __call__(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
-        # As argmax, which takes up to three times as long: XLA's CPU backend does not vectorise it.
-        return jax.lax.top_k(logits, 1)[1][..., 0].astype(jnp.int32)
+    def init(self, batch: int) -> None:
+        """It has no state."""
+
+    def sample(
+        self, logits: jax.Array, keys: jax.Array, history: None, eos_ids: jax.Array, state: None
+    ) -> tuple[jax.Array, None]:
+        """Token ids int32 [B]; see `Sampler.sample`."""
+        return most_likely(logits), None
+
+
+def most_likely(logits: jax.Array) -> jax.Array:
+    """int32 [B], the id of each row's largest logit, of equal ones the lowest."""
+    # As argmax, which takes up to three times as long: XLA's CPU backend does not vectorise it.
+    return jax.lax.top_k(logits, 1)[1][..., 0].astype(jnp.int32)
 
 
 @struct.dataclass
@@ -113,18 +125,13 @@ class Sampling:
             if known.size and known.max() >= vocab_size:
                 raise SamplerError(f"{name}: expected ids in 0 .. {vocab_size - 1}, got {known.max()}")
 
-    def start(self, batch: int) -> None:
-        """It remembers nothing between steps."""
-
-    def __call__(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
-        if self.needs_history:
-            raise SamplerError(f"sampler: expected a history for {', '.join(self.more)}; call `sample`")
-        return self._choose(self.penalised(logits, None, jnp.zeros(0, jnp.int32)), keys)
+    def init(self, batch: int) -> None:
+        """It has no state."""
 
     def sample(
-        self, logits: jax.Array, keys: jax.Array, history: History | None, eos_ids: jax.Array, memory: None
+        self, logits: jax.Array, keys: jax.Array, history: History | None, eos_ids: jax.Array, state: None
     ) -> tuple[jax.Array, None]:
-        """Token ids int32 [B], as the decoding loops want it; see `Sampler`."""
+        """Token ids int32 [B]; see `Sampler.sample`."""
         return self._choose(self.penalised(logits, history, eos_ids), keys), None
 
     def penalised(self, logits: jax.Array, history: History | None, eos_ids: jax.Array) -> jax.Array:
@@ -132,8 +139,10 @@ class Sampling:
         self._check_rows(logits.shape[0])
         if "logit_bias" in self.more:
             logits = penalties.apply_logit_bias(logits, *self.more["logit_bias"])
-        if history is None:
+        if not self.needs_history:
             return logits
+        if history is None:
+            raise SamplerError(f"history: expected one for {', '.join(self.more)}, got None")
         for name, apply in _PENALTIES.items():
             if name in self.more:
                 logits = apply(logits, history, self.more)

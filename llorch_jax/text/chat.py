@@ -249,7 +249,7 @@ class Chat:
         held = int(np.asarray(self.cache.lengths)[0])
         missing = np.array([self.tokens[held:]], np.int32)
         turn.prefilled = missing.shape[1]
-        eos_ids = self._ending(limit).ids or None
+        eos_ids = self._ending(limit).ids
         request = prepare(
             self.model.config, missing, limit, self.cache, None, self._sampler, key_of_seed(seed), eos_ids
         )

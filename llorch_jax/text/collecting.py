@@ -111,7 +111,8 @@ def steps_of(generated: Generated, eos_ids: Sequence[int]) -> Iterator[Step]:
     finished = np.logical_or.accumulate(np.isin(np.asarray(generated.tokens), eos_ids), axis=1)
     for column, token in enumerate(tokens):
         alternatives = None if generated.top is None else top[column]
-        yield Step(token, logprobs[column], alternatives, finished[:, column])
+        done = finished[:, column] | (column == len(tokens) - 1)
+        yield Step(token, logprobs[column], alternatives, finished[:, column], done)
 
 
 def _columns(arrays: Any) -> list[Any]:

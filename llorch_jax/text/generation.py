@@ -6,7 +6,7 @@ from typing import Any, overload
 import jax
 
 from llorch_jax.decoding.loop import generate_from
-from llorch_jax.decoding.steps import first_logits
+from llorch_jax.decoding.steps import start
 from llorch_jax.decoding.streaming import Step, stream_steps
 from llorch_jax.loading.checkpoint import Model
 from llorch_jax.text.collecting import collect, pieces, steps_of
@@ -68,10 +68,9 @@ def continue_texts(model: Model, prompts: Sequence[str], options: GenerationOpti
     batch = make_batch(model, prompts, options, options.method)
     if options.constraint is not None or batch.ending.stops:
         return collect(_steps(model, batch, options), batch.rows, watch)
-    logits, cache = first_logits(model.params, model.config, batch.request)
-    jax.block_until_ready(logits)
+    state = jax.block_until_ready(start(model.params, model.config, batch.request))
     prefill_seconds = watch.lap()
-    generated, _ = generate_from(model.params, model.config, batch.request, logits, cache)
+    generated, _ = generate_from(model.params, model.config, batch.request, state)
     return collect(steps_of(generated, batch.ending.ids), batch.rows, watch, prefill_seconds)
 
 

@@ -16,6 +16,7 @@ from llorch_jax.cache.layouts import make_cache
 from llorch_jax.decoding.overflow import Reencode, check_overflow
 from llorch_jax.errors import BatchFileError, CapacityError, LlorchError, OptionError
 from llorch_jax.loading.checkpoint import Model
+from llorch_jax.sampling import Sampling, check_sampler
 from llorch_jax.sampling.settings import rows_of
 from llorch_jax.text.constrained.constraint import KINDS, Constraint
 from llorch_jax.text.ending import Ending
@@ -112,8 +113,7 @@ class JobReader:
         options.check_model(config)
         sampler: Any = options.sampler_for(self._model)
         _check_rows(options, sampler)
-        if hasattr(sampler, "check_ids"):
-            sampler.check_ids(config.vocab_size)
+        check_sampler(sampler, config.vocab_size)
         if options.constraint is not None:
             self._check_constraint(options)
         (ids,) = encode_prompts(self._model, [job.prompt])
@@ -185,7 +185,8 @@ def _check_rows(options: GenerationOptions, sampler: Any) -> None:
     plain = {"temperature": options.temperature, "top_k": options.sampling.get("top_k")}
     plain |= {"top_p": options.sampling.get("top_p")}
     counts = {name: np.size(value) for name, value in plain.items() if value is not None}
-    counts |= {name: rows_of(value) for name, value in getattr(sampler, "more", {}).items()}
+    more = sampler.more if isinstance(sampler, Sampling) else {}
+    counts |= {name: rows_of(value) for name, value in more.items()}
     for name, count in counts.items():
         if count != 1:
             raise OptionError(f"{name}: expected one value, got {count}")

@@ -14,7 +14,7 @@ from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.overflow import Reencode, check_overflow
 from llorch_jax.errors import CacheError, CapacityError, OptionError, TokenError
 from llorch_jax.loading.checkpoint import Model
-from llorch_jax.sampling import Sampler, make_sampler
+from llorch_jax.sampling import Sampler, check_sampler, make_sampler
 from llorch_jax.sampling.masking import Masked
 from llorch_jax.sampling.settings import SETTINGS
 from llorch_jax.text.constrained.constraint import Constraints, take_constraint
@@ -223,11 +223,10 @@ class GenerationOptions:
                 sampling["dry_breakers"] = breaker_ids(tokenizer_of(model), sampling["dry_breakers"])
             sampler = make_sampler(self.temperature, **sampling)
         mask = known_ids(tokenizer_of(model), model.config.vocab_size)
-        return sampler if mask is None else Masked(sampler, mask)  # type: ignore[return-value]
+        return sampler if mask is None else Masked(sampler, mask, insists=False)
 
     def _check_sampler(self) -> None:
-        if not callable(self.sampler) and not hasattr(self.sampler, "sample"):
-            raise OptionError(f"sampler: expected a sampler, got a {type(self.sampler).__name__}")
+        check_sampler(self.sampler)
         own = [*self.sampling, *(["temperature"] if self.temperature != 0 else [])]
         if own:
             raise OptionError(f"sampler: expected no {own[0]} with it, as it says itself how tokens are drawn")

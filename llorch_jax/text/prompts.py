@@ -86,7 +86,7 @@ def make_batch(
         lengths,
         options.sampler_for(model),
         keys,
-        ending.ids or None,
+        ending.ids,
         options.overflow,
         top_logprobs=options.top_logprobs,
     )

@@ -10,7 +10,7 @@ import numpy as np
 
 from llorch_jax.decoding.loop import generate_from
 from llorch_jax.decoding.request import Request
-from llorch_jax.decoding.steps import first_logits
+from llorch_jax.decoding.steps import begin, first_logits
 from llorch_jax.errors import OptionError
 from llorch_jax.loading.checkpoint import Model
 from llorch_jax.text.collecting import collect, steps_of
@@ -95,8 +95,8 @@ def _draw(model: Model, prompts: list[str], options: GenerationOptions, copies: 
     logits, after = first_logits(model.params, model.config, _without_copies(batch.request, copies))
     jax.block_until_ready(logits)
     prefill_seconds = watch.lap()
-    logits = jnp.repeat(logits, copies, axis=0)
-    generated, _ = generate_from(model.params, model.config, batch.request, logits, after.fork(copies))
+    state = begin(batch.request, jnp.repeat(logits, copies, axis=0), after.fork(copies))
+    generated, _ = generate_from(model.params, model.config, batch.request, state)
     return collect(steps_of(generated, batch.ending.ids), batch.rows, watch, prefill_seconds)
 
 
@@ -106,7 +106,7 @@ def _without_copies(request: Request, copies: int) -> Request:
     lengths = np.asarray(request.lengths)[firsts]
     return dataclasses.replace(
         request,
-        tokens=jax.device_put(np.asarray(request.tokens)[firsts]),
-        lengths=jax.device_put(lengths),
+        tokens=request.tokens[firsts],
+        lengths=lengths,
         cache=request.cache.select(firsts).reserve(lengths),  # selecting rows may give up what was reserved for them
     )

@@ -105,6 +105,6 @@ def _results(
     for row, (prompt, count) in enumerate(zip(ids, counts.tolist(), strict=True)):
         whole_row = [*prompt, *new[row, :count].tolist()]
         logprobs[row, :count] = token_logprobs(model.params, model.config, whole_row)[len(prompt) - 1 :]
-    generated = Generated(new, logprobs)  # type: ignore[arg-type]  # NumPy arrays, as everything is on the host
+    generated = Generated(new, logprobs)
     rows = [Growing(tokenizer_of(model), ending, prompt) for prompt in ids]
     return collect(steps_of(generated, ending.ids), rows, watch, prefill_seconds=0.0)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import llorch_jax as lj
 from llorch_jax.decoding import steps
-from llorch_jax.decoding.request import Policy
+from llorch_jax.decoding.params import DecodingParams
 
 CONFIG = lj.GPT2Config(vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=4, num_kv_heads=2)
 
@@ -64,13 +64,14 @@ class TestInPlace:
     def test_compiled_programs_copy_no_cache(self, params, batch):
         cache = lj.StaticCache.init(CONFIG, batch_size=batch, capacity=48)
         token = jnp.zeros(batch, jnp.int32)
-        policy = Policy(lj.Greedy(), jax.random.split(jax.random.key(0), batch), jnp.zeros(1, jnp.int32))
-        state = steps.DecodeState(token, jnp.zeros(batch, jnp.float32), token > 0, cache)
+        keys = jax.random.split(jax.random.key(0), batch)
+        decoding = DecodingParams(lj.Greedy(), keys, jnp.zeros((batch, 1), jnp.int32))
+        state = steps.DecodeState(token, jnp.zeros(batch, jnp.float32), token > 0, token + 9, cache)
         out = steps.Generated(jnp.zeros((batch, 16), jnp.int32), jnp.zeros((batch, 16), jnp.float32))
         programs = [
             steps.prefill_step.lower(params, CONFIG, jnp.zeros((batch, 16), jnp.int32), token + 16, cache, fresh=True),
             steps.decode.lower(params, CONFIG, token, cache),
-            steps.loop.lower(params, CONFIG, policy, out, state, jnp.zeros(2, jnp.int32)),
+            steps.loop.lower(params, CONFIG, decoding, out, state, jnp.zeros(2, jnp.int32)),
         ]
         buffer = re.escape(f"f32[{batch},2,48,8]")
         for program in programs:
@@ -218,12 +219,12 @@ class TestErrors:
             ({"prompt_tokens": np.ones((1, 65), np.int32)}, lj.CapacityError, r"n_positions=64.*"),
             ({"max_new_tokens": 0}, lj.CapacityError, r"max_new_tokens"),
             ({"max_new_tokens": 63}, lj.CapacityError, r"n_positions=64.*65"),
-            ({"lengths": [4]}, lj.TokenError, r"lengths: expected 1 \.\. 3.*4"),
+            ({"lengths": [4]}, lj.TokenError, r"lengths\[0\]: expected 1 \.\. 3.*4"),
             ({"lengths": [0]}, lj.TokenError, r"lengths"),
             ({"lengths": [1, 1]}, lj.TokenError, r"lengths.*\[1\].*\[2\]"),
             ({"eos_id": 97}, lj.TokenError, r"eos_id.*97"),
             ({"sampler": lj.Sampling.create(1.0)}, lj.SamplerError, r"key"),
-            ({"sampler": lj.Sampling.create(1.0), "key": np.zeros(2, np.uint32)}, lj.SamplerError, r"jax.random.key"),
+            ({"sampler": lj.Sampling.create(1.0), "key": np.zeros(2, np.float32)}, lj.SamplerError, r"jax.random.key"),
         ],
     )
     def test_bad_arguments(self, params, change, error, message):
@@ -244,5 +245,5 @@ class TestErrors:
 
     def test_rows_must_match(self, params):
         cache = lj.StaticCache.init(CONFIG, batch_size=2, capacity=8)
-        with pytest.raises(lj.TokenError, match="rows as the cache has, 2, got 3"):
+        with pytest.raises(lj.TokenError, match="expected 2 rows, as many as the cache has, got 3"):
             lj.decode_step(params, CONFIG, [1, 2, 3], cache)

@@ -76,30 +76,33 @@ def test_refused_files(tmp_path):
     path = tmp_path / "s.safetensors"
     session = start()
     lj.save_session(path, session, fingerprint="a")
-    with pytest.raises(lj.CacheError, match="expected a session of the model with fingerprint b, got one of a"):
+    with pytest.raises(lj.SessionError, match="expected a session of the model with fingerprint b, got one of a"):
         lj.load_session(path, fingerprint="b")
     with pytest.raises(lj.CacheError, match="expected a cache"):
         lj.load_cache(path)
     lj.save_cache(tmp_path / "c.safetensors", session.state.cache)
-    with pytest.raises(lj.CacheError, match="expected a session, got DynamicCache"):
+    with pytest.raises(lj.SessionError, match="expected a session, got DynamicCache"):
         lj.load_session(tmp_path / "c.safetensors")
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(lj.CacheError, match="expected a saved session, got another file"):
+    with pytest.raises(lj.SessionError, match="expected a saved session, got another file"):
         lj.load_session(path)
     session.generate(PARAMS, CONFIG, 2)
-    with pytest.raises(lj.CacheError, match="donated"):
+    with pytest.raises(lj.SessionError, match="donated"):
         lj.save_session(path, session)
 
 
 def test_a_sampler_of_the_users_own_cannot_be_saved(tmp_path):
     class Own:
         needs_key = False
+        needs_history = False
 
-        def __call__(self, logits, keys):
-            return logits.argmax(-1).astype("int32")
+        def init(self, batch):
+            return None
+
+        def sample(self, logits, keys, history, eos_ids, state):
+            return logits.argmax(-1).astype("int32"), state
 
     jax.tree_util.register_pytree_node(Own, lambda own: ((), None), lambda *_: Own())
-    message = r"session: expected arrays, .*Greedy.* to save as policy\.sampler"
-    with pytest.raises(lj.CacheError, match=message):
+    with pytest.raises(lj.SessionError, match=r"session: expected arrays, .*Greedy.* to save as decoding\.sampler"):
         lj.save_session(tmp_path / "s", start(sampler=Own()))
     assert not list(tmp_path.iterdir())

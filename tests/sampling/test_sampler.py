@@ -24,6 +24,12 @@ def softmax(logits):
     return weights / weights.sum(-1, keepdims=True)
 
 
+def sample(sampler, logits, keys):
+    """The ids that a sampler without history or state chooses."""
+    ids = jnp.zeros((logits.shape[0], 0), jnp.int32)
+    return sampler.sample(logits, keys, None, ids, sampler.init(logits.shape[0]))[0]
+
+
 def keys(count, seed=0):
     return jax.random.split(jax.random.key(seed), count)
 
@@ -31,7 +37,7 @@ def keys(count, seed=0):
 def draw_often(sampler, logits, count=DRAWS, seed=0):
     """Many draws from the same logits [V]."""
     rows = jnp.broadcast_to(jnp.asarray(logits), (count, len(logits)))
-    return np.asarray(jax.jit(lambda sampler, rows, keys: sampler(rows, keys))(sampler, rows, keys(count, seed)))
+    return np.asarray(jax.jit(sample)(sampler, rows, keys(count, seed)))
 
 
 class TestMasks:
@@ -141,8 +147,8 @@ class TestDraws:
 
     def test_a_row_does_not_depend_on_the_others(self):
         rows, sampler = np.stack([PEAKED] * 4), lj.Sampling.create(1.0)
-        one, other = sampler(rows, keys(4)), sampler(rows * np.float32(-1), keys(4))
-        mixed = sampler(rows * np.asarray([[1], [-1], [1], [-1]], np.float32), keys(4))
+        one, other = sample(sampler, rows, keys(4)), sample(sampler, rows * np.float32(-1), keys(4))
+        mixed = sample(sampler, rows * np.asarray([[1], [-1], [1], [-1]], np.float32), keys(4))
         np.testing.assert_array_equal(mixed, [one[0], other[1], one[2], other[3]])
 
     def test_same_key_same_token_and_another_key_others(self):
@@ -152,17 +158,16 @@ class TestDraws:
         assert not np.array_equal(draw_often(sampler, PEAKED, 50, seed=1), first)
 
     def test_a_changed_setting_compiles_nothing(self):
-        sample = jax.jit(lambda sampler, rows, keys: sampler(rows, keys))
-        for temperature, top_k, top_p in [(0.5, 1, 0.1), (1.5, 64, 1.0), (1, 17, 1)]:
-            sample(lj.Sampling.create(temperature, top_k, top_p), PEAKED[None], keys(1))
-        assert sample._cache_size() == 1
-        sample(lj.Sampling.create(1.0, 65, 0.5), PEAKED[None], keys(1))
-        assert sample._cache_size() == 2  # more candidates
+        jitted = jax.jit(sample)
+        for temperature, top_k, top_p in [(0.5, 1, 0.1), (1.5, 64, 0.99), (1, 17, 0.9)]:
+            jitted(lj.Sampling.create(temperature, top_k, top_p), PEAKED[None], keys(1))
+        assert jitted._cache_size() == 1
+        jitted(lj.Sampling.create(1.0, 65, 0.5), PEAKED[None], keys(1))
+        assert jitted._cache_size() == 2  # more candidates
 
     def test_a_top_k_beyond_int32_keeps_all(self):
-        assert lj.Sampling.create(1.0, top_k=2**40)(PEAKED[None], keys(1)) == lj.Sampling.create(1.0, top_k=300)(
-            PEAKED[None], keys(1)
-        )
+        beyond, all_of_them = lj.Sampling.create(1.0, top_k=2**40), lj.Sampling.create(1.0, top_k=300)
+        assert sample(beyond, PEAKED[None], keys(1)) == sample(all_of_them, PEAKED[None], keys(1))
 
 
 class TestLargeVocabularies:
@@ -214,13 +219,13 @@ class TestLargeVocabularies:
         assert len(np.setxor1d(kept, expected)) <= len(expected) // 1000  # sums in float32 end a few tokens off
 
 
-_sample = jax.jit(lambda sampler, logits, keys: sampler(logits, keys))
+_sample = jax.jit(sample)
 _typical = jax.jit(apply_typical_p)
 
 
 def test_greedy_takes_the_lowest_of_equal_ids():
     logits = np.asarray([[0, 3, 3, 1], [2, 2, 2, 2], [-5, -4, -9, -4]], np.float32)
-    chosen = lj.Greedy()(logits, keys(3))
+    chosen = sample(lj.Greedy(), logits, keys(3))
     np.testing.assert_array_equal(chosen, [1, 0, 1])
     assert chosen.dtype == jnp.int32
 
@@ -257,4 +262,4 @@ def test_impossible_settings(settings, message):
 def test_settings_for_another_number_of_rows(name, batch):
     sampler = lj.Sampling.create(**{name: [1, 1, 1]})
     with pytest.raises(lj.SamplerError, match=f"{name}: expected one value or {batch}, one per row, got 3"):
-        sampler(np.stack([PEAKED] * batch), keys(batch))
+        sample(sampler, np.stack([PEAKED] * batch), keys(batch))

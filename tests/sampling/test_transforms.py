@@ -19,7 +19,8 @@ from llorch_jax.sampling import History
 from llorch_jax.sampling.penalties import match_lengths
 
 V = 23
-NONE = jnp.zeros(0, jnp.int32)
+KEYS = jax.random.split(jax.random.key(0), 3)
+NONE = jnp.zeros((3, 0), jnp.int32)
 
 
 def softmax(logits):
@@ -186,7 +187,9 @@ class TestPenalties:
     def test_min_new_tokens_and_forced_tokens(self):
         past = history([[1, 1, 1], [1, 1, 1], [1, 1, 1]], prompts=[3, 2, 1])
         sampler = lj.Sampling.create(min_new_tokens=[1, 1, 3], forced_tokens=[6, None])
-        logits = np.asarray(sampler.penalised(jnp.zeros((3, V)), past, jnp.asarray([4, 8], jnp.int32)))
+        logits = np.asarray(
+            sampler.penalised(jnp.zeros((3, V)), past, jnp.asarray([[4, 8], [4, -1], [4, 8]], jnp.int32))
+        )
         assert np.flatnonzero(np.isfinite(logits[0])).tolist() == [6]
         assert np.isfinite(logits[1]).all()
         assert np.flatnonzero(np.isneginf(logits[2])).tolist() == [4, 8]
@@ -288,11 +291,11 @@ class TestSettings:
 
     def test_rows_must_fit(self):
         with pytest.raises(lj.SamplerError, match="min_p: expected one value or 3, one per row, got 2"):
-            lj.Sampling.create(min_p=[0.1, 0.2])(jnp.zeros((3, V)), jax.random.split(jax.random.key(0), 3))
+            lj.Sampling.create(min_p=[0.1, 0.2]).sample(jnp.zeros((3, V)), KEYS, None, NONE, None)
 
     def test_a_history_is_asked_for(self):
         with pytest.raises(lj.SamplerError, match="expected a history for repetition_penalty"):
-            lj.Sampling.create(repetition_penalty=1.1)(jnp.zeros((1, V)), jax.random.split(jax.random.key(0), 1))
+            lj.Sampling.create(repetition_penalty=1.1).sample(jnp.zeros((3, V)), KEYS, None, NONE, None)
 
     def test_breakers(self):
         assert sampling.breakers_of(["a", "b\n", ":", "c"]) == [1, 2]

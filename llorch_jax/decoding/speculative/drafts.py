@@ -1,20 +1,23 @@
 """Drafts for speculative decoding: guesses of the next tokens, by prompt lookup or by a smaller model."""
 
+import dataclasses
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from llorch_jax.buckets import bucket
 from llorch_jax.cache.static import StaticCache
 from llorch_jax.checks import check_context
 from llorch_jax.config import GPT2Config
-from llorch_jax.decoding.request import Policy
-from llorch_jax.decoding.steps import prefill_step
+from llorch_jax.decoding.params import DecodingParams
+from llorch_jax.decoding.steps import DecodeState, choose, prefill_step
 from llorch_jax.errors import DraftError
 from llorch_jax.model import run
 from llorch_jax.params import Params
+from llorch_jax.tracing import whole
 
 _DRAWING = 0  # folded into a position's key for the draw of a draft; `verification` has the other numbers
 
@@ -23,16 +26,14 @@ class Context(NamedTuple):
     """What a draft may look at.
 
     Attributes:
-        history: int32 [B, S], the prompt and the new tokens of each row.
-        known: int32 [B], how many of them there are.
+        state: of decoding: `state.history` has the prompt and the new tokens of each row.
         first: int32 [B], the position in the target's cache of the first token to be guessed.
-        policy: how the target's tokens are chosen.
+        decoding: how the target's tokens are chosen.
     """
 
-    history: jax.Array
-    known: jax.Array
+    state: DecodeState
     first: jax.Array
-    policy: Policy
+    decoding: DecodingParams
 
 
 @struct.dataclass
@@ -41,15 +42,15 @@ class Proposal:
 
     Attributes:
         tokens: int32 [B, D].
-        count: int32 [B], how many of them are guesses; those behind are padding.
+        count: int32 [B], number of guesses; the tokens after them are padding.
         logits: float32 [B, D, V], whose softmax they were drawn from; None where they are a function of the context.
-        memory: what the draft wants to see in the next step.
+        state: of the draft, for the next step.
     """
 
     tokens: jax.Array
     count: jax.Array
     logits: jax.Array | None
-    memory: Any
+    state: Any
 
 
 class Draft(Protocol):
@@ -57,16 +58,21 @@ class Draft(Protocol):
 
     length: int
 
-    def start(self, config: GPT2Config, tokens: jax.Array, lengths: jax.Array, new_tokens: int) -> Any:
-        """The memory after prompts [B, T] of `lengths` [B], to which `new_tokens` will be added. Host; checks."""
+    @property
+    def draws(self) -> bool:
+        """Whether guesses of a random sampler are drawn from `Proposal.logits`, which needs rejection sampling."""
         ...
 
-    def propose(self, memory: Any, context: Context) -> Proposal:
+    def init(self, config: GPT2Config, tokens: np.ndarray, lengths: np.ndarray, new_tokens: np.ndarray) -> Any:
+        """The state after prompts [B, T] of `lengths` [B], which `new_tokens` [B] will follow. Host; checks."""
+        ...
+
+    def propose(self, state: Any, context: Context) -> Proposal:
         """Guesses, in `jit`."""
         ...
 
-    def rollback(self, memory: Any, known: jax.Array) -> Any:
-        """The memory of the first `known` tokens, int32 [B], in `jit`."""
+    def rollback(self, state: Any, known: jax.Array) -> Any:
+        """The state of the first `known` tokens, int32 [B], in `jit`."""
         ...
 
 
@@ -74,23 +80,30 @@ class Draft(Protocol):
 class PromptLookup:
     """Guesses that the text repeats itself (Saxena 2023, "Prompt Lookup Decoding"; LLMA, Yang et al. 2023, 2304.04487).
 
-    The last place where the last `ngram` tokens, or fewer, stood before is looked up; the longest match wins, and the
-    tokens that followed there are the guess. Where fewer than `length` followed, they repeat with that period.
+    The newest place where the last `ngram` tokens, or fewer, occurred before is looked up; the longest match wins, and
+    the tokens that followed there are the guess. Where fewer than `length` followed, they repeat with that period.
 
     Attributes:
-        ngram: so many tokens are matched at most, 1 or more.
+        ngram: maximum number of tokens to match, 1 or more.
         length: guesses per step D. A step then runs D + 1 tokens per row; 8 such columns are cheap on a CPU.
     """
 
     ngram: int = struct.field(pytree_node=False, default=3)
     length: int = struct.field(pytree_node=False, default=7)
 
-    def start(self, config: GPT2Config, tokens: jax.Array, lengths: jax.Array, new_tokens: int) -> None:
-        _check_whole("ngram", self.ngram)
-        _check_whole("length", self.length)
+    @property
+    def draws(self) -> bool:
+        """Guesses are a function of the text."""
+        return False
 
-    def propose(self, memory: None, context: Context) -> Proposal:
-        history, known = context.history, context.known
+    def init(self, config: GPT2Config, tokens: np.ndarray, lengths: np.ndarray, new_tokens: np.ndarray) -> None:
+        """It has no state; checks its settings."""
+        whole("ngram", self.ngram, DraftError)
+        whole("length", self.length, DraftError)
+
+    def propose(self, state: None, context: Context) -> Proposal:
+        """What followed the newest match."""
+        history, known = context.state.history.tokens, context.state.history.lengths
         place = self._last_match(history, known)  # of the last token of the match
         period = jnp.maximum(known - 1 - place, 1)[:, None]
         steps = jnp.arange(self.length, dtype=jnp.int32)[None]
@@ -111,8 +124,8 @@ class PromptLookup:
         best = jnp.argmax(matched * size + places, axis=1).astype(jnp.int32)
         return jnp.where(jnp.max(matched, axis=1) > 0, best, -1)
 
-    def rollback(self, memory: None, known: jax.Array) -> None:
-        return None
+    def rollback(self, state: None, known: jax.Array) -> None:
+        """It has no state."""
 
 
 @struct.dataclass
@@ -136,59 +149,65 @@ class DraftModel:
     length: int = struct.field(pytree_node=False, default=4)
     coupled: bool = struct.field(pytree_node=False, default=False)
 
-    def start(self, config: GPT2Config, tokens: jax.Array, lengths: jax.Array, new_tokens: int) -> StaticCache:
-        _check_whole("length", self.length)
+    @property
+    def draws(self) -> bool:
+        """Whether guesses are drawn with keys of their own."""
+        return not self.coupled
+
+    def init(self, config: GPT2Config, tokens: np.ndarray, lengths: np.ndarray, new_tokens: np.ndarray) -> StaticCache:
+        """The draft model's cache of the prompts but their last tokens."""
+        whole("length", self.length, DraftError)
         if self.config.vocab_size != config.vocab_size:
             raise DraftError(
                 f"draft: expected the model's vocab_size={config.vocab_size}, got {self.config.vocab_size}"
             )
         check_context(self.config, lengths, new_tokens - 1)
         limit = self.config.n_positions
-        capacity = bucket(tokens.shape[1] + new_tokens, limit)
+        capacity = bucket(tokens.shape[1] + int(np.max(new_tokens)), limit)
         cache = StaticCache.init(self.config, batch_size=tokens.shape[0], capacity=capacity)
         _, cache = prefill_step(self.params, self.config, tokens[:, :limit], lengths, cache, fresh=True)
         return cache.crop(lengths - 1)
 
-    def propose(self, memory: StaticCache, context: Context) -> Proposal:
-        policy = context.policy
-        random = policy.sampler.needs_key and not self.coupled
+    def propose(self, state: StaticCache, context: Context) -> Proposal:
+        """Guesses of plain decoding with the draft model, or drawn from what the sampler leaves of its logits."""
+        decoding = context.decoding
+        drawn = decoding.sampler.needs_key and self.draws
 
-        def draw(logits: jax.Array, step: Any) -> tuple[jax.Array, jax.Array | None]:
-            keys = jax.vmap(jax.random.fold_in)(policy.keys, context.first + step)
-            if not random:
-                return policy.sampler(logits, keys), None
-            logits = policy.sampler.filtered(logits)
+        def guess(logits: jax.Array, before: DecodeState, step: Any) -> tuple[DecodeState, jax.Array | None]:
+            positions = context.first + step
+            if not drawn:
+                return choose(decoding, logits, before, positions), None
+            logits = decoding.sampler.filtered(logits)
+            keys = jax.vmap(jax.random.fold_in)(decoding.keys, positions)
             keys = jax.vmap(jax.random.fold_in, (0, None))(keys, _DRAWING)
-            return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32), logits
+            token = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+            return dataclasses.replace(before, token=token), logits
 
-        def advance(carry: tuple, step: jax.Array) -> tuple[tuple, tuple]:
-            token, cache = carry
-            logits, cache = self._feed(token[:, None], cache)
-            token, drawn_from = draw(logits, step)
-            return (token, cache), (token, drawn_from)
+        def step(carry: tuple, number: jax.Array) -> tuple[tuple, tuple]:
+            after, cache = carry
+            logits, cache = self._feed(after.token[:, None], cache)
+            after, drawn_from = guess(logits, after, number)
+            return (after, cache), (after.token, drawn_from)
 
-        pair = jnp.stack([context.known - 2, context.known - 1], axis=1)
-        logits, cache = self._feed(jnp.take_along_axis(context.history, pair, axis=1), memory)
-        head = draw(logits, 0)
+        history = context.state.history
+        pair = jnp.stack([history.lengths - 2, history.lengths - 1], axis=1)
+        logits, cache = self._feed(jnp.take_along_axis(history.tokens, pair, axis=1), state)
+        after, drawn_from = guess(logits, dataclasses.replace(context.state, cache=None, top=None), 0)
         later = jnp.arange(1, self.length, dtype=jnp.int32)
-        (_, cache), tail = jax.lax.scan(advance, (head[0], cache), later)
-        tokens, logits = jax.tree.map(_joined, head, tail)
-        return Proposal(tokens, jnp.full_like(context.known, self.length), logits, cache)
+        (_, cache), tail = jax.lax.scan(step, (after, cache), later)
+        tokens, logits = jax.tree.map(_joined, (after.token, drawn_from), tail)
+        return Proposal(tokens, jnp.full_like(history.lengths, self.length), logits, cache)
 
     def _feed(self, tokens: jax.Array, cache: StaticCache) -> tuple[jax.Array, StaticCache]:
         """Logits [B, V] after the last of tokens [B, T], and the cache with all of them."""
         out = run(self.params, self.config, tokens, cache, last=True)
         return out.logits, out.cache
 
-    def rollback(self, memory: StaticCache, known: jax.Array) -> StaticCache:
-        return memory.crop(known - 2)
+    def rollback(self, state: StaticCache, known: jax.Array) -> StaticCache:
+        """The cache of all known tokens but the last two."""
+        return state.crop(known - 2)
 
 
 def _joined(first: jax.Array, later: jax.Array) -> jax.Array:
     """[B, D, ...] from the first step's [B, ...] and the later steps' [D - 1, B, ...]."""
     return jnp.concatenate([first[:, None], jnp.moveaxis(later, 0, 1)], axis=1)
-
-
-def _check_whole(name: str, value: Any) -> None:
-    if type(value) is not int or value < 1:
-        raise DraftError(f"{name}: expected a whole number from 1 up, got {value!r}")

@@ -12,7 +12,9 @@ from llorch_jax.decoding.speculative import loop as speculative
 from llorch_jax.decoding.speculative import verification
 from llorch_jax.decoding.speculative.drafts import Context, DraftModel, PromptLookup
 from llorch_jax.decoding.speculative.loop import speculate_tokens
+from llorch_jax.decoding.steps import DecodeState
 from llorch_jax.errors import DraftError
+from llorch_jax.sampling import History
 
 CONFIG = lj.GPT2Config(vocab_size=23, n_positions=48, n_embd=24, n_layer=1, n_head=2, num_kv_heads=1)
 SMALL = lj.GPT2Config(vocab_size=23, n_positions=48, n_embd=8, n_layer=1, n_head=1)
@@ -69,7 +71,8 @@ def test_prompt_lookup_equals_plain_python(ngram):
     generator = np.random.default_rng(ngram)
     history = generator.integers(0, 4, (60, 20), np.int32)
     known = generator.integers(1, 21, 60).astype(np.int32)
-    context = Context(jnp.asarray(history), jnp.asarray(known), jnp.asarray(known), None)
+    past = History(jnp.asarray(history), jnp.asarray(known), jnp.asarray(known))
+    context = Context(DecodeState(None, None, None, None, None, past), jnp.asarray(known), None)
     found = jax.jit(PromptLookup(ngram, 5).propose)(None, context)
     missing = 0
     for row, count, tokens, number in zip(history, known, found.tokens, found.count, strict=True):
