@@ -154,13 +154,16 @@ def test_the_mask_is_applied_as_llguidance_applies_it_and_before_the_samplers_se
     masked = logits.copy()
     llguidance_numpy.apply_token_bitmask_inplace(masked, mask)
     keys = jax.random.split(jax.random.key(0), 4)
-    sampler = lj.Sampling.create(0.7, top_k=5)
-    for inner in (lj.Greedy(), sampler):
-        token = Masked(inner, jnp.asarray(mask))(jnp.asarray(logits), keys)
-        assert np.array_equal(token, inner(jnp.asarray(masked), keys))
+    no_ids = jnp.zeros((4, 0), jnp.int32)
+
+    def sample(sampler, logits):
+        return sampler.sample(jnp.asarray(logits), keys, None, no_ids, sampler.init(4))[0]
+
+    for inner in (lj.Greedy(), lj.Sampling.create(0.7, top_k=5)):
+        assert np.array_equal(sample(Masked(inner, jnp.asarray(mask)), logits), sample(inner, masked))
     forbidden = int(np.flatnonzero(np.isinf(masked[0]))[0])
-    biased = lj.Sampling.create(logit_bias={forbidden: 1e9})
-    assert np.isfinite(masked[np.arange(4), Masked(biased, jnp.asarray(mask))(jnp.asarray(logits), keys)]).all()
+    biased = Masked(lj.Sampling.create(logit_bias={forbidden: 1e9}), jnp.asarray(mask))
+    assert np.isfinite(masked[np.arange(4), sample(biased, logits)]).all()
 
 
 class TestEnds:
