@@ -294,7 +294,7 @@ class TestSettings:
             lj.Sampling.create(min_p=[0.1, 0.2]).sample(jnp.zeros((3, V)), KEYS, None, NONE, None)
 
     def test_a_history_is_asked_for(self):
-        with pytest.raises(lj.SamplerError, match="expected a history for repetition_penalty"):
+        with pytest.raises(lj.SamplerError, match="history: expected one for repetition_penalty"):
             lj.Sampling.create(repetition_penalty=1.1).sample(jnp.zeros((3, V)), KEYS, None, NONE, None)
 
     def test_breakers(self):
