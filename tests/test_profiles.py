@@ -153,7 +153,7 @@ def test_every_scope_that_is_summed_is_in_the_compiled_step():
     config, params = random_model("tiny")
     decoder = Decoder(params, config, lj.make_cache(config, "paged", batch_size=1), 16, 16)
     state = decoder.rewind()
-    given = params, config, decoder.request.policy, decoder.out, state, decoder.span
+    given = params, config, decoder.request.decoding, decoder.out, state, decoder.span
     text = steps.loop.lower(*given).compile().as_text()
     owners = {scope for each in operations(text, tuple(profile_cache.PARTS)).values() for scope in each.shares}
     assert owners >= set(profile_cache.PARTS)
