@@ -5,6 +5,7 @@ Dense weights are output-major, [out, in]: XLA's CPU backend multiplies `W[N, K]
 ordered by key/value head, so that a device that has some of the heads has consecutive rows.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -86,7 +87,10 @@ def init_params(config: GPT2Config, key: jax.Array, dtype: Any = jnp.float32) ->
 
 def param_shapes(config: GPT2Config, dtype: Any = jnp.float32) -> Params:
     """The parameters' shapes and dtypes as `jax.ShapeDtypeStruct`s; nothing is allocated."""
-    return jax.eval_shape(lambda key: init_params(config, key, dtype), jax.random.key(0))
+    # All blocks have the same shapes, and tracing thousands of them would take minutes.
+    one = dataclasses.replace(config, n_layer=1, kv_sharing=None)
+    shapes = jax.eval_shape(lambda key: init_params(one, key, dtype), jax.random.key(0))
+    return dataclasses.replace(shapes, blocks=shapes.blocks * config.n_layer)
 
 
 def count_params(tree: Any) -> int:

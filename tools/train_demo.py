@@ -234,7 +234,7 @@ def export(arguments: argparse.Namespace) -> None:
     if arguments.average is not None:
         other = grow(load(arguments.average).params, config.n_layer)
         params = jax.tree.map(lambda a, b: (a + b) / 2, params, other)
-    save_model(folder, config, params, Tokenizer.from_directory(arguments.work), dtype="float16")
+    save_model(folder, config, params, Tokenizer.from_directory(arguments.work), dtype="float16", overwrite=True)
     model = load(folder)
     scores = [score(model, story) for story in read(arguments.heldout)]
     bits = -sum(s.total for s in scores) / math.log(2) / sum(s.num_bytes for s in scores)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from llorch_jax import files
 from llorch_jax.config import GPT2Config
 from llorch_jax.errors import CheckpointError, ConfigError
 from llorch_jax.loading import hub
@@ -29,6 +30,8 @@ from llorch_jax.loading.safetensors_files import (
     WEIGHTS,
     Entry,
     cast,
+    check_blocks,
+    check_replaceable,
     check_tensors,
     check_tied,
     find_tensors,
@@ -101,7 +104,7 @@ def load_config(directory: PathLike) -> GPT2Config:
     path = Path(directory) / CONFIG
     fields = _read_config(path)
     generation = Path(directory) / GENERATION_CONFIG
-    ids = read_json(generation) if generation.exists() else {}
+    ids = read_json(generation) if files.exists(generation, CheckpointError) else {}
     ids = {name: ids[name] for name in ("bos_token_id", "eos_token_id") if ids.get(name) is not None}
     try:
         return GPT2Config.from_hf_dict({**fields, **ids})
@@ -125,13 +128,16 @@ def load_params(
         progress: is called with the bytes read so far and the bytes to read.
 
     Raises:
-        CheckpointError: a file or tensor is missing, surplus, misshapen, corrupt, or not in floating point.
+        CheckpointError: a file or tensor is missing, surplus, misshapen, corrupt, not in floating point, or holds NaN
+            or infinity.
     """
     dtype = _check_dtype(dtype)
     directory = Path(directory)
-    tree = stored_tensors(config, _read_family(directory))
-    tensors: list[StoredTensor] = jax.tree.leaves(tree)
+    family = _read_family(directory)
     entries = find_tensors(directory)
+    check_blocks(directory, config.n_layer, entries)
+    tree = stored_tensors(config, family)
+    tensors: list[StoredTensor] = jax.tree.leaves(tree)
     head = entries.pop(HEAD, None) if config.tie_word_embeddings else None
     check_tensors(directory, tensors, entries)
     if head is not None:
@@ -147,9 +153,15 @@ def load_params(
 
 
 def save_model(
-    directory: PathLike, config: GPT2Config, params: Params, tokenizer: Tokenizer | None = None, dtype: Any = "float32"
+    directory: PathLike,
+    config: GPT2Config,
+    params: Params,
+    tokenizer: Tokenizer | None = None,
+    dtype: Any = "float32",
+    *,
+    overwrite: bool = False,
 ) -> None:
-    """Writes a model in Hugging Face's layout: `config.json`, `model.safetensors` and the tokenizer's files.
+    """Writes a model in Hugging Face's layout: configuration, `model.safetensors` and `tokenizer.json`.
 
     Transformers reads it as gpt2 or, with one key/value head for all query heads, as gpt_bigcode. It has no GPT-2 with
     grouped queries, a sliding window or shared keys and values: such a model is written as "llorch_gpt2", which only
@@ -163,12 +175,14 @@ def save_model(
         params: its weights.
         tokenizer: is written too where given.
         dtype: of the weights in the file: float32, bfloat16 or float16.
+        overwrite: replace the files of a model that is in the directory; files that this one does not have stay.
 
     Raises:
-        CheckpointError: parameters and configuration do not fit, a value does not fit the dtype, or the directory
-            cannot be written.
+        CheckpointError: the directory holds a model already, parameters and configuration do not fit, a value is not
+            finite or does not fit the dtype, or the directory cannot be written.
     """
     dtype = _check_dtype(dtype)
+    check_replaceable(Path(directory), overwrite)
     family = family_of(config)
     sources = _match_params(config, stored_tensors(config, family), params)
 
@@ -183,7 +197,9 @@ def save_model(
         write_tensors(folder / WEIGHTS, shapes, dtype, lambda stored: values(names[stored]))
         if tokenizer is not None:
             tokenizer.save(folder)
-        (folder / CONFIG).write_text(json.dumps(hf_fields(config, family, dtype), indent=2) + "\n", encoding="utf-8")
+        ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+        _write_json(folder / GENERATION_CONFIG, {name: id for name, id in ids.items() if id is not None})
+        _write_json(folder / CONFIG, hf_fields(config, family, dtype))
 
 
 def convert(
@@ -193,22 +209,25 @@ def convert(
     *,
     revision: str | None = None,
     progress: Progress | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Writes any model that `load` loads to a directory, as `save_model` does.
 
     Args:
         source: as for `load`.
-        directory: where to write; it may be the source.
+        directory: where to write; it may be the source, with `overwrite`.
         dtype: of the weights in the file: float32, bfloat16 or float16.
         revision: branch, tag or commit of a hub repository.
         progress: is called with the bytes read so far and the bytes to read.
+        overwrite: replace the files of a model that is in the directory.
 
     Raises:
         CheckpointError: as `load` and `save_model`.
         ConfigError: as `load`.
     """
+    check_replaceable(Path(directory), overwrite)  # before a model is loaded, not after
     model = load(source, dtype=dtype, revision=revision, progress=progress)
-    save_model(directory, model.config, model.params, model.tokenizer, dtype)
+    save_model(directory, model.config, model.params, model.tokenizer, dtype, overwrite=overwrite)
 
 
 def locate(source: PathLike, revision: str | None = None) -> tuple[str, Path]:
@@ -218,22 +237,25 @@ def locate(source: PathLike, revision: str | None = None) -> tuple[str, Path]:
         if not (folder / CONFIG).exists():
             raise CheckpointError(f"{DEMO}: this installation lacks the model, expected in {folder}; install it again")
         return DEMO, folder
-    path = Path(source)
-    if os.fspath(source) and path.is_dir():
-        if revision is not None:
-            raise CheckpointError(f"revision: only hub models have one, but {source} is a directory; leave it out")
-        return path.resolve().name, path
-    if hub.is_repo_id(source) and not path.exists():
-        return str(source), hub.download(str(source), revision)
-    found = "a file" if path.is_file() else "no such directory"
-    raise CheckpointError(
-        f"source: expected {DEMO!r}, a directory with {CONFIG} and {WEIGHTS}, or a hub id such as "
-        f"openai-community/gpt2; {os.fspath(source)!r} is {found}"
+    expected = (
+        f"source: expected {DEMO!r}, a directory with {CONFIG} and {WEIGHTS}, or a hub id such as openai-community/gpt2"
     )
+    if not isinstance(source, str | os.PathLike) or isinstance(os.fspath(source), bytes):
+        raise CheckpointError(f"{expected}; got {type(source).__name__}")
+    path = Path(source)
+    with files.explaining(source, CheckpointError):
+        if os.fspath(source) and path.is_dir():
+            if revision is not None:
+                raise CheckpointError(f"revision: only hub models have one, but {source} is a directory; leave it out")
+            return path.resolve().name, path
+        found = "a file" if files.exists(source, CheckpointError) else "no such directory"
+    if hub.is_repo_id(source) and found != "a file":
+        return str(source), hub.download(str(source), revision)
+    raise CheckpointError(f"{expected}; {files.shown(source)!r} is {found}")
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    if not path.exists():
+    if not files.exists(path, CheckpointError):
         raise CheckpointError(f"{path}: missing; expected a model directory, with {CONFIG} and weights; check the path")
     return read_json(path)
 
@@ -242,8 +264,12 @@ def _read_family(directory: Path) -> str:
     path = directory / CONFIG
     family = _read_config(path).get("model_type", "gpt2")
     if family not in list(ARCHITECTURES):
-        raise ConfigError(f"{path}: model_type: expected one of {', '.join(ARCHITECTURES)}; got {family!r}")
+        raise ConfigError(f"{path}: model_type: expected one of {', '.join(ARCHITECTURES)}; got {family!r:.80}")
     return family
+
+
+def _write_json(path: Path, fields: dict[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_dtype(dtype: Any) -> str:
@@ -252,13 +278,14 @@ def _check_dtype(dtype: Any) -> str:
     except TypeError:
         name = ""
     if dtype is None or name not in DTYPES:
-        raise CheckpointError(f"dtype: expected one of {', '.join(DTYPES)}; got {dtype!r}")
+        raise CheckpointError(f"dtype: expected one of {', '.join(DTYPES)}; got {dtype!r:.80}")
     return name
 
 
 def _load_param(tensor: StoredTensor, entry: Entry, dtype: np.dtype) -> jax.Array:
+    array = cast(read_tensor(entry), dtype, f"{tensor.name} in {entry.path.name}")
     # XLA copies a transposed view faster than NumPy does. Waiting bounds memory to one tensor in flight.
-    return jax.device_put(cast(tensor.to_param(read_tensor(entry)), dtype, tensor.name)).block_until_ready()
+    return jax.device_put(tensor.to_param(array)).block_until_ready()
 
 
 def _match_params(config: GPT2Config, tree: Params, params: Params) -> dict[str, tuple[StoredTensor, jax.Array]]:

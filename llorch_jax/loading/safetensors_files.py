@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from llorch_jax import files
 from llorch_jax.errors import CheckpointError
 from llorch_jax.loading.hf_format import EMBEDDING, HEAD, StoredTensor
 
@@ -23,12 +24,19 @@ CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# By these names a directory is known to hold a model.
+MODEL_FILES = (CONFIG, GENERATION_CONFIG, WEIGHTS, INDEX, "tokenizer.json", "vocab.json", "merges.txt")
 DTYPES = {  # name -> NumPy's dtype
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(jnp.bfloat16),
     "float16": np.dtype(np.float16),
 }
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # in a safetensors header
+_EXPONENTS = {  # the exponent bits of 16-bit dtypes, shifted left by one so that the sign is out of the way
+    "bfloat16": np.uint16(0xFF00),
+    "float16": np.uint16(0xF800),
+}
+_CHUNK = 1 << 16  # elements that stay in a core's cache
 _PREFIX = "transformer."  # before all names but lm_head.weight, where a file holds the whole language model
 _BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks that transformers once stored
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -90,6 +98,15 @@ def find_tensors(directory: Path) -> dict[str, Entry]:
     return found
 
 
+def check_blocks(directory: Path, n_layer: int, entries: dict[str, Entry]) -> None:
+    """Raises CheckpointError where there are fewer tensors than blocks, before a description is made of each block."""
+    if n_layer > len(entries):
+        raise CheckpointError(
+            f"{directory}: expected the tensors of n_layer={n_layer} blocks, as {CONFIG} says, "
+            f"got {len(entries)} tensors; are both files of one model?"
+        )
+
+
 def check_tensors(directory: Path, tensors: list[StoredTensor], entries: dict[str, Entry]) -> None:
     """Raises CheckpointError unless exactly these tensors are stored, each in its shape and in floating point."""
     expected = {tensor.name: tensor for tensor in tensors}
@@ -139,16 +156,33 @@ def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     """The array in another floating-point dtype, itself where it has that already.
 
     Raises:
-        CheckpointError: a finite value becomes infinite.
+        CheckpointError: a value is NaN or infinite, or becomes infinite.
     """
-    try:
-        with np.errstate(over="raise", under="ignore", invalid="ignore"):
-            return array.astype(dtype, copy=False)
-    except FloatingPointError:
-        largest = np.abs(array[np.isfinite(array)]).max()
-        raise CheckpointError(
-            f"{name}: expected values that fit {dtype.name}, got {largest:.6g}; use bfloat16 or float32"
-        ) from None
+    with np.errstate(all="ignore"):
+        result = array.astype(dtype, copy=False)
+    if _all_finite(result):
+        return result
+    finite = np.isfinite(array)
+    if finite.all():
+        largest = np.abs(array).max()
+        raise CheckpointError(f"{name}: expected values that fit {dtype.name}, got {largest:.6g}; use float32")
+    place = tuple(int(index) for index in np.argwhere(~finite)[0])
+    raise CheckpointError(
+        f"{name}: expected finite weights, got {array[place]} at {list(place)}, "
+        f"one of {np.count_nonzero(~finite)}; the file is corrupt, or training had diverged"
+    )
+
+
+def _all_finite(array: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite, in one pass without a temporary array of that size."""
+    flat = np.ravel(array, order="K")  # a view, also of a transposed array
+    if array.dtype == np.float32:
+        with np.errstate(all="ignore"):
+            # NaN and infinity spread through a sum of squares. Large values overflow too, so look again.
+            return bool(np.isfinite(np.dot(flat, flat))) or bool(np.isfinite(flat).all())
+    bits, exponent = flat.view(np.uint16), _EXPONENTS[array.dtype.name]
+    chunks = (bits[start : start + _CHUNK] for start in range(0, bits.size, _CHUNK))
+    return all((chunk << 1).max() < exponent for chunk in chunks)
 
 
 def write_tensors(
@@ -175,12 +209,27 @@ def write_tensors(
             np.ascontiguousarray(values(name)).tofile(file)
 
 
+def check_replaceable(directory: Path, overwrite: bool) -> None:
+    """Raises CheckpointError where a directory holds a model that may not be replaced.
+
+    Args:
+        directory: where a model is to be written.
+        overwrite: whether the files of a model in it may be replaced.
+    """
+    there = [name for name in MODEL_FILES if files.exists(directory / name, CheckpointError)]
+    if there and not overwrite:
+        raise CheckpointError(
+            f"{files.shown(directory)}: expected a directory without a model, got one with {', '.join(there)}; "
+            "pass overwrite=True to replace it"
+        )
+
+
 @contextlib.contextmanager
 def replacing_files(directory: Path, last: str) -> Iterator[Path]:
     """A folder whose files move into `directory` when the context ends well; otherwise nothing changes.
 
     Args:
-        directory: is made where there is none.
+        directory: is made where there is none. Of the files in it, those of the same names are replaced.
         last: name of the file that moves last: the one without which a new directory counts as no model yet.
 
     Raises:
@@ -195,9 +244,9 @@ def replacing_files(directory: Path, last: str) -> Iterator[Path]:
             moves = {
                 path: directory / path.name for path in sorted(folder.iterdir(), key=lambda path: path.name == last)
             }
-            for target in moves.values():
-                if target.is_dir():  # found now, while nothing has moved yet
-                    raise CheckpointError(f"{target}: expected a file to replace, found a directory; move it away")
+            for target in moves.values():  # found now, while nothing has moved yet
+                if files.exists(target, CheckpointError):
+                    files.check_regular(target, CheckpointError, "move it away")
             for path, target in moves.items():
                 os.replace(path, target)
         finally:
@@ -206,7 +255,7 @@ def replacing_files(directory: Path, last: str) -> Iterator[Path]:
                 with contextlib.suppress(OSError):
                     directory.rmdir()  # only if it is empty
     except OSError as error:
-        raise CheckpointError(f"{directory}: cannot be written ({error.strerror or error})") from error
+        raise CheckpointError(f"{files.shown(directory)}: cannot be written ({error.strerror or error})") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -215,12 +264,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file cannot be read or holds something else.
     """
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {_AGAIN}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: expected JSON, got something else ({error}); {_AGAIN}") from None
+    fields = files.read_json(path, CheckpointError, _AGAIN)
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {str(fields)[:40]!r}; {_AGAIN}")
     return fields
@@ -228,19 +272,22 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _promised_shards(directory: Path) -> dict[str, str]:
     """Which shard the index says that each tensor is in; empty where there is a single file."""
-    if (directory / WEIGHTS).exists():
+    if files.exists(directory / WEIGHTS, CheckpointError):
         return {}
     index = directory / INDEX
-    if not index.exists():
+    if not files.exists(index, CheckpointError):
         raise CheckpointError(_no_weights(directory))
     promised = read_json(index).get("weight_map")
     if not isinstance(promised, dict) or not promised:
-        raise CheckpointError(f"{index}: expected a weight_map of tensors and their files, got {promised!r}; {_AGAIN}")
+        raise CheckpointError(
+            f"{index}: expected a weight_map of tensors and their files, got {promised!r:.80}; {_AGAIN}"
+        )
     for shard in promised.values():
         # A path here could read any file on the machine.
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise CheckpointError(f"{index}: expected names of files beside it, got {shard!r}; {_AGAIN}")
-        if not (directory / shard).exists():
+            raise CheckpointError(f"{index}: expected names of files in its directory, got {shard!r:.80}; {_AGAIN}")
+    for shard in sorted(set(promised.values())):
+        if not files.exists(directory / shard, CheckpointError):
             raise CheckpointError(f"{directory / shard}: missing, though {INDEX} names it; {_AGAIN}")
     return promised
 
@@ -265,14 +312,14 @@ def _read_header(path: Path) -> list[Entry]:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """The file, mapped while the context lasts."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            yield file
-    except SafetensorError as error:
-        reason = str(error).removeprefix("Error while deserializing header: ")
-        with path.open("rb") as file:
-            if file.read(24).startswith(b"version https://git-lfs"):
-                reason = "a git-lfs pointer; run `git lfs pull`"
-        raise CheckpointError(f"{path}: expected a whole safetensors file, got none ({reason}); {_AGAIN}") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}); {_AGAIN}") from None
+    files.check_regular(path, CheckpointError, _AGAIN)
+    with files.explaining(path, CheckpointError, advice=_AGAIN):
+        try:
+            with safe_open(path, framework="numpy") as file:
+                yield file
+        except SafetensorError as error:
+            reason = str(error).removeprefix("Error while deserializing header: ")
+            with path.open("rb") as file:
+                if file.read(24).startswith(b"version https://git-lfs"):
+                    reason = "a git-lfs pointer; run `git lfs pull`"
+            raise CheckpointError(f"{path}: expected a whole safetensors file, got none ({reason}); {_AGAIN}") from None

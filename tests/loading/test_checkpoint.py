@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -18,6 +19,7 @@ from llorch_jax.config import GPT2Config
 from llorch_jax.errors import CheckpointError, ConfigError, LlorchError
 from llorch_jax.loading import checkpoint
 from llorch_jax.loading.checkpoint import convert, load, load_config, load_params, save_model
+from llorch_jax.loading.safetensors_files import DTYPES
 from llorch_jax.model import forward
 from llorch_jax.params import nbytes, param_shapes
 from llorch_jax.tokenizer import Tokenizer
@@ -169,7 +171,7 @@ def test_other_dtypes_are_errors(tmp_path, dtype):
 def test_values_beyond_float16_are_an_error(tmp_path):
     write(tmp_path)
     rewrite(tmp_path, lambda weights: weights | {"ln_f.bias": np.full(24, 7e4, np.float32)})
-    with pytest.raises(CheckpointError, match=r"ln_f\.bias: expected values that fit float16, got 70000"):
+    with pytest.raises(CheckpointError, match=r"ln_f\.bias in .*: expected values that fit float16, got 70000"):
         load(tmp_path, dtype="float16")
 
 
@@ -238,8 +240,11 @@ def test_converting_to_half_precision_halves_the_file(tmp_path):
 
 def test_a_model_can_be_converted_in_place(tmp_path):
     write(tmp_path)
-    convert(tmp_path, tmp_path, "bfloat16")
-    assert sorted(os.listdir(tmp_path)) == ["config.json", FILE]
+    with pytest.raises(CheckpointError, match=r"got one with config\.json, model\.safetensors; pass overwrite=True"):
+        convert(tmp_path, tmp_path, "bfloat16")
+    assert load_file(tmp_path / FILE)["wte.weight"].dtype.name == "float32"
+    convert(tmp_path, tmp_path, "bfloat16", overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "generation_config.json", FILE]
     assert load_file(tmp_path / FILE)["wte.weight"].dtype.name == "bfloat16"
 
 
@@ -253,8 +258,70 @@ def test_a_failed_save_leaves_everything_as_it_was(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "hf_fields", fail)  # after the weights are written
     with pytest.raises(CheckpointError, match=r"cannot be written \(No space left on device\)"):
-        save_model(tmp_path, model.config, model.params, dtype="float16")
+        save_model(tmp_path, model.config, model.params, dtype="float16", overwrite=True)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "tokenizer.json", "vocab.json"])
+def test_a_model_is_replaced_only_when_asked(tmp_path, name):
+    config = GPT2Config(**TINY)
+    params = random_params(config)
+    (tmp_path / name).write_text("precious")
+    (tmp_path / "notes.txt").write_text("mine")
+    for write_model in (
+        lambda **options: save_model(tmp_path, config, params, **options),
+        lambda **options: convert("no/such/model", tmp_path, **options),  # refused before anything is loaded
+    ):
+        with pytest.raises(CheckpointError, match=rf"without a model, got one with {name}; pass overwrite=True"):
+            write_model()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: "precious", "notes.txt": "mine"}
+    save_model(tmp_path, config, params, overwrite=True)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_only_regular_files_are_replaced(tmp_path, kind):
+    config = GPT2Config(**TINY)
+    (tmp_path / FILE).mkdir() if kind == "folder" else os.mkfifo(tmp_path / FILE)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: expected a regular file, got a "):
+        save_model(tmp_path, config, random_params(config), overwrite=True)
+    assert os.listdir(tmp_path) == [FILE]
+
+
+@pytest.mark.parametrize("ids", [(None, None), (3, 5), (3, (5, 6))])
+def test_ids_are_saved_where_transformers_looks_for_them(tmp_path, ids):
+    config = GPT2Config(**TINY, bos_token_id=ids[0], eos_token_id=ids[1])
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 1}')  # of another model
+    save_model(tmp_path, config, random_params(config), overwrite=True)
+    assert load(tmp_path).config == config
+    saved = json.loads((tmp_path / "generation_config.json").read_text())
+    assert saved.get("bos_token_id") == ids[0]
+    assert saved.get("eos_token_id") == (list(ids[1]) if isinstance(ids[1], tuple) else ids[1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_refused_by_name_and_place(tmp_path, bad, dtype):
+    write(tmp_path)
+
+    def spoil(weights):
+        weights["h.1.mlp.c_fc.weight"][3, 5] = bad
+        return {name: tensor.astype(DTYPES[dtype]) for name, tensor in weights.items()}
+
+    rewrite(tmp_path, spoil)
+    message = rf"^h\.1\.mlp\.c_fc\.weight in .*: expected finite weights, got {bad} at \[3, 5\], one of 1"
+    for loaded in ("float32", dtype):
+        with pytest.raises(CheckpointError, match=message):
+            load(tmp_path, dtype=loaded)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    config = GPT2Config(**TINY)
+    params = random_params(config)
+    broken = params.replace(wpe=params.wpe.at[2, 1].set(jnp.nan))
+    with pytest.raises(CheckpointError, match=r"^wpe\.weight: expected finite weights, got nan at \[2, 1\]"):
+        save_model(tmp_path / "new", config, broken)
+    assert not os.listdir(tmp_path)
 
 
 def test_saving_checks_params_against_the_configuration(tmp_path):
@@ -267,7 +334,7 @@ def test_saving_checks_params_against_the_configuration(tmp_path):
         with pytest.raises(CheckpointError, match=r"params: expected a model's with n_layer=.*, got another tree"):
             save_model(tmp_path / "new", GPT2Config(**{**TINY, **fields}), params)
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"file: cannot be written"):
+    with pytest.raises(CheckpointError, match=r"file: cannot be written \(File exists\)"):
         save_model(tmp_path / "file", config, params)
     assert os.listdir(tmp_path) == ["file"]
 
@@ -340,6 +407,63 @@ def test_a_file_is_not_a_model(tmp_path):
     write(tmp_path)
     with pytest.raises(CheckpointError, match=r"source: expected 'demo', a directory .* is a file$"):
         load(tmp_path / FILE)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("x" * 300, "cannot be read .File name too long"),
+        ("nul\0", "cannot be read .no file can have this name"),
+        ("lone\ud800", "cannot be read .no file can have this name"),
+        ("two\nlines", r"'two\\\\nlines' is no such directory"),
+        ("", "'' is no such directory"),
+        (3, "got int"),
+        (None, "got NoneType"),
+        (b"demo", "got bytes"),
+    ],
+)
+def test_impossible_sources_are_one_line(source, message):
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load(source)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", FILE])
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_whatever_is_no_regular_file_is_refused(tmp_path, name, kind):
+    write(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir() if kind == "folder" else os.mkfifo(tmp_path / name)
+    if name == "vocab.json":
+        (tmp_path / "merges.txt").write_text("")
+    with pytest.raises(CheckpointError, match=rf"{name}: expected a regular file, got a "):
+        load(tmp_path)
+
+
+def test_deep_json_is_one_line(tmp_path):
+    write(tmp_path)
+    for name, content in (("config.json", '{"id2label":'),):
+        (tmp_path / "merges.txt").write_text("")
+        (tmp_path / name).write_text(content * 100_000)
+        with pytest.raises(CheckpointError, match=rf"{name}: expected JSON, got something else .nested too deeply"):
+            load(tmp_path)
+
+
+def test_more_blocks_than_tensors_are_refused_before_any_is_described(tmp_path):
+    write(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, "n_layer": 10**12}))
+    start = time.perf_counter()
+    with pytest.raises(CheckpointError, match=r"tensors of n_layer=1000000000000 blocks, as config\.json says, got 28"):
+        load(tmp_path)
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("field", ["vocab_size", "n_positions", "n_inner"])
+def test_absurd_sizes_are_refused_before_anything_is_allocated(tmp_path, field):
+    write(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, field: 10**15}))
+    with pytest.raises(CheckpointError, match=r"in model\.safetensors: expected shape \[.*1000000000000000"):
+        load(tmp_path)
 
 
 def test_a_directory_has_no_revision(tmp_path):

@@ -138,7 +138,7 @@ def test_git_lfs_pointer_in_place_of_the_file(folder):
 def test_directory_in_place_of_the_file(folder):
     (folder / FILE).unlink()
     (folder / FILE).mkdir()
-    fails(folder, r"model\.safetensors: cannot be read")
+    fails(folder, r"model\.safetensors: expected a regular file, got a directory")
 
 
 def test_one_tensor_under_two_names(folder):
@@ -182,7 +182,7 @@ def test_tensor_in_two_shards(sharded):
 @pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", 3, None])
 def test_index_that_points_elsewhere(sharded, shard):
     write_index(sharded, {"ln_f.bias": shard})
-    fails(sharded, r"index\.json: expected names of files beside it, got ")
+    fails(sharded, r"index\.json: expected names of files in its directory, got ")
 
 
 @pytest.mark.parametrize("weight_map", [None, {}, ["model.safetensors"]])
@@ -214,14 +214,32 @@ def test_written_files_are_the_librarys_own(tmp_path, dtype):
 
 
 def test_a_value_that_overflows_is_an_error():
-    values = np.array([1.0, -1e5, np.inf], np.float32)
-    with pytest.raises(
-        CheckpointError, match=r"^w: expected values that fit float16, got 100000; use bfloat16 or float32"
-    ):
-        cast(values, DTYPES["float16"], "w")
-    assert cast(values, DTYPES["bfloat16"], "w").dtype == jnp.bfloat16
-    unusual = np.array([np.inf, np.nan, 1e-30], np.float32)  # not the cast's fault
-    np.testing.assert_array_equal(cast(unusual, DTYPES["float16"], "w"), np.array([np.inf, np.nan, 0], np.float16))
+    for dtype, largest in (("float16", 1e5), ("bfloat16", np.float32(3.4e38))):
+        values = np.array([1.0, -largest, 1e-30], np.float32)
+        with pytest.raises(
+            CheckpointError, match=rf"^w: expected values that fit {dtype}, got {re.escape(f'{largest:.6g}')}; use"
+        ):
+            cast(values, DTYPES[dtype], "w")
+    assert cast(np.array([1e5], np.float32), DTYPES["bfloat16"], "w").dtype == jnp.bfloat16
+    np.testing.assert_array_equal(cast(np.array([1e-30], np.float32), DTYPES["float16"], "w"), np.zeros(1, np.float16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_are_finite_or_refused_wherever_they_stand(dtype):
+    size = (1 << 16) + 77  # more than one chunk
+    largest = np.finfo(np.float32).max if dtype == "float32" else float(jnp.finfo(dtype).max)
+    array = np.full((size, 2), largest, DTYPES[dtype])
+    for view in (array, array.T):
+        assert cast(view, DTYPES[dtype], "w") is view
+    assert cast(array[:0], DTYPES[dtype], "w").size == 0
+    for place in ((0, 0), (size - 1, 1)):
+        for bad in (np.nan, -np.inf):
+            broken = array.copy()
+            broken[place] = bad
+            with pytest.raises(CheckpointError, match=rf"^w: expected finite weights, got {bad} at \[{place[0]}, "):
+                cast(broken, DTYPES[dtype], "w")
+            with pytest.raises(CheckpointError, match=rf"^w: expected finite weights, got {bad} at \[{place[1]}, "):
+                cast(broken.T, DTYPES[dtype], "w")
 
 
 def replace(directory, names, error=None):
@@ -243,7 +261,7 @@ def test_files_are_replaced_all_or_none(tmp_path):
         replace(tmp_path, ["a"], KeyError())
     assert contents() == {"a": "old", "last": "old"}
     (tmp_path / "b").mkdir()
-    with pytest.raises(CheckpointError, match=r"b: expected a file to replace, found a directory"):
+    with pytest.raises(CheckpointError, match=r"b: expected a regular file, got a directory"):
         replace(tmp_path, ["a", "b", "last"])
     assert contents() == {"a": "old", "last": "old"}
     replace(tmp_path, ["a", "last"])
