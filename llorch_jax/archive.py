@@ -186,8 +186,8 @@ def _build_keys(data: Any, impl: str) -> jax.Array:
 
 
 def _positional(kind: str, items: list[Any], classes: dict[str, Any]) -> dict[str, Any]:
-    """The items of a named tuple by the names of its fields."""
-    names = getattr(classes.get(kind), "_fields", ())
+    """The items of what is, or was once, a named tuple by the names of its fields."""
+    names = _names(classes[kind]) if kind in classes else []
     if len(names) != len(items):
         raise _Unexpected(f"{kind:.40}: expected {len(names)} fields, got {len(items)}")
     return dict(zip(names, items, strict=True))
@@ -199,7 +199,9 @@ def _build_object(kind: str, fields: dict[str, Any], classes: dict[str, Any]) ->
         raise _Unexpected(f"expected one of {', '.join(classes)}; got {kind!r:.40}")
     cls = classes[kind]
     hints = typing.get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else list(cls._fields)
+    names = _names(cls)
+    if upgrade := getattr(cls, "upgraded", None):  # a class whose fields were others in earlier versions
+        fields = upgrade(fields)
     if set(fields) != set(names):
         raise _Unexpected(f"{kind}: expected the fields {', '.join(names)}; got {', '.join(sorted(fields))!r:.80}")
     for name in names:
@@ -207,6 +209,11 @@ def _build_object(kind: str, fields: dict[str, Any], classes: dict[str, Any]) ->
             expected = getattr(hints[name], "__name__", str(hints[name]))
             raise _Unexpected(f"{kind}.{name}: expected {expected}, got {_brief(fields[name])}")
     return cls(**fields)
+
+
+def _names(cls: type) -> list[str]:
+    """The names of the fields of a dataclass or a named tuple."""
+    return [field.name for field in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else list(cls._fields)
 
 
 def _brief(value: Any) -> str:

@@ -1,9 +1,15 @@
-"""Attention of queries over the keys and values of a cache, in float32."""
+"""Attention of queries over the keys and values of a cache, in float32.
 
-from typing import NamedTuple
+A cache shows each layer's queries a `KVView`: its own cheap description of what can be seen, and how to attend to it.
+`dense` turns any view into plain arrays, which the functions here work on.
+"""
+
+import abc
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from llorch_jax.linear import EXACT
 
@@ -11,8 +17,43 @@ MASKED = jnp.finfo(jnp.float32).min
 BLOCK = 128  # queries per block
 
 
-class KVView(NamedTuple):
-    """The keys and values that the queries of one layer may look at.
+@struct.dataclass
+class Queries:
+    """What is known of the queries of a forward pass; the same for all layers.
+
+    Attributes:
+        positions: int32 [B, T].
+        count: int32 [B], how many of each row's T queries are real, the others being padding after them; None for all.
+        window: of the model: how many tokens back a query looks, its own included; None for all. Static.
+        start: where slots are in the order of positions and all rows' first query has this position, the position;
+            else None. Static. A block of queries then leaves out the slots after its last query.
+    """
+
+    positions: jax.Array
+    count: jax.Array | None = None
+    window: int | None = struct.field(pytree_node=False, default=None)
+    start: int | None = struct.field(pytree_node=False, default=None)
+
+
+class KVView(abc.ABC):
+    """What the queries of one layer may look at."""
+
+    if TYPE_CHECKING:  # flax.struct.dataclass adds it to the concrete classes
+
+        def replace(self, **changes: Any) -> Self: ...
+
+    @abc.abstractmethod
+    def dense(self) -> "DenseView":
+        """The same as plain arrays: what every other way to attend is tested against."""
+
+    def attend(self, q: jax.Array, queries: Queries, scale: float) -> jax.Array:
+        """Softmax attention float32 [B, T, N, H] of queries [B, T, N, H]; see `attend`."""
+        return attend(q, self.dense(), queries, scale)
+
+
+@struct.dataclass
+class DenseView(KVView):
+    """Keys and values in plain arrays.
 
     Attributes:
         k: [B, K, S, H].
@@ -27,11 +68,14 @@ class KVView(NamedTuple):
     k: jax.Array
     v: jax.Array
     positions: jax.Array
-    window: int | None = None
-    sinks: int = 0
+    window: int | None = struct.field(pytree_node=False, default=None)
+    sinks: int = struct.field(pytree_node=False, default=0)
+
+    def dense(self) -> "DenseView":
+        return self
 
 
-def allowed_slots(positions: jax.Array, view: KVView, window: int | None) -> jax.Array:
+def allowed_slots(positions: jax.Array, view: DenseView, window: int | None) -> jax.Array:
     """Which slots a query may look at: filled, not after the query and, with a window, among the newest.
 
     Args:
@@ -69,14 +113,7 @@ def attention_scores(q: jax.Array, k: jax.Array, scale: float) -> jax.Array:
 
 
 @jax.named_scope("attention")
-def attend(
-    q: jax.Array,
-    view: KVView,
-    positions: jax.Array,
-    scale: float,
-    window: int | None = None,
-    start: int | None = None,
-) -> jax.Array:
+def attend(q: jax.Array, view: DenseView, queries: Queries, scale: float) -> jax.Array:
     """Softmax attention of every query over the slots it may look at.
 
     Queries are taken in blocks, so that the scores in memory are [B, N, BLOCK, S] and not [B, N, T, S].
@@ -84,85 +121,82 @@ def attend(
     Args:
         q: [B, T, N, H].
         view: keys and values of one layer.
-        positions: of the queries, int32 [B, T].
+        queries: their positions and window.
         scale: of the scores.
-        window: sliding window in tokens, or None.
-        start: where slot s holds position s and all rows' first query has this position, the position: a block then
-            skips the slots behind its last query.
 
     Returns:
         float32 [B, T, N, H].
     """
-    count, slots = q.shape[1], view.k.shape[2]
+    count = q.shape[1]
+    slots = view.k.shape[2]
     if count == 1:
-        return _attend_single(q, view, positions, scale, window)
+        return _attend_single(q, view, queries, scale)
     batch, *_, head_dim = q.shape
-    queries = q.reshape(batch, count, view.k.shape[1], -1, head_dim).transpose(0, 2, 4, 3, 1)  # [B, K, H, N / K, T]
+    # [B, K, H, N / K, T]
+    by_head = q.reshape(batch, count, view.k.shape[1], -1, head_dim).transpose(0, 2, 4, 3, 1)
     values = view.v.astype(jnp.float32).swapaxes(2, 3)
     blocks = []
     for first in range(0, count, BLOCK):
         last = min(first + BLOCK, count)
-        end = slots if start is None else min(start + last, slots)
-        seen = view._replace(k=view.k[:, :, :end], positions=view.positions[..., :end])
-        block = queries[..., first:last], seen, values[..., :end], positions[:, first:last]
-        blocks.append(_attend_block(*block, scale, window))
+        end = slots if queries.start is None else min(queries.start + last, slots)
+        seen = view.replace(k=view.k[:, :, :end], positions=view.positions[..., :end])
+        allowed = allowed_slots(queries.positions[:, first:last], seen, queries.window)
+        blocks.append(_attend_block(by_head[..., first:last], seen.k, values[..., :end], allowed, scale))
     out = blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=-1)
     return out.transpose(0, 4, 1, 3, 2).reshape(q.shape)
 
 
-def attention_mass(
-    q: jax.Array, view: KVView, positions: jax.Array, scale: float, window: int | None, voters: jax.Array
-) -> jax.Array:
+def attention_mass(q: jax.Array, view: DenseView, queries: Queries, scale: float, voters: jax.Array) -> jax.Array:
     """How much attention each slot gets from some of the queries, summed over them and over the heads of a group.
 
     Args:
         q: [B, T, N, H].
         view: keys and values of one layer.
-        positions: of the queries, int32 [B, T].
+        queries: their positions and window.
         scale: of the scores.
-        window: sliding window in tokens, or None.
         voters: which queries count, int32 [B, W]; negative for none.
 
     Returns:
         float32 [B, K, S].
     """
     chosen = jnp.maximum(voters, 0)
-    q, positions = jnp.take_along_axis(q, chosen[..., None, None], 1), jnp.take_along_axis(positions, chosen, 1)
+    q = jnp.take_along_axis(q, chosen[..., None, None], 1)
+    positions = jnp.take_along_axis(queries.positions, chosen, 1)
     total = jnp.zeros(view.k.shape[:3], jnp.float32)
     for first in range(0, voters.shape[1], BLOCK):
         block = slice(first, first + BLOCK)
-        weights = _attention_weights(q[:, block], view, positions[:, block], scale, window)
+        weights = _attention_weights(q[:, block], view, positions[:, block], scale, queries.window)
         counted = (voters[:, block] >= 0)[:, None, None, :, None]
         total += jnp.sum(jnp.where(counted, weights, 0), axis=(2, 3))
     return total
 
 
-def _attention_weights(q: jax.Array, view: KVView, positions: jax.Array, scale: float, window: int | None) -> jax.Array:
+def _attention_weights(
+    q: jax.Array, view: DenseView, positions: jax.Array, scale: float, window: int | None
+) -> jax.Array:
     """float32 [B, K, N / K, T, S]."""
     scores = attention_scores(q, view.k, scale)
     allowed = allowed_slots(positions, view, window)[:, :, None]
     return jax.nn.softmax(jnp.where(allowed, scores, MASKED), axis=-1)
 
 
-def _attend_block(
-    q: jax.Array, view: KVView, values: jax.Array, positions: jax.Array, scale: float, window: int | None
-) -> jax.Array:
-    """A block of queries, [B, K, H, N / K, T] like the result, over values [B, K, H, S].
+def _attend_block(q: jax.Array, k: jax.Array, values: jax.Array, allowed: jax.Array, scale: float) -> jax.Array:
+    """A block of queries, [B, K, H, N / K, T] like the result, over k [B, K, S, H] and values [B, K, H, S].
 
     With slots before queries both products are of a matrix and columns, the form that XLA's CPU backend is fastest at.
     """
-    scores = jnp.einsum("BKSH,BKHGT->BKSGT", view.k.astype(jnp.float32), q, precision=EXACT) * scale
-    allowed = allowed_slots(positions, view, window).swapaxes(2, 3)[:, :, :, None]
+    scores = jnp.einsum("BKSH,BKHGT->BKSGT", k.astype(jnp.float32), q, precision=EXACT) * scale
+    allowed = allowed.swapaxes(2, 3)[:, :, :, None]
     weights = jax.nn.softmax(jnp.where(allowed, scores, MASKED), axis=2)
     return jnp.einsum("BKHS,BKSGT->BKHGT", values, weights, precision=EXACT)
 
 
-def _attend_single(q: jax.Array, view: KVView, positions: jax.Array, scale: float, window: int | None) -> jax.Array:
+def _attend_single(q: jax.Array, view: DenseView, queries: Queries, scale: float) -> jax.Array:
     """One query per row. In this form XLA's CPU backend takes keys and values as they lie, without a copy."""
     batch, *_, head_dim = q.shape
     grouped = q.reshape(batch, view.k.shape[1], -1, head_dim)
     scores = jnp.einsum("BKGH,BKSH->BKGS", grouped, view.k.astype(jnp.float32), precision=EXACT) * scale
-    allowed = allowed_slots(positions, view, window)
+    allowed = allowed_slots(queries.positions, view, queries.window)
     weights = jax.nn.softmax(jnp.where(allowed, scores, MASKED), axis=-1)
     out = jnp.einsum("BKGS,BKSH->BKGH", weights, view.v.astype(jnp.float32), precision=EXACT)
     return out.reshape(q.shape)

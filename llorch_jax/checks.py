@@ -94,10 +94,10 @@ def check_append(
     if cache.batch_size != batch:
         raise TokenError(f"tokens: expected {cache.batch_size} rows, as many as the cache has, got {batch}")
     check_cache(config, cache)
-    if not is_concrete(cache) and columns + np.max(later) > cache.slots_in_jit:
+    if not is_concrete(cache) and columns + np.max(later) > cache.room():
         raise CapacityError(
             f"cache: expected room for {columns + np.max(later)} tokens per row, got a {type(cache).__name__} of "
-            f"{cache.slots_in_jit} slots, which cannot grow inside jit; call its `reserve` before"
+            f"{cache.room()} slots, which cannot grow inside jit; call its `reserve` before"
         )
     check_context(config, cache.lengths, count + later)
     cache.check_room(count + later)
@@ -107,10 +107,8 @@ def check_append(
 def check_cache(config: GPT2Config, cache: KVCache) -> None:
     """Raises CacheError for a cache that was made for another model, or whose buffers have been donated."""
     expected = (config.cache_layers, config.kv_heads, config.head_dim)
-    if cache.layout != expected:
-        raise CacheError(
-            f"cache: expected layers, kv heads and head_dim {expected} as the model has, got {cache.layout}"
-        )
+    if cache.dims != expected:
+        raise CacheError(f"cache: expected layers, kv heads and head_dim {expected} as the model has, got {cache.dims}")
     if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(cache) if is_concrete(leaf)):
         raise CacheError(
             "cache: expected one that owns its buffers, got one that was donated to a later step, itself or through a "

@@ -11,7 +11,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, overload
 import jax
 import jax.numpy as jnp
 
-from llorch_jax.attention import KVView, attend, attention_mass
+from llorch_jax.attention import DenseView, KVView, Queries
 from llorch_jax.cache.base import KVCache
 from llorch_jax.checks import check_append
 from llorch_jax.config import GPT2Config
@@ -103,7 +103,7 @@ def run(
         cache: of earlier tokens, with room reserved, or None.
         count: int32 [B], how many tokens of each row are real; None means all. Rows with 0 are computed for nothing.
         last: whether only the logits of each row's last real token are wanted.
-        fresh: whether the cache is known to be empty: attention then leaves out the slots after these tokens.
+        fresh: whether the cache is known to be empty: attention is then over these tokens only, in blocks.
         probe: is shown intermediate values.
 
     Returns:
@@ -141,47 +141,15 @@ def _hidden_states(
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     if cache is not None:
         positions = positions + cache.lengths[:, None]
+    # A first pass sees its own tokens only, in order.
+    start = 0 if cache is None or fresh else None
+    queries = Queries(positions, count, config.sliding_window, start)
     x = embed(params, tokens, positions)
-    keeper = _KeyValues(config, cache, positions, count, fresh)
+    views: dict[int, KVView] = {}
     for layer, block in enumerate(params.blocks):
         with jax.named_scope(f"block_{layer}"):
-            x = _block(block, config, layer, x, keeper, probe)
-    return layer_norm(params.ln_f, x, config.layer_norm_epsilon), keeper.cache
-
-
-class _KeyValues:
-    """The keys and values that the blocks of one forward pass look at; it lives only while the pass is traced."""
-
-    def __init__(
-        self, config: GPT2Config, cache: Any, positions: jax.Array, count: jax.Array | None, fresh: bool
-    ) -> None:
-        self.config, self.cache, self.positions, self.count = config, cache, positions, count
-        # The static position of the first token, where it is known and slots are in the order of positions.
-        self.start = 0 if cache is None or (fresh and cache.in_order) else None
-        self.views: dict[int, KVView] = {}
-
-    def view(self, block: int, k: jax.Array, v: jax.Array) -> KVView:
-        """What the queries of a block look at, after adding its k and v [B, T, K, H] if it has its own."""
-        layer = self.config.cache_layer(block)
-        if not self.config.owns_cache_layer(block):
-            return self.views[layer]
-        if self.cache is None:
-            view = KVView(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), self.positions[:1])
-        else:
-            with jax.named_scope("cache_read"):
-                self.cache, view = self.cache.append(layer, k, v, self.count)
-        self.views[layer] = view
-        return view
-
-    def attend(self, block: int, q: jax.Array, view: KVView) -> jax.Array:
-        """Attention float32 [B, T, N, H] of the queries of a block; a cache may ask to be shown where they look."""
-        scale, window = self.config.attention_scale(block), self.config.sliding_window
-        voters = None if self.cache is None else self.cache.voters(q.shape[1], self.count)
-        if voters is not None:
-            with jax.named_scope("cache_update"):
-                mass = attention_mass(q, view, self.positions, scale, window, voters)
-                self.cache = self.cache.observe(self.config.cache_layer(block), mass)
-        return attend(q, view, self.positions, scale, window, self.start)
+            x, cache = _block(block, config, layer, x, cache, views, queries, fresh, probe)
+    return layer_norm(params.ln_f, x, config.layer_norm_epsilon), cache
 
 
 @jax.named_scope("embedding")
@@ -203,17 +171,29 @@ def output_logits(params: Params, x: jax.Array, shape: tuple[int, ...]) -> jax.A
 
 
 def _block(
-    params: BlockParams, config: GPT2Config, layer: int, x: jax.Array, keeper: "_KeyValues", probe: Probe
-) -> jax.Array:
-    """One pre-norm block on x [D, M]."""
-    shape = keeper.positions.shape
+    params: BlockParams,
+    config: GPT2Config,
+    block: int,
+    x: jax.Array,
+    cache: MaybeCache,
+    views: dict[int, KVView],
+    queries: Queries,
+    fresh: bool,
+    probe: Probe,
+) -> tuple[jax.Array, MaybeCache]:
+    """One pre-norm block on x [D, M]; `views` are those of the cache layers so far, for blocks that share them."""
+    shape = queries.positions.shape
 
     def show(name: str, value: jax.Array) -> None:
-        probe(name, layer, value.T.reshape(*shape, -1))
+        probe(name, block, value.T.reshape(*shape, -1))
 
     normed = layer_norm(params.ln_1, x, config.layer_norm_epsilon)
     show("ln_1", normed)
-    attended = _attention(params, config, layer, normed, keeper, probe)
+    q, k, v = _by_kind(dense(params.qkv, normed), config, shape)
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        probe(name, block, value)
+    out, cache = _attention(config, block, q, k, v, cache, views, queries, fresh)
+    attended = dense(params.attn_proj, out.transpose(2, 3, 0, 1).reshape(config.n_embd, -1))
     show("attn_out", attended)
     x = x + attended
     hidden = dense(params.fc, layer_norm(params.ln_2, x, config.layer_norm_epsilon))
@@ -221,18 +201,32 @@ def _block(
     show("mlp_out", fed)
     x = x + fed
     show("block_out", x)
-    return x
+    return x, cache
 
 
 def _attention(
-    params: BlockParams, config: GPT2Config, layer: int, x: jax.Array, keeper: "_KeyValues", probe: Probe
-) -> jax.Array:
-    """Self-attention on normed x [D, M], over the cache and these tokens."""
-    q, k, v = _by_kind(dense(params.qkv, x), config, keeper.positions.shape)
-    for name, value in (("q", q), ("k", k), ("v", v)):
-        probe(name, layer, value)
-    out = keeper.attend(layer, q, keeper.view(layer, k, v))
-    return dense(params.attn_proj, out.transpose(2, 3, 0, 1).reshape(config.n_embd, -1))
+    config: GPT2Config,
+    block: int,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: MaybeCache,
+    views: dict[int, KVView],
+    queries: Queries,
+    fresh: bool,
+) -> tuple[jax.Array, MaybeCache]:
+    """Attention [B, T, N, H] over what the cache shows, and the cache with k and v [B, T, K, H] of these tokens."""
+    layer = config.cache_layer(block)
+    if config.owns_cache_layer(block):
+        if cache is None:
+            views[layer] = DenseView(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), queries.positions[:1])
+        else:
+            cache, views[layer] = cache.append(layer, k, v, queries.count, fresh=fresh)
+    scale = config.attention_scale(block)
+    if cache is not None:
+        with jax.named_scope("cache_update"):
+            cache = cache.observe(layer, q, views[layer], queries, scale)
+    return views[layer].attend(q, queries, scale), cache
 
 
 def _by_kind(qkv: jax.Array, config: GPT2Config, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:

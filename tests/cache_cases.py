@@ -14,6 +14,7 @@ import numpy as np
 import oracle
 from hypothesis import strategies as st
 
+from llorch_jax.cache.layouts import LAYOUTS
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding import loop as decoding
 from llorch_jax.decoding import steps
@@ -21,6 +22,20 @@ from llorch_jax.model import forward, run
 from llorch_jax.params import Params, param_shapes
 
 VOCAB, POSITIONS = 97, 64
+# A specification of every layout in the registry, small enough for rows of `COLUMNS` tokens to fill or overfill it.
+LAYOUT_SPECS = {
+    "static": "static",
+    "dynamic": "dynamic",
+    "rotating": "rotating:8+2",
+    "paged": "paged:8",
+    "int8": "int8",
+    "int4": "int4",
+    "recent": "recent:9",
+    "sinks": "sinks:9",
+    "h2o": "h2o:9",
+    "snapkv": "snapkv:9",
+}
+assert LAYOUT_SPECS.keys() == LAYOUTS.keys(), "a new layout needs a specification here, and with it all property tests"
 COLUMNS = 24  # tokens of the longest row
 WIDTHS = (1, 5, 16)  # tokens per row in one append, padding included
 BATCHES = (1, 3)

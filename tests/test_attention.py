@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from profiles import examples
 
 from llorch_jax import attention
-from llorch_jax.attention import KVView
+from llorch_jax.attention import DenseView, Queries
 
 
 def plain(q, k, v, positions, slots, scale, window):
@@ -38,9 +38,9 @@ def test_attention_equals_numpy(data):
     earlier = random.integers(0, slots - count + 1, (batch, 1))
     positions = (earlier + np.arange(count)).astype(np.int32)
     held = np.broadcast_to(np.arange(slots, dtype=np.int32), (batch, slots))
-    view = KVView(jnp.asarray(k), jnp.asarray(v), jnp.asarray(held))
-    attend = jax.jit(attention.attend, static_argnums=(3, 4))  # one program per example
-    got = attend(jnp.asarray(q), view, jnp.asarray(positions), 0.5, window)
+    view = DenseView(jnp.asarray(k), jnp.asarray(v), jnp.asarray(held))
+    attend = jax.jit(attention.attend, static_argnums=3)  # one program per example
+    got = attend(jnp.asarray(q), view, Queries(jnp.asarray(positions), window=window), 0.5)
     np.testing.assert_allclose(got, plain(q, k, v, positions, held, 0.5, window), atol=2e-6)
 
 
@@ -48,7 +48,7 @@ def test_blocks_of_queries_leave_out_later_slots(monkeypatch):
     monkeypatch.setattr(attention, "BLOCK", 2)
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 5, 2, 4))
     places = np.broadcast_to(np.arange(5, dtype=np.int32), (2, 5))
-    view = KVView(k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.asarray(places[:1]))
-    got = attention.attend(q, view, jnp.asarray(places), 0.5, start=0)
+    view = DenseView(k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.asarray(places[:1]))
+    got = attention.attend(q, view, Queries(jnp.asarray(places), start=0), 0.5)
     keys, values = np.asarray(view.k), np.asarray(view.v)
     np.testing.assert_allclose(got, plain(np.asarray(q), keys, values, places, places, 0.5, None), atol=2e-6)

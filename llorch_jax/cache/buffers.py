@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import jax
 
 from llorch_jax.cache.base import KVCache
-from llorch_jax.cache.layouts import check_settings
+from llorch_jax.cache.layouts import new_cache
 from llorch_jax.config import GPT2Config
 from llorch_jax.errors import CacheError
 from llorch_jax.tracing import is_concrete
@@ -48,8 +48,7 @@ class CachePool:
         Raises:
             CacheError, CapacityError: as `init`.
         """
-        check_settings(cls, settings)
-        make = partial(cls.init, config, **settings)  # type: ignore[attr-defined]
+        make = partial(new_cache, cls, config, **settings)
         arguments = (cls, config, tuple(sorted((name, str(value)) for name, value in settings.items())))
         with self._lock:
             if arguments not in self._kinds:
@@ -57,7 +56,7 @@ class CachePool:
             free = self._free.get(self._kinds[arguments])
             if free:
                 return free.pop()  # type: ignore[return-value]  # the class is part of the kind
-        return make()
+        return make()  # type: ignore[return-value]  # likewise
 
     def release(self, cache: KVCache) -> None:
         """Takes a cache over; neither it nor any cache that shares its buffers can be used afterwards.

@@ -9,11 +9,13 @@ import numpy as np
 
 from llorch_jax.archive import Kind, read_archive, write_archive
 from llorch_jax.cache.base import KVCache
+from llorch_jax.cache.codecs import FloatCodec, IntegerCodec, Quantized
 from llorch_jax.cache.dynamic import DynamicCache
 from llorch_jax.cache.evicting.cache import EvictingCache
 from llorch_jax.cache.evicting.policies import AttentionSinks, HeavyHitters, RecencyWindow, SnapKV
 from llorch_jax.cache.paged.cache import PagedCache
-from llorch_jax.cache.quantized import Quantized, QuantizedCache, Recent
+from llorch_jax.cache.quantized import QuantizedCache
+from llorch_jax.cache.recent import Recent
 from llorch_jax.cache.rotating import RotatingCache
 from llorch_jax.cache.static import StaticCache
 from llorch_jax.config import GPT2Config
@@ -22,7 +24,8 @@ from llorch_jax.params import Params
 from llorch_jax.tracing import is_concrete
 
 LAYOUTS: tuple[type, ...] = (StaticCache, DynamicCache, RotatingCache, PagedCache, QuantizedCache, EvictingCache)
-CACHE_CLASSES = (*LAYOUTS, Quantized, Recent, AttentionSinks, HeavyHitters, RecencyWindow, SnapKV)
+_PARTS = (FloatCodec, IntegerCodec, Quantized, Recent, AttentionSinks, HeavyHitters, RecencyWindow, SnapKV)
+CACHE_CLASSES = (*LAYOUTS, *_PARTS)
 
 
 def check_loaded(cache: KVCache) -> None:

@@ -1,6 +1,9 @@
-"""Caches by name: the registry of layouts."""
+"""The registry of layouts: caches by name, by specification such as "rotating:256+4", and with checked settings.
 
-import inspect
+A new layout is one entry of `LAYOUTS`. Property tests, byte plans, the command line and the messages go by it.
+"""
+
+import dataclasses
 import re
 from typing import Any
 
@@ -16,116 +19,216 @@ from llorch_jax.cache.static import StaticCache
 from llorch_jax.config import GPT2Config
 from llorch_jax.errors import CacheError
 
-Strategy = str | type[KVCache]
+_ANY_CODEC = ("dtype", "codec", "residual")
 
-STRATEGIES: dict[str, tuple[type[KVCache], dict[str, Any]]] = {
-    "static": (StaticCache, {}),
-    "dynamic": (DynamicCache, {}),
-    "rotating": (RotatingCache, {}),
-    "paged": (PagedCache, {}),
-    "int8": (QuantizedCache, {"bits": 8}),
-    "int4": (QuantizedCache, {"bits": 4}),
-    "recent": (EvictingCache, {"policy": RecencyWindow()}),
-    "sinks": (EvictingCache, {"policy": AttentionSinks()}),
-    "h2o": (EvictingCache, {"policy": HeavyHitters()}),
-    "snapkv": (EvictingCache, {"policy": SnapKV()}),
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A kind of cache by name.
+
+    Attributes:
+        cls: its class.
+        arguments: what a specification may name after the colon, in order, each with the mark that stands before it.
+        needs: settings without which the cache cannot be made.
+        takes: the other keyword settings of `cls.init`, in addition to batch_size.
+        fixed: settings that the name stands for.
+        lossless: whether logits are those of the static cache in float32, as long as the layout drops no token.
+    """
+
+    cls: type[KVCache]
+    arguments: tuple[tuple[str, str], ...] = ()
+    needs: tuple[str, ...] = ()
+    takes: tuple[str, ...] = _ANY_CODEC
+    fixed: dict[str, Any] = dataclasses.field(default_factory=dict)
+    lossless: bool = True
+
+    @property
+    def has_capacity(self) -> bool:
+        """Whether one can choose how many tokens a row can hold."""
+        return "capacity" in self.takes
+
+
+_CAPACITY = (("capacity", ":"),)
+
+
+def _quantized(bits: int) -> Layout:
+    takes = ("capacity", "bits", "residual")
+    return Layout(QuantizedCache, _CAPACITY, takes=takes, fixed={"bits": bits}, lossless=False)
+
+
+def _evicting(policy: Any) -> Layout:
+    budget = (("budget", ":"),)
+    return Layout(EvictingCache, budget, ("budget",), ("policy", "slack", *_ANY_CODEC), {"policy": policy}, False)
+
+
+_PAGES = (("page_size", ":"), ("capacity", ":"))
+_RING = (("window", ":"), ("sinks", "+"))
+LAYOUTS: dict[str, Layout] = {
+    "static": Layout(StaticCache, _CAPACITY, takes=("capacity", *_ANY_CODEC)),
+    "dynamic": Layout(DynamicCache, _CAPACITY, takes=("capacity", "initial", *_ANY_CODEC)),
+    "rotating": Layout(RotatingCache, _RING, ("window",), ("sinks", *_ANY_CODEC)),
+    "paged": Layout(PagedCache, _PAGES, takes=("capacity", "page_size", "num_pages", *_ANY_CODEC)),
+    "int8": _quantized(8),
+    "int4": _quantized(4),
+    "recent": _evicting(RecencyWindow()),
+    "sinks": _evicting(AttentionSinks()),
+    "h2o": _evicting(HeavyHitters()),
+    "snapkv": _evicting(SnapKV()),
 }
-SYNTAX = (
-    "static, dynamic, rotating:WINDOW, rotating:WINDOW+SINKS, paged, paged:PAGE_SIZE, int8, int4, "
-    "recent:BUDGET, sinks:BUDGET, h2o:BUDGET or snapkv:BUDGET"
-)
-_SPEC = re.compile(
-    r"(static|dynamic|int8|int4)|(recent|sinks|h2o|snapkv):(?P<budget>[0-9]+)|paged(?::(?P<page_size>[0-9]+))?|rotating:(?P<window>[0-9]+)(?:\+(?P<sinks>[0-9]+))?"
-)
+_MOST = 2**31 - 1  # the largest number that a specification may name
+
+
+def _syntax(name: str, layout: Layout) -> str:
+    """How a layout is specified, such as rotating:WINDOW[+SINKS]."""
+    text, open_brackets = name, 0
+    for argument, mark in layout.arguments:
+        optional = argument not in layout.needs
+        text += f"{'[' if optional else ''}{mark}{argument.upper()}"
+        open_brackets += optional
+    return text + "]" * open_brackets
+
+
+SYNTAX = ", ".join(_syntax(name, layout) for name, layout in LAYOUTS.items())
 
 
 def make_cache(
     config: GPT2Config,
-    strategy: Strategy = "static",
+    layout: str | type[KVCache] = "static",
     *,
     batch_size: int = 1,
     capacity: int | None = None,
     dtype: Any = "float32",
+    codec: Any = None,
+    residual: int | None = None,
     **settings: Any,
 ) -> KVCache:
-    """An empty cache of a strategy.
+    """An empty cache of a layout.
 
     Args:
         config: the model's hyperparameters.
-        strategy: a name of `STRATEGIES`, a specification as `parse_cache_spec` reads it, or a class.
+        layout: a name of `LAYOUTS`, a specification as `parse_cache_spec` reads it, or a class.
         batch_size: number of rows B.
-        capacity: tokens per row where the layout lets one choose; None means n_positions.
-        dtype: of keys and values as stored, where the layout lets one choose.
+        capacity: tokens per row where the layout lets one choose; None means what the specification says, or
+            n_positions.
+        dtype: of keys and values as stored: float32, bfloat16 or float16.
+        codec: how they are stored, instead of `dtype`: float32, bfloat16, float16, int8 or int4.
+        residual: how many of the newest tokens a lossy codec keeps in float32 in addition.
         settings: further arguments of the class's `init`, such as `window` or `page_size`.
 
     Raises:
-        CacheError: the strategy or a setting is unknown, missing or impossible.
+        CacheError: the layout or a setting is unknown, missing or impossible.
         CapacityError: the capacity is not in 1 .. n_positions.
     """
-    cls, own = _resolve(strategy)
-    settings = {**own, **settings, "batch_size": batch_size}
-    if capacity is not None:
-        settings["capacity"] = capacity
-    if "dtype" in parameters_of(cls) or dtype != "float32":
-        settings["dtype"] = dtype
-    check_settings(cls, settings)
-    return cls.init(config, **settings)  # type: ignore[attr-defined]  # each class has its own arguments
+    entry, own = _resolve(layout)
+    given = {**own, **settings}
+    for name, value, default in (
+        ("capacity", capacity, None),
+        ("dtype", dtype, "float32"),
+        ("codec", codec, None),
+        ("residual", residual, None),
+    ):
+        if value is not default and value != default:
+            given[name] = value
+    return _init(entry, config, {"batch_size": batch_size, **given})
 
 
-def fit_cache(config: GPT2Config, strategy: Strategy, batch_size: int, tokens: int) -> KVCache:
+def fit_cache(
+    config: GPT2Config, layout: str, batch_size: int, tokens: int, *, codec: Any = None, residual: int | None = None
+) -> KVCache:
     """An empty cache with room for so many tokens per row and, where the layout has a capacity, for few more.
 
+    A capacity that the specification names, as in "static:1024", is kept: then no program depends on the tokens.
+
     Raises:
-        CacheError: the strategy is unknown, or does not fit the model.
+        CacheError: the layout is unknown, or does not fit the model.
     """
-    cls, _ = _resolve(strategy)
-    capacity = bucket(tokens, config.n_positions) if "capacity" in parameters_of(cls) else None
-    return make_cache(config, strategy, batch_size=batch_size, capacity=capacity)
+    entry, own = _complete(layout)
+    capacity = None
+    if entry.has_capacity and "capacity" not in own:
+        capacity = bucket(tokens, config.n_positions)
+    return make_cache(config, layout, batch_size=batch_size, capacity=capacity, codec=codec, residual=residual)
 
 
 def parse_cache_spec(spec: str) -> tuple[type[KVCache], dict[str, Any]]:
-    """The class and settings that a specification such as "rotating:256+4" stands for.
+    """The class and settings that a specification such as "rotating:256+4" or "static:1024" stands for.
 
     Args:
         spec: as `SYNTAX` says.
 
     Returns:
-        The class, and the arguments for its `init` beside config, batch size, capacity and dtype.
+        The class, and the arguments for its `init` in addition to config, batch size and codec.
 
     Raises:
         CacheError: the specification is none of these.
     """
-    found = _SPEC.fullmatch(spec)
-    if found is None:
-        raise CacheError(f"cache: expected {SYNTAX}; got {spec!r}")
-    cls, settings = STRATEGIES[spec.partition(":")[0]]
-    numbers = {name: int(number) for name, number in found.groupdict().items() if number is not None}
-    for name, number in numbers.items():
-        if number < 1 and name != "sinks":
-            raise CacheError(f"cache: expected a {name} from 1 up in {spec!r}, got {number}")
-    return cls, {**settings, **numbers}
+    entry, settings = _complete(spec)
+    return entry.cls, settings
 
 
-def _resolve(strategy: Strategy) -> tuple[type[KVCache], dict[str, Any]]:
-    if isinstance(strategy, str):
-        return STRATEGIES[strategy] if strategy in STRATEGIES else parse_cache_spec(strategy)
-    if not (isinstance(strategy, type) and issubclass(strategy, KVCache)):
-        raise CacheError(f"strategy: expected a name or a KVCache class, got {strategy!r}")
-    return strategy, {}
+def layout_of(cls: type[KVCache]) -> Layout:
+    """The entry of a class; its name does not matter.
+
+    Raises:
+        CacheError: the class is not in the registry.
+    """
+    for layout in LAYOUTS.values():
+        if layout.cls is cls:
+            return dataclasses.replace(layout, fixed={})
+    raise CacheError(f"layout: expected a class of {', '.join(LAYOUTS)}, got {cls.__name__}")
 
 
-def parameters_of(cls: type[KVCache]) -> dict[str, inspect.Parameter]:
-    """The keyword arguments of a class's `init`."""
-    parameters = inspect.signature(cls.init).parameters  # type: ignore[attr-defined]
-    return {name: each for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY}
+def new_cache(cls: type[KVCache], config: GPT2Config, **settings: Any) -> KVCache:
+    """What `cls.init(config, **settings)` makes, after a check of the settings' names."""
+    return _init(layout_of(cls), config, settings)
 
 
-def check_settings(cls: type[KVCache], settings: dict[str, Any]) -> None:
-    """Raises CacheError for settings that the class does not have, or that it needs and did not get."""
-    known = parameters_of(cls)
-    for name, value in settings.items():
-        if name not in known:
-            raise CacheError(f"{name}: {cls.__name__} has {', '.join(known)}; got {name}={value!r}")
-    for name, parameter in known.items():
-        if parameter.default is parameter.empty and name not in settings:
-            raise CacheError(f"{name}: expected a value, {cls.__name__} cannot do without; got none")
+def _resolve(layout: Any) -> tuple[Layout, dict[str, Any]]:
+    """A layout's entry, and the settings that its specification names."""
+    if isinstance(layout, type) and issubclass(layout, KVCache):
+        return layout_of(layout), {}
+    if not isinstance(layout, str):
+        raise CacheError(f"cache: expected a name or a KVCache class, got a {type(layout).__name__}")
+    name = re.split("[:+]", layout, maxsplit=1)[0]
+    if name not in LAYOUTS:
+        raise CacheError(f"cache: expected {SYNTAX}; got {layout!r:.80}")
+    entry = LAYOUTS[name]
+    return entry, {**entry.fixed, **_numbers(layout, layout.removeprefix(name), entry)}
+
+
+def _complete(spec: Any) -> tuple[Layout, dict[str, Any]]:
+    """As `_resolve`, of a specification that says all that the layout needs."""
+    entry, settings = _resolve(spec)
+    if not settings.keys() >= set(entry.needs):
+        raise CacheError(f"cache: expected {SYNTAX}; got {spec!r:.80}")
+    return entry, settings
+
+
+def _numbers(spec: str, rest: str, entry: Layout) -> dict[str, int]:
+    """The numbers of a specification after its name."""
+    numbers: dict[str, int] = {}
+    for argument, mark in entry.arguments:
+        found = re.match(rf"{re.escape(mark)}([0-9]{{1,10}})", rest, re.ASCII)
+        if found is None:
+            break
+        least = 0 if argument == "sinks" else 1
+        number = int(found[1])
+        if not least <= number <= _MOST:
+            raise CacheError(f"cache: expected a {argument} from {least} to {_MOST} in {spec!r:.80}, got {number}")
+        numbers[argument] = number
+        rest = rest[found.end() :]
+    if rest:
+        raise CacheError(f"cache: expected {SYNTAX}; got {spec!r:.80}")
+    return numbers
+
+
+def _init(entry: Layout, config: GPT2Config, settings: dict[str, Any]) -> KVCache:
+    """A cache, after a check that its class has these settings and gets those that it needs."""
+    known = ("batch_size", *entry.needs, *entry.takes)
+    name = entry.cls.__name__
+    for each, value in settings.items():
+        if each not in known:
+            raise CacheError(f"{each}: {name} has {', '.join(known)}; got {each}={value!r:.80}")
+    for each in entry.needs:
+        if each not in settings and each not in entry.fixed:
+            raise CacheError(f"{each}: expected a value, {name} cannot do without; got none")
+    return entry.cls.init(config, **{**entry.fixed, **settings})  # type: ignore[attr-defined]  # its own arguments

@@ -28,7 +28,7 @@ def fork(cache: Cache, branches: int) -> Cache:
 def concat(caches: Sequence[Cache]) -> Cache:
     """One cache with the rows of all caches, in order.
 
-    The caches must be of one class with the same layout, dtype and settings, capacities included; `convert` changes
+    The caches must be of one class with the same dimensions, codec and settings, capacities included; `convert` changes
     them. Only what a layout chooses by itself may differ, such as the present size of a `DynamicCache`.
 
     Raises:
@@ -60,7 +60,7 @@ def split(cache: Cache, sizes: Sequence[int]) -> list[Cache]:
 
 
 def convert(cache: KVCache, target: Cache) -> Cache:
-    """The contents of a cache in another layout, dtype or capacity. Host only.
+    """The contents of a cache in another layout, codec or capacity. Host only.
 
     What the target does not keep, such as tokens outside its window, is dropped. Going on is exact as far as both
     layouts are: from a quantized cache come the rounded values, and a cache that drops tokens does not get them back.
@@ -97,7 +97,7 @@ def _check_target(cache: KVCache, target: KVCache) -> None:
         raise CacheError("convert: expected caches outside jit, got traced ones")
     for name, expected, got in (
         ("batch_size", cache.batch_size, target.batch_size),
-        ("layers, kv heads and head_dim", cache.layout, target.layout),
+        ("layers, kv heads and head_dim", cache.dims, target.dims),
     ):
         if expected != got:
             raise CacheError(f"target: expected {name} {expected} as in the cache, got {got}")
@@ -130,7 +130,7 @@ def _fill(cache: KVCache, target: Cache, slots: jax.Array, lengths: jax.Array) -
     def in_order(array: jax.Array) -> jax.Array:
         return jnp.take_along_axis(array, index, axis=2).transpose(0, 2, 1, 3)  # [B, T, K, H]
 
-    for layer in range(cache.layout[0]):
-        view = cache.read(layer)
+    for layer in range(cache.dims[0]):
+        view = cache.read(layer).dense()
         target, _ = target.append(layer, in_order(view.k), in_order(view.v), lengths)
     return target.advance(lengths)

@@ -6,7 +6,9 @@ from typing import Any
 
 import jax
 
-from llorch_jax.cache.layouts import Strategy, make_cache, parameters_of
+from llorch_jax.cache.base import KVCache
+from llorch_jax.cache.dynamic import DynamicCache
+from llorch_jax.cache.layouts import make_cache
 from llorch_jax.config import GPT2Config
 from llorch_jax.params import nbytes
 
@@ -38,11 +40,13 @@ class MemoryPlan:
 
 def plan_memory(
     config: GPT2Config,
-    strategy: Strategy = "static",
+    layout: str | type[KVCache] = "static",
     *,
     batch_size: int = 1,
     capacity: int | None = None,
     dtype: Any = "float32",
+    codec: Any = None,
+    residual: int | None = None,
     **settings: Any,
 ) -> MemoryPlan:
     """The bytes that `make_cache` with the same arguments allocates, exactly; nothing is allocated here.
@@ -50,12 +54,13 @@ def plan_memory(
     Raises:
         CacheError, CapacityError: as `make_cache`.
     """
-    make = partial(make_cache, config, strategy, batch_size=batch_size, capacity=capacity, dtype=dtype)
+    stored = {"dtype": dtype, "codec": codec, "residual": residual}
+    make = partial(make_cache, config, layout, batch_size=batch_size, capacity=capacity, **stored)
     shapes: Any = jax.eval_shape(partial(make, **settings))
     full = shapes
-    if "initial" in parameters_of(type(shapes)):
+    if isinstance(shapes, DynamicCache):
         full = jax.eval_shape(partial(make, **{**settings, "initial": shapes.capacity}))
-    layers = shapes.layout[0]
+    layers = shapes.dims[0]
     per_layer = nbytes((shapes.keys[0], shapes.values[0]))
     first = jax.tree.leaves(shapes.keys)[0]  # [rows or pages, K, slots, ...]
     slots = first.shape[0] * first.shape[2]

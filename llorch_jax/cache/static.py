@@ -5,31 +5,46 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax import lax
 
-from llorch_jax.attention import KVView
-from llorch_jax.cache.base import KVCache, check_rows, check_sizes, cropped, replace_item
-from llorch_jax.cache.codecs.floats import dtype_of, from_stored, to_stored, zeros
+from llorch_jax.cache.axes import array, setting
+from llorch_jax.cache.base import KVCache, replace_item
+from llorch_jax.cache.codecs import Codec, Stored, make_codec, residual_of
+from llorch_jax.cache.recent import Recent
+from llorch_jax.cache.room import check_sizes
+from llorch_jax.cache.views import SlotView
+from llorch_jax.cache.writes import write_rows
 from llorch_jax.config import GPT2Config
 
 
-@struct.dataclass
+@struct.dataclass(repr=False)
 class StaticCache(KVCache):
     """Keys and values in fixed buffers; slot s of a row holds the token at position s.
 
     Attributes:
-        keys: L arrays [B, K, S, H]; bfloat16 as its bits, uint16, see `storage`.
-        values: L arrays [B, K, S, H], likewise.
+        keys: L times stored keys [B, K, S, ...]: arrays [B, K, S, H] of floats (bfloat16 as its bits, uint16), or
+            `Quantized` codes and scales.
+        values: L times stored values, likewise.
         lengths: int32 [B], tokens in each row.
+        recent: L times the newest tokens in float32, where there is a float window.
+        codec: how vectors are stored.
     """
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
-    lengths: jax.Array
+    keys: tuple[Stored, ...] = array("BKS")
+    values: tuple[Stored, ...] = array("BKS")
+    lengths: jax.Array = array("B")
+    recent: tuple[Recent, ...] = ()
+    codec: Codec = setting(kw_only=True)
 
     @classmethod
     def init(
-        cls, config: GPT2Config, *, batch_size: int = 1, capacity: int | None = None, dtype: Any = "float32"
+        cls,
+        config: GPT2Config,
+        *,
+        batch_size: int = 1,
+        capacity: int | None = None,
+        dtype: Any = "float32",
+        codec: Any = None,
+        residual: int | None = None,
     ) -> Self:
         """An empty cache.
 
@@ -38,104 +53,71 @@ class StaticCache(KVCache):
             batch_size: number of rows B.
             capacity: slots per row S, at most `config.n_positions`, which is the default.
             dtype: of keys and values as stored: float32, bfloat16 or float16. Attention computes in float32.
+            codec: how they are stored, instead of `dtype`: float32, bfloat16, float16, int8 or int4.
+            residual: how many of the newest tokens are kept in float32 in addition, 0 .. capacity; by default 32 for
+                int8 and int4, or the capacity where that is less, and 0 for the others.
 
         Raises:
-            CacheError: the batch size or dtype is impossible.
+            CacheError: the batch size, dtype, codec or residual is impossible.
             CapacityError: the capacity is not in 1 .. n_positions.
         """
         capacity = config.n_positions if capacity is None else capacity
         check_sizes(config, batch_size, capacity)
-        return cls(**empty_slots(config, batch_size, capacity, dtype))
-
-    @property
-    def batch_size(self) -> int:
-        return self.keys[0].shape[0]
+        stored_as = make_codec(codec, config.head_dim, dtype)
+        window = residual_of(stored_as, residual, capacity)
+        return cls(**empty_slots(config, batch_size, capacity, stored_as, window))
 
     @property
     def slots(self) -> int:
         """Slots per row S that are allocated."""
-        return self.keys[0].shape[2]
+        return slots_of(self)
 
     @property
     def capacity(self) -> int:
         return self.slots
 
-    @property
-    def dtype(self) -> jnp.dtype:
-        """Of keys and values: float32, bfloat16 or float16."""
-        return dtype_of(self.keys[0])
-
-    @property
-    def layout(self) -> tuple[int, int, int]:
-        _, heads, _, head_dim = self.keys[0].shape
-        return len(self.keys), heads, head_dim
-
     def _write(self, layer: int, k: jax.Array, v: jax.Array, count: Any) -> Self:
-        # Padding needs no care here: it lands behind the row's end, where the next token overwrites it.
-        return self.replace(
-            keys=replace_item(self.keys, layer, write_rows(self.keys[layer], k, self.lengths)),
-            values=replace_item(self.values, layer, write_rows(self.values[layer], v, self.lengths)),
-        )
+        # Padding needs no care here: it lands after the row's end, where the next token overwrites it.
+        return write_slots(self, layer, k, v, self.lengths)
 
-    def read(self, layer: int) -> KVView:
-        keys, values = from_stored(self.keys[layer]), from_stored(self.values[layer])
-        return KVView(keys, values, jnp.arange(self.slots, dtype=jnp.int32)[None])
-
-    def advance(self, count: Any) -> Self:
-        self.check_room(count)
-        return self.replace(lengths=self.lengths + jnp.asarray(count, jnp.int32))
-
-    def crop(self, length: Any) -> Self:
-        return self.replace(lengths=cropped(self.lengths, length))
-
-    def select(self, rows: Any) -> Self:
-        index = check_rows(rows, self.batch_size)
-        return jax.tree.map(lambda array: jnp.take(array, index, axis=0), self)
+    def read(self, layer: int) -> SlotView:
+        positions = jnp.arange(self.slots, dtype=jnp.int32)[None]
+        return SlotView(self.keys[layer], self.values[layer], positions, self._exact(layer), codec=self.codec)
 
 
-def empty_slots(config: GPT2Config, batch_size: int, slots: int, dtype: Any) -> dict[str, Any]:
-    """The fields `keys`, `values` and `lengths` of an empty cache with so many slots per row."""
-    shape = (batch_size, config.kv_heads, slots, config.head_dim)
+def empty_slots(config: GPT2Config, batch_size: int, slots: int, codec: Codec, residual: int) -> dict[str, Any]:
+    """The fields of an empty cache with so many slots per row that all layouts of slots have."""
+    leading = (batch_size, config.kv_heads, slots)
+    layers = range(config.cache_layers)
     return {
-        "keys": tuple(zeros(shape, dtype) for _ in range(config.cache_layers)),
-        "values": tuple(zeros(shape, dtype) for _ in range(config.cache_layers)),
+        "keys": tuple(codec.zeros(leading) for _ in layers),
+        "values": tuple(codec.zeros(leading) for _ in layers),
+        "recent": empty_recent(config, batch_size, residual),
         "lengths": jnp.zeros(batch_size, jnp.int32),
+        "codec": codec,
     }
 
 
-def write_rows(buffer: jax.Array, new: jax.Array, starts: jax.Array) -> jax.Array:
-    """Writes each row's new tokens into its slots from `starts` on.
-
-    Where fewer than T slots are left, the tokens that fit are written and the others, which must be padding, dropped.
-
-    Args:
-        buffer: [B, K, S, H].
-        new: [B, T, K, H].
-        starts: int32 [B].
-    """
-    new = to_stored(new, buffer).transpose(0, 2, 1, 3)  # [B, K, T, H]
-    if new.shape[2] > buffer.shape[2]:
-        new = new[:, :, : buffer.shape[2]]
-
-    def write(row: Any, filled: jax.Array) -> jax.Array:
-        block, start = lax.dynamic_slice_in_dim(new, row, 1), starts[row]
-        if new.shape[2] > 1:
-            return _write_clipped(filled, block, row, start)
-        # A full row gets padding only, which must not land on its last token. With `cond`, unlike without, XLA also
-        # writes in place where there is one row and one head.
-        fits = start < filled.shape[2]
-        return lax.cond(fits, lambda: lax.dynamic_update_slice(filled, block, (row, 0, start, 0)), lambda: filled)
-
-    if buffer.shape[0] == 1:
-        return write(0, buffer)
-    return lax.fori_loop(0, buffer.shape[0], write, buffer)
+def empty_recent(config: GPT2Config, batch_size: int, residual: int) -> tuple[Recent, ...]:
+    """The empty float windows of all layers; none where `residual` is 0."""
+    layers = range(config.cache_layers if residual else 0)
+    return tuple(Recent.empty(batch_size, config.kv_heads, residual, config.head_dim) for _ in layers)
 
 
-def _write_clipped(buffer: jax.Array, block: jax.Array, row: Any, start: jax.Array) -> jax.Array:
-    """`dynamic_update_slice` of block [1, K, T, H] that drops what lies past the end instead of moving the start."""
-    _, heads, count, head_dim = block.shape
-    first = jnp.minimum(start, buffer.shape[2] - count)
-    shift = start - first  # > 0 only where padding reaches past the end
-    old = lax.dynamic_slice(buffer, (row, 0, first, 0), (1, heads, count, head_dim))
-    kept = jnp.arange(count)[None, None, :, None] < shift
-    return lax.dynamic_update_slice(buffer, jnp.where(kept, old, jnp.roll(block, shift, axis=2)), (row, 0, first, 0))
+def slots_of(cache: KVCache) -> int:
+    """Slots per row S that a layout of slots has allocated."""
+    return jax.tree.leaves(cache.keys[0])[0].shape[2]
+
+
+def write_slots(cache: Any, layer: int, k: jax.Array, v: jax.Array, starts: jax.Array) -> Any:
+    """A cache with a layer's new tokens [B, T, K, H] in each row's slots from `starts` int32 [B] on."""
+
+    def written(stored: Stored, new: jax.Array) -> Stored:
+        return jax.tree.map(lambda buffer, part: write_rows(buffer, part, starts), stored, cache.codec.encode(new))
+
+    keys = written(cache.keys[layer], k)
+    values = written(cache.values[layer], v)
+    return cache.replace(
+        keys=replace_item(cache.keys, layer, keys),
+        values=replace_item(cache.values, layer, values),
+    )

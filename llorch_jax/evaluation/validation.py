@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llorch_jax.attention import MASKED, KVView, allowed_slots, attention_scores
+from llorch_jax.attention import MASKED, DenseView, allowed_slots, attention_scores
 from llorch_jax.cache.static import StaticCache
 from llorch_jax.checks import check_append
 from llorch_jax.config import GPT2Config
@@ -125,7 +125,7 @@ def _first_block(params: Params, config: GPT2Config, tokens: jax.Array) -> dict[
     logits = run(params, config, tokens, None, probe=probe).logits
     batch, count = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), tokens.shape)
-    view = KVView(seen["k"].transpose(0, 2, 1, 3), seen["v"].transpose(0, 2, 1, 3), positions[:1])
+    view = DenseView(seen["k"].transpose(0, 2, 1, 3), seen["v"].transpose(0, 2, 1, 3), positions[:1])
     scores = attention_scores(seen["q"], view.k, config.attention_scale(0))
     scores = scores.reshape(batch, config.n_head, count, count)
     allowed = jnp.broadcast_to(allowed_slots(positions, view, config.sliding_window), scores.shape)
@@ -153,7 +153,7 @@ def _decoded(params: Params, config: GPT2Config, tokens: jax.Array, new_tokens: 
     logits, cache = decode_step(params, config, tokens[:, -1], cache)
     values = {}
     for layer in range(config.cache_layers):
-        view = cache.read(layer)
+        view = cache.read(layer).dense()
         values[f"03_k_cache_layer{layer:02d}"] = view.k[:, :, :count]
         values[f"03_v_cache_layer{layer:02d}"] = view.v[:, :, :count]
     chosen, gaps = [], []

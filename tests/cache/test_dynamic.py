@@ -40,7 +40,7 @@ LONG = GPT2Config(vocab_size=VOCAB, n_positions=1024, n_embd=3, n_layer=1, n_hea
 
 def filled(cache, seed=0):
     """The cache with a full bucket of random tokens in every row."""
-    layers, heads, head_dim = cache.layout
+    layers, heads, head_dim = cache.dims
     new = np.random.default_rng(seed).normal(size=(2, cache.batch_size, cache.slots, heads, head_dim))
     k, v = jnp.asarray(new, cache.dtype)
     for layer in range(layers):
@@ -51,7 +51,7 @@ def filled(cache, seed=0):
 def test_starts_small_and_has_the_limit_as_its_capacity():
     cache = DynamicCache.init(CONFIGS[0], batch_size=3)
     assert (cache.slots, cache.capacity, cache.batch_size, cache.room()) == (16, POSITIONS, 3, 16)
-    assert cache.layout == StaticCache.init(CONFIGS[0]).layout
+    assert cache.dims == StaticCache.init(CONFIGS[0]).dims
     assert DynamicCache.init(CONFIGS[0], capacity=7).slots == 7
     assert DynamicCache.init(CONFIGS[0], initial=17).slots == 24
     assert DynamicCache.init(CONFIGS[0], initial=999).slots == POSITIONS
@@ -99,7 +99,7 @@ def test_attention_and_memory_follow_the_bucket():
     cache = DynamicCache.init(CONFIGS[0], batch_size=3)
     for count in (16, 17, 30, 64):
         grown = cache.reserve(count)
-        view = grown.read(0)
+        view = grown.read(0).dense()
         assert view.k.shape[2] == view.v.shape[2] == view.positions.shape[1] == bucket(count)
         assert grown.memory_usage() == StaticCache.init(CONFIGS[0], batch_size=3, capacity=bucket(count)).memory_usage()
 
@@ -149,10 +149,10 @@ def test_padding_wider_than_the_bucket_is_dropped():
 
 def test_update_outside_jit_grows():
     cache = filled(DynamicCache.init(SMALL, batch_size=2))
-    k = jnp.ones((2, 3, *cache.layout[1:]))
+    k = jnp.ones((2, 3, *cache.dims[1:]))
     grown = cache.update(0, k, -k)
     assert grown.slots == 24
-    assert np.all(grown.read(0).v[:, :, 16:19] == -1)
+    assert np.all(grown.read(0).dense().v[:, :, 16:19] == -1)
     assert grown.advance(3).lengths.tolist() == [19, 19]
 
 

@@ -5,11 +5,22 @@ import threading
 import jax
 import numpy as np
 import pytest
-from cache_cases import CONFIGS, append_owned, feed, in_chunks, make_batch, make_config, make_params, pointers
+from cache_cases import (
+    CONFIGS,
+    LAYOUT_SPECS,
+    append_owned,
+    feed,
+    in_chunks,
+    make_batch,
+    make_config,
+    make_params,
+    pointers,
+)
 
 from llorch_jax.cache.buffers import CachePool
+from llorch_jax.cache.codecs import CODECS
 from llorch_jax.cache.dynamic import DynamicCache
-from llorch_jax.cache.layouts import STRATEGIES, make_cache, parse_cache_spec
+from llorch_jax.cache.layouts import LAYOUTS, SYNTAX, fit_cache, make_cache, parse_cache_spec
 from llorch_jax.cache.paged.cache import PagedCache
 from llorch_jax.cache.planning import plan_memory
 from llorch_jax.cache.quantized import QuantizedCache
@@ -19,19 +30,23 @@ from llorch_jax.config import GPT2Config
 from llorch_jax.decoding import loop as decoding
 from llorch_jax.errors import CacheError, CapacityError
 
-SPECS = ("static", "dynamic", "rotating:8+2", "paged:8", "int8", "int4")
+SPECS = (*LAYOUT_SPECS.values(), "static:40", "paged:8:40")
 SMALL = make_config(layers=1, heads=2, kv_heads=1, head_dim=5)
 
 
+@pytest.mark.parametrize("codec", [None, *CODECS])
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("config", CONFIGS[3:6])
-def test_plan_equals_the_real_cache(spec, config):
-    for batch_size in (1, 3):
-        plan, cache = plan_memory(config, spec, batch_size=batch_size), make_cache(config, spec, batch_size=batch_size)
+def test_plan_equals_the_real_cache(spec, codec):
+    if codec is not None and spec.startswith("int"):
+        pytest.skip("the name says how it stores")
+    for config, batch_size in ((CONFIGS[3], 1), (CONFIGS[5], 3)):
+        settings = {"batch_size": batch_size, "codec": codec}
+        plan = plan_memory(config, spec, **settings)
+        cache = make_cache(config, spec, **settings)
         assert int(plan) == plan.total == cache.memory_usage() == sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
         assert plan.total == plan.per_layer * config.cache_layers + plan.overhead
         assert plan.per_token * plan.slots == plan.per_layer * config.cache_layers
-        assert (plan.full > plan.total) == (spec == "dynamic")
+        assert (plan.full > plan.total) == spec.startswith("dynamic")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -60,45 +75,63 @@ def test_specifications():
         "rotating:8+0": (RotatingCache, {"window": 8, "sinks": 0}),
         "paged": (PagedCache, {}),
         "paged:64": (PagedCache, {"page_size": 64}),
+        "static:40": (StaticCache, {"capacity": 40}),
+        "paged:16:48": (PagedCache, {"page_size": 16, "capacity": 48}),
         "int8": (QuantizedCache, {"bits": 8}),
+        "int8:40": (QuantizedCache, {"bits": 8, "capacity": 40}),
         "int4": (QuantizedCache, {"bits": 4}),
     }
     for spec, meaning in expected.items():
         assert parse_cache_spec(spec) == meaning
         assert type(make_cache(SMALL, spec if spec != "paged:64" else "paged:16")) is meaning[0]
     parse_cache_spec("int8")[1]["bits"] = 3
-    assert STRATEGIES["int8"][1] == {"bits": 8}
+    assert LAYOUTS["int8"].fixed == {"bits": 8}
+    assert SYNTAX.startswith("static[:CAPACITY], dynamic[:CAPACITY], rotating:WINDOW[+SINKS], paged[:PAGE_SIZE[:CAPA")
+
+
+def test_a_pinned_capacity_is_kept_and_another_follows_the_tokens():
+    assert [fit_cache(SMALL, "static:40", 1, tokens).capacity for tokens in (3, 30)] == [40, 40]
+    assert [fit_cache(SMALL, "static", 1, tokens).capacity for tokens in (3, 30)] == [16, 32]
+    assert fit_cache(SMALL, "paged:8:40", 1, 3, codec="int8").codec.name == "int8"
+    with pytest.raises(CacheError, match=r"cache: expected static\[:CAPACITY\], .*; got 'rotating'"):
+        fit_cache(SMALL, "rotating", 1, 3)
 
 
 WRONG = """
-    Static static:4 rotating rotating: rotating:a rotating:4+ rotating:-4 rotating:4+-1 rotating:٣ paged: paged:1.5
-    int16 int8:4
+    Static static: static:4:4 rotating rotating: rotating:a rotating:4+ rotating:-4 rotating:4+-1 rotating:٣ paged:
+    paged:1.5 int16 int8:4:4 static:99999999999
 """
 
 
 @pytest.mark.parametrize("spec", ["", " static", "static\n", *WRONG.split()])
 def test_unknown_specifications_are_refused(spec):
-    with pytest.raises(CacheError, match=r"cache: expected static, dynamic, rotating:WINDOW, .* got"):
+    with pytest.raises(CacheError, match=r"cache: expected static\[:CAPACITY\], .* got"):
         parse_cache_spec(spec)
 
 
 def test_impossible_settings_are_refused():
-    with pytest.raises(CacheError, match="window from 1 up in 'rotating:0', got 0"):
+    with pytest.raises(CacheError, match="window from 1 to 2147483647 in 'rotating:0', got 0"):
         parse_cache_spec("rotating:0")
-    with pytest.raises(CacheError, match="page_size from 1 up in 'paged:0'"):
+    with pytest.raises(CacheError, match="page_size from 1 to 2147483647 in 'paged:0'"):
         parse_cache_spec("paged:0")
     with pytest.raises(CacheError, match="window: expected a value, RotatingCache cannot do without"):
         plan_memory(SMALL, "rotating")
-    with pytest.raises(CacheError, match="window: StaticCache has batch_size, capacity, dtype; got window=3"):
+    with pytest.raises(
+        CacheError, match="window: StaticCache has batch_size, capacity, dtype, codec, residual; got window=3"
+    ):
         plan_memory(SMALL, window=3)
     with pytest.raises(CacheError, match="capacity: RotatingCache has batch_size, window"):
         plan_memory(SMALL, "rotating:4", capacity=9)
     with pytest.raises(CacheError, match=r"dtype: QuantizedCache has .* got dtype='bfloat16'"):
         plan_memory(SMALL, "int8", dtype="bfloat16")
-    with pytest.raises(CacheError, match="strategy: expected a name or a KVCache class, got <class 'int'>"):
+    with pytest.raises(CacheError, match="cache: expected a name or a KVCache class, got a type"):
         plan_memory(SMALL, int)
     with pytest.raises(CapacityError, match="n_positions=64, got 65"):
         plan_memory(SMALL, capacity=65)
+    with pytest.raises(CacheError, match="codec: expected one of float32, bfloat16, float16, int8, int4; got 'int2'"):
+        plan_memory(SMALL, codec="int2")
+    with pytest.raises(CacheError, match="residual: expected 0 with float32, which is exact anyway, got 4"):
+        plan_memory(SMALL, residual=4)
     assert plan_memory(SMALL, "rotating", window=4).slots == 4
 
 

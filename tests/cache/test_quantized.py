@@ -32,9 +32,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from profiles import examples
 
-from llorch_jax.attention import attend
+from llorch_jax.attention import Queries
 from llorch_jax.cache.base import KVCache
-from llorch_jax.cache.quantized import RESIDUAL, QuantizedCache, dequantize, quantize
+from llorch_jax.cache.codecs import RESIDUAL, dequantize, quantize
+from llorch_jax.cache.quantized import QuantizedCache
 from llorch_jax.cache.static import StaticCache
 from llorch_jax.decoding import loop as decoding
 from llorch_jax.errors import CacheError, CapacityError
@@ -117,18 +118,18 @@ def test_two_codes_share_a_byte(head_dim):
 
 @jax.jit
 def read_first(cache):
-    return cache.read(0)
+    return cache.read(0).dense()
 
 
 @jax.jit
 def add_and_see(cache, k, v, count):
     cache, view = cache.append(0, k, v, count)
-    return cache.advance(count), view
+    return cache.advance(count), view.dense()
 
 
 @jax.jit
 def attended(q, view, positions):
-    return attend(q, view, positions, 1.0)
+    return view.attend(q, Queries(positions), 1.0)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -222,7 +223,7 @@ def test_any_operations_leave_the_newest_exact_and_nothing_stale(setting, operat
 def test_half_precision_tokens_are_kept_as_they_are():
     k = jnp.asarray(vectors("normal", (1, 5, 3, 7), 1.0, 0)).astype("bfloat16")
     cache = make_cache(GROUPED, bits=4, residual=5).update(0, k, k).advance(5)
-    assert np.array_equal(cache.read(0).k[:, :, :5], k.astype("float32").transpose(0, 2, 1, 3))
+    assert np.array_equal(cache.read(0).dense().k[:, :, :5], k.astype("float32").transpose(0, 2, 1, 3))
 
 
 @given(configs(), batches(sizes=(3,)), st.sampled_from([8, 4]), st.data())
@@ -235,7 +236,7 @@ def test_a_residual_over_the_whole_row_equals_the_static_cache(config, batch, bi
     assert_close(logits, static)
     assert_close(logits, uncached(config, batch))
     for layer in range(config.cache_layers):
-        got, expected = np.asarray(cache.read(layer).k), np.asarray(exact.keys[layer])
+        got, expected = np.asarray(cache.read(layer).dense().k), np.asarray(exact.keys[layer])
         for b, length in enumerate(batch.lengths):
             assert_close(got[b, :, :length], expected[b, :, :length])
 
@@ -348,7 +349,7 @@ def test_crop_then_replay_equals_never_having_gone_on():
     rest = [Chunk(1, np.ones(3, np.int32))] * 2
     _, kept = feed(GROUPED, cache.crop(start), batch, rest, start=start)
     for layer in range(2):
-        got, expected = kept.read(layer).k, cache.read(layer).k
+        got, expected = kept.read(layer).dense().k, cache.read(layer).dense().k
         for b, length in enumerate(start):
             assert np.array_equal(got[b, :, length - 3 : length], expected[b, :, length - 3 : length])
             assert_close(got[b, :, length : length + 2], expected[b, :, length : length + 2], 0.05)
@@ -412,7 +413,7 @@ def test_memory_is_counted_exactly():
 def test_settings_can_be_read_back():
     cache = make_cache(GROUPED, 3, bits=4, residual=5)
     assert (cache.bits, cache.residual, cache.capacity, cache.batch_size) == (4, 5, CAPACITY, 3)
-    assert cache.layout == (2, 3, 7)
+    assert cache.dims == (2, 3, 7)
     assert cache.room() == CAPACITY
     assert {leaf.dtype.name for leaf in buffers(cache)} == {"uint8", "float32"}
     default = QuantizedCache.init(GROUPED)
@@ -425,10 +426,10 @@ def test_settings_can_be_read_back():
     [
         ({"bits": 2}, CacheError, "bits: expected 8 or 4, got 2"),
         ({"bits": "8"}, CacheError, "bits: expected 8 or 4, got '8'"),
-        ({"residual": -1}, CacheError, "residual: expected 0 .. capacity=32 tokens, got -1"),
-        ({"residual": 33}, CacheError, "residual: expected 0 .. capacity=32 tokens, got 33"),
-        ({"residual": True}, CacheError, "residual: expected 0 .. capacity=32 tokens, got True"),
-        ({"size": 0}, CacheError, "batch_size: expected 1 or more, got 0"),
+        ({"residual": -1}, CacheError, "residual: expected a whole number in 0 .. 32, got -1"),
+        ({"residual": 33}, CacheError, "residual: expected a whole number in 0 .. 32, got 33"),
+        ({"residual": True}, CacheError, "residual: expected a whole number in 0 .. 32, got True"),
+        ({"size": 0}, CacheError, "batch_size: expected a whole number from 1 up, got 0"),
         ({"capacity": 65}, CapacityError, "capacity: expected 1 .. n_positions=64, got 65"),
     ],
 )

@@ -63,7 +63,7 @@ class DenseCache(StaticCache):
         return cls(full.keys, full.values, full.lengths, ring.window, ring.sinks)
 
     def read(self, layer: int) -> Any:
-        return super().read(layer)._replace(window=self.window, sinks=self.sinks)
+        return super().read(layer).replace(window=self.window, sinks=self.sinks)
 
 
 def make_ring(config, window, sinks=0, batch_size=1, dtype="float32") -> RotatingCache:
@@ -77,7 +77,7 @@ def dense_logits(config, ring: RotatingCache, batch) -> np.ndarray:
 
 def held(cache, layer: int = 0, row: int = 0) -> dict[int, np.ndarray]:
     """The key [K, H] of every position that a row's layer holds; no position may be in two slots."""
-    view = cache.read(layer)
+    view = cache.read(layer).dense()
     found = [(int(p), np.asarray(view.k)[row, :, slot]) for slot, p in enumerate(view.positions[row]) if p >= 0]
     assert len(dict(found)) == len(found), "positions: expected each in one slot"
     return dict(found)
@@ -85,7 +85,7 @@ def held(cache, layer: int = 0, row: int = 0) -> dict[int, np.ndarray]:
 
 def constant_tokens(cache, count: int, first: int) -> tuple[jax.Array, jax.Array]:
     """Keys [B, count, K, H] filled with each token's position + 1, and values with the negative of that."""
-    _, heads, head_dim = cache.layout
+    _, heads, head_dim = cache.dims
     numbers = jnp.arange(first + 1, first + count + 1, dtype=jnp.float32)[None, :, None, None]
     k = jnp.broadcast_to(numbers, (cache.batch_size, count, heads, head_dim))
     return k, -k
@@ -95,7 +95,7 @@ def written(cache, *counts: int):
     """The cache with appends of so many constant tokens."""
     for count in counts:
         k, v = constant_tokens(cache, count, int(cache.lengths[0]))
-        for layer in range(cache.layout[0]):
+        for layer in range(cache.dims[0]):
             cache = cache.update(layer, k, v)
         cache = cache.advance(count)
     return cache
@@ -402,7 +402,7 @@ class TestLimits:
             ({"window": True}, "window: expected 1 or more tokens, got True"),
             ({"window": 4, "sinks": -1}, r"sinks: expected 0 \.\. 63 tokens .*got -1"),
             ({"window": 4, "sinks": POSITIONS}, r"sinks: expected 0 \.\. 63 tokens \(n_positions=64\), got 64"),
-            ({"window": 4, "batch_size": 0}, "batch_size: expected 1 or more, got 0"),
+            ({"window": 4, "batch_size": 0}, "batch_size: expected a whole number from 1 up, got 0"),
             ({"window": 4, "dtype": "int8"}, "dtype: expected one of float32, bfloat16, float16; got 'int8'"),
         ],
     )

@@ -10,6 +10,7 @@ import pytest
 from cache_cases import make_config
 from profiles import whole
 
+from llorch_jax.attention import Queries
 from llorch_jax.cache import concat, load_cache, make_cache, save_cache, split
 from llorch_jax.errors import CacheError, CapacityError
 
@@ -34,9 +35,8 @@ def append(cache, numbers, count):
     k = jnp.stack([numbers, numbers / 2], axis=-1)[:, :, None]
     for layer in range(2):
         cache, view = cache.append(layer, k + layer, -k, count)
-        voters = cache.voters(numbers.shape[1], count)
-        if voters is not None:  # all slots alike
-            cache = cache.observe(layer, jnp.ones(view.k.shape[:3]))
+        positions = cache.lengths[:, None] + jnp.arange(numbers.shape[1], dtype=jnp.int32)[None]
+        cache = cache.observe(layer, jnp.zeros_like(k), view, Queries(positions, count), 1.0)  # all slots alike
     return cache.advance(count)
 
 

@@ -27,11 +27,11 @@ def test_update_writes_behind_each_rows_end_and_advance_counts():
     more_k, more_v = tokens_of(2, 2, start=100.0)
     after = cache.update(0, more_k, more_v).update(1, more_v, more_k).advance(2)
     np.testing.assert_array_equal(after.lengths, [5, 3])
-    np.testing.assert_array_equal(after.read(0).k[0, :, 3:5], more_k[0].swapaxes(0, 1))
-    np.testing.assert_array_equal(after.read(0).k[1, :, :1], k[1, :1].swapaxes(0, 1))
-    np.testing.assert_array_equal(after.read(1).v[1, :, 1:3], more_k[1].swapaxes(0, 1))
+    np.testing.assert_array_equal(after.read(0).dense().k[0, :, 3:5], more_k[0].swapaxes(0, 1))
+    np.testing.assert_array_equal(after.read(0).dense().k[1, :, :1], k[1, :1].swapaxes(0, 1))
+    np.testing.assert_array_equal(after.read(1).dense().v[1, :, 1:3], more_k[1].swapaxes(0, 1))
     np.testing.assert_array_equal(cache.lengths, [3, 1])  # the parent is as it was
-    np.testing.assert_array_equal(cache.read(0).k[0, :, 3:], 0)
+    np.testing.assert_array_equal(cache.read(0).dense().k[0, :, 3:], 0)
 
 
 def test_crop_clear_select():
@@ -51,7 +51,7 @@ def test_memory_usage_is_exact(dtype, itemsize):
     cache = lj.StaticCache.init(CONFIG, batch_size=3, capacity=8, dtype=dtype)
     assert cache.memory_usage() == 2 * 2 * 3 * 2 * 8 * 3 * itemsize + 3 * 4
     assert cache.memory_usage() == sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
-    assert (cache.capacity, cache.batch_size, cache.layout) == (8, 3, (2, 2, 3))
+    assert (cache.capacity, cache.batch_size, cache.dims) == (8, 3, (2, 2, 3))
 
 
 @examples(25)
@@ -74,7 +74,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("settings", "error", "message"),
         [
-            ({"batch_size": 0}, lj.CacheError, r"batch_size: expected 1 or more, got 0"),
+            ({"batch_size": 0}, lj.CacheError, r"batch_size: expected a whole number from 1 up, got 0"),
             ({"capacity": 0}, lj.CapacityError, r"capacity: expected 1 \.\. n_positions=16, got 0"),
             ({"capacity": 17}, lj.CapacityError, r"capacity: expected 1 \.\. n_positions=16, got 17"),
             ({"dtype": "int8"}, lj.CacheError, r"dtype: expected one of float32, bfloat16, float16; got 'int8'"),

@@ -9,12 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from llorch_jax.attention import KVView
+from llorch_jax.attention import KVView, Queries, attention_mass
 from llorch_jax.buckets import bucket
-from llorch_jax.cache.base import KVCache, active_rows, check_rows, check_sizes, cropped, join_rows, replace_item
-from llorch_jax.cache.codecs.floats import dtype_of, from_stored
-from llorch_jax.cache.evicting.policies import AttentionSinks, Policy, check_settings, votes_asked
-from llorch_jax.cache.static import empty_slots, write_rows
+from llorch_jax.cache.axes import array, grow_slots, setting
+from llorch_jax.cache.base import KVCache, replace_item
+from llorch_jax.cache.codecs import Codec, Stored, make_codec, residual_of
+from llorch_jax.cache.evicting.policies import AttentionSinks, Policy, check_settings, remembers, votes_asked
+from llorch_jax.cache.recent import Recent
+from llorch_jax.cache.room import active_rows, check_sizes, cropped
+from llorch_jax.cache.static import empty_slots, slots_of, write_slots
+from llorch_jax.cache.views import SlotView
 from llorch_jax.config import GPT2Config
 from llorch_jax.errors import CacheError
 from llorch_jax.tracing import is_concrete
@@ -22,7 +26,7 @@ from llorch_jax.tracing import is_concrete
 SLACK = 32
 
 
-@struct.dataclass
+@struct.dataclass(repr=False)
 class EvictingCache(KVCache):
     """Keys and values of the tokens that a policy keeps, each head its own; see `policies`.
 
@@ -35,30 +39,33 @@ class EvictingCache(KVCache):
     `seen` tokens; the later ones hold the positions from `seen` on.
 
     Attributes:
-        keys: L arrays [B, K, S, H].
-        values: L arrays [B, K, S, H].
+        keys: L times stored keys [B, K, S, ...].
+        values: L times stored values.
         origins: L arrays int32 [B, K, S], the position of what an eviction left in a slot.
         votes: L arrays float32 [B, K, S], attention that the tokens have received; none where the policy asks for none.
         lengths: int32 [B], tokens that each row has seen; the next one gets this position.
         kept: int32 [B].
         seen: int32 [B].
+        recent, codec: as in `StaticCache`.
         policy: what to keep.
         budget: tokens that a row and head has after an eviction, at most.
         slack: how many more it may have before the next one.
         limit: tokens that a row can ever see, the model's n_positions.
     """
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
-    origins: tuple[jax.Array, ...]
-    votes: tuple[jax.Array, ...]
-    lengths: jax.Array
-    kept: jax.Array
-    seen: jax.Array
-    policy: Policy = struct.field(pytree_node=False)
-    budget: int = struct.field(pytree_node=False)
-    slack: int = struct.field(pytree_node=False)
-    limit: int = struct.field(pytree_node=False)
+    keys: tuple[Stored, ...] = array("BKS")
+    values: tuple[Stored, ...] = array("BKS")
+    origins: tuple[jax.Array, ...] = array("BKS")
+    votes: tuple[jax.Array, ...] = array("BKS")
+    lengths: jax.Array = array("B")
+    kept: jax.Array = array("B")
+    seen: jax.Array = array("B")
+    recent: tuple[Recent, ...] = ()
+    codec: Codec = setting(kw_only=True)
+    policy: Policy = setting(kw_only=True)
+    budget: int = setting(kw_only=True)
+    slack: int = setting(kw_only=True)
+    limit: int = setting(kw_only=True)
 
     @classmethod
     def init(
@@ -70,6 +77,8 @@ class EvictingCache(KVCache):
         policy: Policy | None = None,
         slack: int = SLACK,
         dtype: Any = "float32",
+        codec: Any = None,
+        residual: int | None = None,
     ) -> Self:
         """An empty cache.
 
@@ -79,19 +88,22 @@ class EvictingCache(KVCache):
             budget: tokens that an eviction leaves, 1 or more. One that reaches past n_positions keeps everything.
             policy: what it leaves; `AttentionSinks()` by default. A function of your own must be hashable.
             slack: tokens from one eviction to the next, 1 or more.
-            dtype: of keys and values as stored: float32, bfloat16 or float16. Attention computes in float32.
+            dtype, codec, residual: how keys and values are stored; as in `StaticCache.init`.
 
         Raises:
-            CacheError: the batch size, budget, policy, slack or dtype is impossible.
+            CacheError: the batch size, budget, policy, slack, dtype, codec or residual is impossible.
         """
         policy = AttentionSinks() if policy is None else policy
         check_sizes(config, batch_size, config.n_positions)
         check_settings(policy, budget, slack)
         budget = min(budget, config.n_positions)
-        slots, layers = min(budget + slack, config.n_positions), config.cache_layers
+        slots = min(budget + slack, config.n_positions)
+        layers = config.cache_layers
         shape = (batch_size, config.kv_heads, slots)
+        stored_as = make_codec(codec, config.head_dim, dtype)
+        window = residual_of(stored_as, residual, slots)
         return cls(
-            **empty_slots(config, batch_size, slots, dtype),
+            **empty_slots(config, batch_size, slots, stored_as, window),
             origins=tuple(jnp.zeros(shape, jnp.int32) for _ in range(layers)),
             votes=tuple(jnp.zeros(shape, jnp.float32) for _ in range(layers if votes_asked(policy) != 0 else 0)),
             kept=jnp.zeros(batch_size, jnp.int32),
@@ -103,27 +115,13 @@ class EvictingCache(KVCache):
         )
 
     @property
-    def batch_size(self) -> int:
-        return self.keys[0].shape[0]
-
-    @property
     def capacity(self) -> int:
         return self.limit
 
     @property
     def slots(self) -> int:
         """Slots per row S that are allocated; more than `budget + slack` while a long prompt is in."""
-        return self.keys[0].shape[2]
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """Of keys and values: float32, bfloat16 or float16."""
-        return dtype_of(self.keys[0])
-
-    @property
-    def layout(self) -> tuple[int, int, int]:
-        _, heads, _, head_dim = self.keys[0].shape
-        return len(self.keys), heads, head_dim
+        return slots_of(self)
 
     @property
     def held(self) -> jax.Array:
@@ -131,30 +129,34 @@ class EvictingCache(KVCache):
         return self.kept + self.lengths - self.seen
 
     @property
-    def slots_in_jit(self) -> int:
-        return self.slots
-
-    @property
     def full_slots(self) -> int:
         """How many tokens a row may hold before an eviction."""
         return min(self.budget + self.slack, self.limit)
 
-    def _write(self, layer: int, k: jax.Array, v: jax.Array, count: Any) -> Self:
-        votes, queries = self.votes, votes_asked(self.policy)
-        if queries and k.shape[1] >= queries:  # only the newest vote, so those before have no longer a say
-            new = jnp.broadcast_to(jnp.asarray(k.shape[1] if count is None else count, jnp.int32), self.lengths.shape)
-            votes = replace_item(votes, layer, jnp.where((new >= queries)[:, None, None], 0, votes[layer]))
-        return self.replace(
-            votes=votes,
-            keys=replace_item(self.keys, layer, write_rows(self.keys[layer], k, self.held)),
-            values=replace_item(self.values, layer, write_rows(self.values[layer], v, self.held)),
-        )
+    def can_roll_back(self, count: Any) -> bool:
+        """As `KVCache.can_roll_back`: not where tokens would be evicted, or where queries vote."""
+        return not self.votes and bool(np.all(np.asarray(self.held) + np.asarray(count) <= self.full_slots))
 
-    def read(self, layer: int) -> KVView:
+    def keeps_all(self, tokens: int) -> bool:
+        return tokens <= self.full_slots
+
+    def _slots_for_tokens(self) -> int:
+        return self.slots
+
+    def _write(self, layer: int, k: jax.Array, v: jax.Array, count: Any) -> Self:
+        cache = write_slots(self, layer, k, v, self.held)
+        queries = votes_asked(self.policy)
+        if not queries or k.shape[1] < queries:
+            return cache
+        # Only the newest queries vote, and here they are all new: those before have no longer a say.
+        outvoted = (self._counts(k, count) >= queries)[:, None, None]
+        return cache.replace(votes=replace_item(self.votes, layer, jnp.where(outvoted, 0, self.votes[layer])))
+
+    def read(self, layer: int) -> SlotView:
         slot = jnp.arange(self.slots, dtype=jnp.int32)[None, None]
         later = slot + (self.seen - self.kept)[:, None, None]
         positions = jnp.where(slot < self.kept[:, None, None], self.origins[layer], later)
-        return KVView(from_stored(self.keys[layer]), from_stored(self.values[layer]), positions)
+        return SlotView(self.keys[layer], self.values[layer], positions, self._exact(layer), codec=self.codec)
 
     def held_positions(self) -> jax.Array:
         first = self.read(0).positions
@@ -163,21 +165,25 @@ class EvictingCache(KVCache):
             same &= jnp.all(self.read(layer).positions == first[:, :1], axis=1)
         return jnp.where(same, first[:, 0], -1)
 
-    def voters(self, new: int, count: Any) -> jax.Array | None:
-        queries = votes_asked(self.policy)
-        if queries == 0:
-            return None
-        ends = jnp.broadcast_to(jnp.asarray(new if count is None else count, jnp.int32), self.lengths.shape)
-        voting = new if queries is None else min(queries, new)
-        return ends[:, None] - 1 - jnp.arange(voting, dtype=jnp.int32)[None]
+    def observe(self, layer: int, q: jax.Array, view: KVView, queries: Queries, scale: float) -> Self:
+        """Adds the attention that slots receive from the queries that vote; see `policies`."""
+        asked = votes_asked(self.policy)
+        if asked == 0:
+            return self
+        new = q.shape[1]
+        voting = new if asked is None else min(asked, new)
+        ends = self._counts(q, queries.count)[:, None]
+        voters = ends - 1 - jnp.arange(voting, dtype=jnp.int32)[None]  # the newest ones, int32 [B, voting]
+        mass = attention_mass(q, view.dense(), queries, scale, voters)
+        # The view of a first append shows its own tokens only, which are in the first slots.
+        votes = self.votes[layer]
+        mass = jnp.pad(mass, ((0, 0), (0, 0), (0, max(0, self.slots - mass.shape[2]))))[..., : self.slots]
+        return self.replace(votes=replace_item(self.votes, layer, votes + mass))
 
-    def observe(self, layer: int, mass: jax.Array) -> Self:
-        return self.replace(votes=replace_item(self.votes, layer, self.votes[layer] + mass))
-
-    def reserve(self, count: Any) -> Self:
+    def reserve(self, count: Any, *, lengths: Any = None, pinned: Any = ()) -> Self:
         """The cache with room for `count` (int or int32 [B]) more tokens per row, after evicting what must go.
 
-        Call it on the host; in `jit` it does nothing.
+        Call it on the host; in `jit` it does nothing. What rows hold is read from the device.
 
         Raises:
             CapacityError: a row would be longer than the limit.
@@ -194,17 +200,11 @@ class EvictingCache(KVCache):
         return cache._with_slots(bucket(needed, self.limit)) if needed > cache.slots else cache
 
     def room(self, active: Any = None) -> int:
+        if not is_concrete(self.lengths):
+            return self.slots
         longest = int(np.max(active_rows(self.lengths, active)))
         fullest = int(np.max(active_rows(self.held, active)))
         return max(0, min(self.limit - longest, min(self.full_slots, self.slots) - fullest))
-
-    def can_roll_back(self, count: Any) -> bool:
-        """As `KVCache.can_roll_back`: not where tokens would be evicted, or where queries vote."""
-        return not self.votes and bool(np.all(np.asarray(self.held) + np.asarray(count) <= self.full_slots))
-
-    def advance(self, count: Any) -> Self:
-        self.check_room(count)
-        return self.replace(lengths=self.lengths + jnp.asarray(count, jnp.int32))
 
     def crop(self, length: Any) -> Self:
         """As `KVCache.crop`: back to where a row was at its last eviction, or to nothing.
@@ -222,24 +222,24 @@ class EvictingCache(KVCache):
         left = jnp.arange(self.slots, dtype=jnp.int32)[None] < cache.held[:, None]
         return cache.replace(votes=tuple(jnp.where(left[:, None], votes, 0) for votes in self.votes))
 
-    def select(self, rows: Any) -> Self:
-        index = check_rows(rows, self.batch_size)
-        return jax.tree.map(lambda array: jnp.take(array, index, axis=0), self)
+    def insert(self, slots: Any, source: Self) -> Self:
+        """As `KVCache.insert`; outside `jit` the buffers grow to the source's size first."""
+        return KVCache.insert(self._with_slots(source.slots), slots, source)
 
     def join(self, others: Sequence[Self]) -> Self:
         """As `KVCache.join`; what a long prompt has enlarged may differ."""
-        caches = (self, *others)
-        slots = max(cache.slots for cache in caches)
-        return join_rows([cache._with_slots(slots) for cache in caches])
+        slots = max(cache.slots for cache in (self, *others))
+        return KVCache.join(self._with_slots(slots), [cache._with_slots(slots) for cache in others])
 
     def allocation(self) -> Hashable:
         """As `KVCache.allocation`; the present size of the buffers does not matter."""
-        return jax.tree.structure(self), self.batch_size, self.layout, self.keys[0].dtype.name
+        return jax.tree.structure(self), self.batch_size, self.dims, self.residual
 
     def _check_intact(self, lengths: Any) -> None:
         if not is_concrete(lengths, self.seen):
             return
-        known, seen = np.asarray(lengths), np.asarray(self.seen)
+        known = np.asarray(lengths)
+        seen = np.asarray(self.seen)
         lost = (known > 0) & (known < seen)
         if lost.any():
             row = int(np.argmax(lost))
@@ -261,24 +261,18 @@ class EvictingCache(KVCache):
 
     def _with_slots(self, slots: int) -> Self:
         """The cache with at least so many slots per row."""
-
-        def grown(array: jax.Array) -> jax.Array:
-            more = [(0, 0)] * array.ndim
-            more[2] = (0, max(0, slots - array.shape[2]))
-            return jnp.pad(array, more)
-
-        fields = ("keys", "values", "origins", "votes")
-        return self.replace(**{name: tuple(grown(array) for array in getattr(self, name)) for name in fields})
+        return grow_slots(self, slots)
 
 
 @jax.jit
 def _choose(cache: EvictingCache) -> jax.Array:
     """What the policy keeps, int32 [L, B, K, budget]."""
     slot = jnp.arange(cache.slots, dtype=jnp.int32)[None, None]
-    filled, chosen = slot < cache.held[:, None, None], []
-    for layer, keys in enumerate(cache.keys):
+    filled = slot < cache.held[:, None, None]
+    chosen = []
+    for layer, origins in enumerate(cache.origins):
         positions = jnp.where(filled, cache.read(layer).positions, -1)
-        votes = cache.votes[layer] if cache.votes else jnp.zeros(keys.shape[:3], jnp.float32)
+        votes = cache.votes[layer] if cache.votes else jnp.zeros(origins.shape, jnp.float32)
         chosen.append(cache.policy(votes, positions, cache.lengths, min(cache.budget, cache.slots)))
     return jnp.stack(chosen)
 
@@ -291,16 +285,20 @@ def _compact(cache: EvictingCache, chosen: jax.Array, full: jax.Array, slots: in
     unchanged = jnp.arange(slots, dtype=jnp.int32)[None, None, None]
     chosen = jnp.where(full[None, :, None, None], chosen, unchanged)  # [L, B, K, S']
 
-    def taken(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def taken(layers: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The chosen slots of each layer's arrays [B, K, S, ...]; of none where there is nothing."""
+
+        def take(index: jax.Array, array: jax.Array) -> jax.Array:
+            return jnp.take_along_axis(array, index if array.ndim == 3 else index[..., None], axis=2)
+
         return tuple(
-            jnp.take_along_axis(array, index if array.ndim == 3 else index[..., None], axis=2)
-            for array, index in zip(arrays, chosen, strict=bool(arrays))
+            jax.tree.map(partial(take, index), arrays) for arrays, index in zip(layers, chosen, strict=bool(layers))
         )
 
     positions = tuple(cache.read(layer).positions for layer in range(len(cache.keys)))
     kept = jnp.where(full, jnp.minimum(cache.held, cache.budget), cache.kept)
-    remembers = getattr(cache.policy, "remembers", False)
-    left = full[:, None, None] & ((jnp.arange(slots)[None, None] >= kept[:, None, None]) | (not remembers))
+    forgets = not remembers(cache.policy)
+    left = full[:, None, None] & ((jnp.arange(slots)[None, None] >= kept[:, None, None]) | forgets)
     return cache.replace(
         keys=taken(cache.keys),
         values=taken(cache.values),

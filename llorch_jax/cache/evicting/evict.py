@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from llorch_jax.cache.base import KVCache
-from llorch_jax.cache.codecs.floats import as_bits
 from llorch_jax.cache.evicting.cache import SLACK, EvictingCache
 from llorch_jax.cache.evicting.policies import (
     AttentionSinks,
@@ -46,7 +45,7 @@ def evict(
     check_settings(policy, budget, slack)
     if not is_concrete(cache):
         raise CacheError("evict: expected a cache outside jit, got a traced one")
-    if not cache.in_order:
+    if not (isinstance(cache, EvictingCache) or cache.keeps_all(cache.capacity)):
         raise CacheError(f"evict: expected a cache that keeps all tokens or evicts them, got a {type(cache).__name__}")
     budget = min(budget, cache.capacity)
     whole = _as_evicting(cache, policy, budget, slack, _checked_votes(cache, policy, votes))
@@ -61,14 +60,19 @@ def _as_evicting(
     settings: dict[str, Any] = {"policy": policy, "budget": budget, "slack": slack, "votes": votes}
     if isinstance(cache, EvictingCache):
         return cache.replace(**settings)
-    views = [cache.read(layer) for layer in range(cache.layout[0])]
+    views = [cache.read(layer) for layer in range(cache.dims[0])]
+    stored = [view.slots() for view in views]  # as they are: encoding anew would round again
+    batch, heads = cache.batch_size, cache.dims[1]
+    slots = views[0].positions.shape[-1]
     return EvictingCache(
-        keys=tuple(as_bits(view.k) for view in views),
-        values=tuple(as_bits(view.v) for view in views),
-        origins=tuple(jnp.zeros(view.k.shape[:3], jnp.int32) for view in views),
-        lengths=cache.lengths,
+        keys=tuple(keys for keys, _ in stored),
+        values=tuple(values for _, values in stored),
+        origins=tuple(jnp.zeros((batch, heads, slots), jnp.int32) for _ in views),
+        lengths=jnp.copy(cache.lengths),  # of their own, as the result may be donated
         kept=jnp.zeros_like(cache.lengths),
         seen=jnp.zeros_like(cache.lengths),
+        recent=jax.tree.map(jnp.copy, cache.recent),
+        codec=cache.codec,
         limit=cache.capacity,
         **settings,
     )
@@ -79,7 +83,8 @@ def _checked_votes(cache: KVCache, policy: Policy, votes: tuple[jax.Array, ...] 
         return ()
     if votes is None and isinstance(cache, EvictingCache):
         votes = cache.votes
-    expected = [list(cache.read(layer).k.shape[:3]) for layer in range(cache.layout[0])]
+    layers, heads, _ = cache.dims
+    expected = [[cache.batch_size, heads, cache.read(layer).positions.shape[-1]] for layer in range(layers)]
     got = [list(array.shape) for array in votes or ()]
     if got != expected:
         raise CacheError(

@@ -138,6 +138,11 @@ def votes_asked(policy: Policy) -> int | None:
     return getattr(policy, "queries", 0)
 
 
+def remembers(policy: Policy) -> bool:
+    """Whether votes outlast an eviction."""
+    return bool(getattr(policy, "remembers", False))
+
+
 def check_settings(policy: Any, budget: Any, slack: Any) -> None:
     """Raises CacheError for what cannot be a policy, a budget or a slack."""
     if not callable(policy) or isinstance(policy, type):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from llorch_jax.buckets import bucket
-from llorch_jax.cache.base import active_rows
+from llorch_jax.cache.room import active_rows
 from llorch_jax.errors import CapacityError
 
 
@@ -41,9 +41,10 @@ class PageBook:
     Reference counts are not kept but counted from the tables, so that they cannot go wrong.
 
     Attributes:
-        tables: int32 [B, N], page of each block of page_size positions; -1 behind a row's last page.
+        tables: int32 [B, N], page of each block of page_size positions; -1 after a row's last page.
         sources: int32 [B], page that is copied into the row's last one before the next write; -1 for none.
         lengths: int32 [B].
+        pinned: int [M], pages that are not free although no row names them.
         page_size: slots per page.
         num_pages: pages of the pool P.
         capacity: the largest number of tokens of a row.
@@ -52,6 +53,7 @@ class PageBook:
     tables: np.ndarray
     sources: np.ndarray
     lengths: np.ndarray
+    pinned: np.ndarray
     page_size: int
     num_pages: int
     capacity: int
@@ -71,10 +73,13 @@ class PageBook:
         free = self._free(keep(self.tables, self.filled)).size
         needed = int(np.sum(needs - self.filled) + np.sum(self._copying(count)))
         if needed > free:
-            raise CapacityError(
-                f"cache: {needed} pages of {self.page_size} tokens are needed and {free} of {self.num_pages} are free; "
-                "drop rows, crop them, or make the cache with a larger num_pages"
-            )
+            self._raise_short(needed, free)
+
+    def _raise_short(self, needed: int, free: int) -> None:
+        raise CapacityError(
+            f"cache: {needed} pages of {self.page_size} tokens are needed and {free} of {self.num_pages} are free; "
+            "free rows, crop them, or make the cache with a larger num_pages"
+        )
 
     def reserve(self, count: Any) -> tuple[np.ndarray, np.ndarray]:
         """Tables int32 [B, N'] and sources int32 [B] with which every row can be given `count` more tokens.
@@ -99,9 +104,21 @@ class PageBook:
         tables[rows, last] = rest[: rows.size]
         return tables, sources
 
+    def free_pages(self, count: int) -> np.ndarray:
+        """int32 [count], pages that nothing names.
+
+        Raises:
+            CapacityError: there are fewer.
+        """
+        free = self._free(self.tables)
+        if free.size < count:
+            self._raise_short(count, free.size)
+        return free[:count]
+
     def room(self, active: Any = None) -> int:
         """How many tokens the active rows, bool [B], can be given: the slots of their own pages after their ends."""
-        owned, references = self._owned(), self.references(self.tables)
+        owned = self._owned()
+        references = self.references(self.tables)
         ends = np.minimum(np.sum(owned >= 0, axis=1) * self.page_size, self.capacity)
         last = self._last()
         shared = (last >= 0) & (references[last] > 1)
@@ -151,10 +168,11 @@ class PageBook:
         """The pages that neither these tables name nor a copy still needs, in order."""
         references = self.references(tables)
         references[self.sources[self.sources >= 0]] += 1
+        references[self.pinned] += 1
         return np.flatnonzero(references == 0).astype(np.int32)
 
     def _owned(self) -> np.ndarray:
-        """The tables without pages behind a row's end that other rows name too."""
+        """The tables without pages after a row's end that other rows name too."""
         columns = np.arange(self.tables.shape[1])
         foreign = (columns >= self.filled[:, None]) & (self.references(self.tables)[self.tables] > 1)
         foreign &= self.tables >= 0

@@ -1,4 +1,4 @@
-"""Arrays of pages: writing, copying and joining them. No bookkeeping: see `pages` and `paged`."""
+"""Arrays of pages: writing, copying, gathering and joining them. No bookkeeping: see `allocator` and `cache`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-Arrays = tuple[jax.Array, ...]
+Pools = Any  # a pytree of arrays [P, K, page_size, X]
 
 
 def copy_pages(pool: jax.Array, sources: jax.Array, targets: jax.Array) -> jax.Array:
@@ -29,8 +29,8 @@ def write_pages(pool: jax.Array, new: jax.Array, tables: jax.Array, starts: jax.
     It takes one token after the other, real ones only: a plain update of a slice is all that XLA never copies for.
 
     Args:
-        pool: [P, K, page_size, H].
-        new: [B, T, K, H], of the pool's dtype.
+        pool: [P, K, page_size, X].
+        new: [B, T, K, X], of the pool's dtype.
         tables: int32 [B, N]; tokens for which there is no page are dropped.
         starts: int32 [B].
         counts: int32 [B], at most T.
@@ -51,35 +51,53 @@ def write_pages(pool: jax.Array, new: jax.Array, tables: jax.Array, starts: jax.
     return write_row(0, pool) if batch == 1 else lax.fori_loop(0, batch, write_row, pool)
 
 
-def join_pools(
-    pools: Sequence[tuple[Arrays, Arrays]], tables: Sequence[jax.Array], most: int
-) -> tuple[Arrays, Arrays, jax.Array]:
-    """One pool for the rows of several caches: keys, values, and block tables int32 [B, N] below one another.
+def gather_pages(pool: jax.Array, pages: jax.Array) -> jax.Array:
+    """The slots of the pages int32 [B, N], in order: [B, K, N * page_size, X] of a pool [P, K, page_size, X]."""
+    found = pool.at[pages].get(mode="promise_in_bounds").swapaxes(1, 2)  # [B, K, N, page_size, X]
+    return found.reshape(*found.shape[:2], -1, found.shape[4])
 
-    Pools that are the same arrays stay as they are: a write would have made other arrays of them.
+
+def put_pages(pools: Pools, pages: np.ndarray, source: Pools, taken: np.ndarray) -> Pools:
+    """The pools with pages `taken` int [M] of the source's in place of their own pages `pages` int [M]."""
+
+    def put(pool: jax.Array, other: jax.Array) -> jax.Array:
+        return pool.at[pages].set(jnp.take(other, taken, axis=0))
+
+    return jax.tree.map(put, pools, source)
+
+
+def same_arrays(first: Pools, second: Pools) -> bool:
+    """Whether two trees hold the very same arrays: a write would have made other ones."""
+    pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
+    return all(one is other for one, other in pairs)
+
+
+def join_pools(pools: Sequence[Pools], tables: Sequence[jax.Array], most: int) -> tuple[Pools, jax.Array]:
+    """One pool for the rows of several caches, and their block tables int32 [B, N] below one another.
+
+    Pools that are the same arrays stay as they are.
 
     Args:
-        pools: keys and values of each cache, L arrays [P, K, page_size, H].
+        pools: of each cache.
         tables: of each cache, int32 [B, N]; -1 for no page.
         most: pages that the new pool needs at most.
     """
     columns = max(table.shape[1] for table in tables)
     known = [np.pad(table, ((0, 0), (0, columns - table.shape[1])), constant_values=-1) for table in tables]
-    keys, values = pools[0]
-    if all(ours is other for pool in pools for ours, other in zip((*keys, *values), (*pool[0], *pool[1]), strict=True)):
-        return keys, values, jnp.asarray(np.concatenate(known))
-    sizes = [pool[0][0].shape[0] for pool in pools]
+    if all(same_arrays(each, pools[0]) for each in pools):
+        return pools[0], jnp.asarray(np.concatenate(known))
+    sizes = [jax.tree.leaves(each)[0].shape[0] for each in pools]
     named = [np.unique(table[table >= 0]) for table in known]
-    total = max(sum(page.size for page in named), min(sum(sizes), max(*sizes, most)))
+    # As many free pages as there were, but no more than all rows could ever use.
+    total = max(sum(pages.size for pages in named), min(sum(sizes), max(*sizes, most)))
     starts = np.cumsum([0, *(pages.size for pages in named)])
     moved = [
         np.where(table >= 0, np.searchsorted(pages, table) + start, -1)
         for table, pages, start in zip(known, named, starts[:-1], strict=True)
     ]
 
-    def gathered(arrays: Sequence[jax.Array]) -> jax.Array:
+    def gathered(*arrays: jax.Array) -> jax.Array:
         used = jnp.concatenate([jnp.take(array, pages, axis=0) for array, pages in zip(arrays, named, strict=True)])
         return jnp.pad(used, ((0, total - used.shape[0]), (0, 0), (0, 0), (0, 0)))
 
-    new_keys, new_values = (tuple(map(gathered, zip(*(pool[kind] for pool in pools), strict=True))) for kind in (0, 1))
-    return new_keys, new_values, jnp.asarray(np.concatenate(moved), jnp.int32)
+    return jax.tree.map(gathered, *pools), jnp.asarray(np.concatenate(moved), jnp.int32)

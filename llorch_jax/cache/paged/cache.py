@@ -8,19 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from llorch_jax.attention import KVView
-from llorch_jax.cache.base import KVCache, check_rows, check_sizes, cropped, replace_item
-from llorch_jax.cache.codecs.floats import dtype_of, from_stored, to_stored, zeros
+from llorch_jax.cache.axes import array, setting
+from llorch_jax.cache.base import KVCache, replace_item
+from llorch_jax.cache.codecs import Codec, Stored, make_codec, residual_of
 from llorch_jax.cache.paged.allocator import PageBook, PageStats, blocks
-from llorch_jax.cache.paged.arrays import copy_pages, join_pools, write_pages
+from llorch_jax.cache.paged.arrays import copy_pages, join_pools, put_pages, same_arrays, write_pages
+from llorch_jax.cache.paged.view import PagedView
+from llorch_jax.cache.recent import Recent
+from llorch_jax.cache.room import check_rows, check_sizes, cropped
+from llorch_jax.cache.static import empty_recent
 from llorch_jax.config import GPT2Config
 from llorch_jax.errors import CacheError, CapacityError
-from llorch_jax.tracing import is_concrete
+from llorch_jax.tracing import is_concrete, whole
 
 PAGE_SIZE = 32
 
 
-@struct.dataclass
+@struct.dataclass(repr=False)
 class PagedCache(KVCache):
     """Keys and values in pages of a fixed size; a row's block table names its pages in order (Kwon et al. 2023, 4).
 
@@ -34,21 +38,24 @@ class PagedCache(KVCache):
     In `jit`, no page can be allocated: rows that were selected or forked there must pass `reserve` before they write.
 
     Attributes:
-        keys: L arrays [P, K, page_size, H]; bfloat16 as its bits, uint16; see `storage`.
-        values: L arrays [P, K, page_size, H], likewise.
-        tables: int32 [B, N], the page of each block of page_size positions; -1 behind a row's last page. N grows in
+        keys: L times stored keys [P, K, page_size, ...].
+        values: L times stored values.
+        tables: int32 [B, N], the page of each block of page_size positions; -1 after a row's last page. N grows in
             few steps with the longest row: attention costs N * page_size slots per row.
         sources: int32 [L, B], page that a layer's next write copies into the row's last page first; -1 for none.
         lengths: int32 [B], tokens in each row.
+        recent, codec: as in `StaticCache`.
         limit: the largest number of tokens of a row.
     """
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
-    tables: jax.Array
-    sources: jax.Array
-    lengths: jax.Array
-    limit: int = struct.field(pytree_node=False)
+    keys: tuple[Stored, ...] = array("PKC")
+    values: tuple[Stored, ...] = array("PKC")
+    tables: jax.Array = array("BN")
+    sources: jax.Array = array("LB")
+    lengths: jax.Array = array("B")
+    recent: tuple[Recent, ...] = ()
+    codec: Codec = setting(kw_only=True)
+    limit: int = setting(kw_only=True)
     shares_slots: ClassVar[bool] = True
 
     @classmethod
@@ -61,6 +68,8 @@ class PagedCache(KVCache):
         page_size: int | None = None,
         num_pages: int | None = None,
         dtype: Any = "float32",
+        codec: Any = None,
+        residual: int | None = None,
     ) -> Self:
         """An empty cache.
 
@@ -71,84 +80,76 @@ class PagedCache(KVCache):
             page_size: slots per page; by default `PAGE_SIZE`, or the capacity where that is less.
             num_pages: pages in the pool, for all rows together; by default enough for every row to reach the
                 capacity without sharing any.
-            dtype: of keys and values as stored: float32, bfloat16 or float16. Attention computes in float32.
+            dtype, codec, residual: how keys and values are stored; as in `StaticCache.init`.
 
         Raises:
-            CacheError: the batch size, page size, number of pages or dtype is impossible.
+            CacheError: the batch size, page size, number of pages, dtype, codec or residual is impossible.
             CapacityError: the capacity is not in 1 .. n_positions.
         """
         capacity = config.n_positions if capacity is None else capacity
         check_sizes(config, batch_size, capacity)
         page_size = min(PAGE_SIZE, capacity) if page_size is None else page_size
-        if type(page_size) is not int or not 1 <= page_size <= capacity:
-            raise CacheError(f"page_size: expected a whole number in 1 .. capacity={capacity}, got {page_size!r}")
+        page_size = whole("page_size", page_size, CacheError, most=capacity)
         num_pages = batch_size * blocks(capacity, page_size) if num_pages is None else num_pages
-        if type(num_pages) is not int or num_pages < 1:
-            raise CacheError(f"num_pages: expected a whole number from 1 up, got {num_pages!r}")
-        shape = (num_pages, config.kv_heads, page_size, config.head_dim)
+        num_pages = whole("num_pages", num_pages, CacheError, most=np.iinfo(np.int32).max)
+        stored_as = make_codec(codec, config.head_dim, dtype)
+        window = residual_of(stored_as, residual, capacity)
+        leading = (num_pages, config.kv_heads, page_size)
         layers = config.cache_layers
         return cls(
-            keys=tuple(zeros(shape, dtype) for _ in range(layers)),
-            values=tuple(zeros(shape, dtype) for _ in range(layers)),
+            keys=tuple(stored_as.zeros(leading) for _ in range(layers)),
+            values=tuple(stored_as.zeros(leading) for _ in range(layers)),
             tables=jnp.full((batch_size, 1), -1, jnp.int32),
             sources=jnp.full((layers, batch_size), -1, jnp.int32),
             lengths=jnp.zeros(batch_size, jnp.int32),
+            recent=empty_recent(config, batch_size, window),
+            codec=stored_as,
             limit=capacity,
         )
-
-    @property
-    def batch_size(self) -> int:
-        return self.tables.shape[0]
 
     @property
     def capacity(self) -> int:
         return self.limit
 
     @property
-    def slots_in_jit(self) -> int:
-        return min(self.limit, self.tables.shape[1] * self.page_size)
-
-    @property
     def page_size(self) -> int:
         """Slots per page."""
-        return self.keys[0].shape[2]
+        return jax.tree.leaves(self.keys[0])[0].shape[2]
 
     @property
     def num_pages(self) -> int:
         """Pages of the pool P."""
-        return self.keys[0].shape[0]
+        return jax.tree.leaves(self.keys[0])[0].shape[0]
 
-    @property
-    def dtype(self) -> jnp.dtype:
-        """Of keys and values: float32, bfloat16 or float16."""
-        return dtype_of(self.keys[0])
+    def _slots_for_tokens(self) -> int:
+        return min(self.limit, self.tables.shape[1] * self.page_size)
 
-    @property
-    def layout(self) -> tuple[int, int, int]:
-        _, heads, _, head_dim = self.keys[0].shape
-        return len(self.keys), heads, head_dim
-
-    def check_room(self, count: Any) -> None:
+    def check_room(self, count: Any, *, lengths: Any = None) -> None:
         """Raises CapacityError where a row has no room for `count` more tokens, or where pages for them are missing.
 
         When it passes, `reserve` finds the pages for these tokens, even if it is called for a few of them at a time.
         """
-        super().check_room(count)
+        super().check_room(count, lengths=lengths)
         if is_concrete(self, count):
-            self._book().check(count)
+            self._book(lengths).check(count)
 
-    def reserve(self, count: Any) -> Self:
+    def reserve(self, count: Any, *, lengths: Any = None, pinned: Any = ()) -> Self:
         """Allocates pages for `count` (int or int32 [B]) more tokens per row, and copies for those that write.
 
         Only the tables change: the result has the pools of this cache. Call it on the host; in `jit` it does nothing.
 
+        Args:
+            count: how many.
+            lengths: of the rows, int [B], where the host knows them; the tables are read from the device in any case.
+            pinned: pages, int [...], that are not free although no row names them.
+
         Raises:
             CapacityError: a row would be longer than the capacity, or there are too few free pages.
         """
-        super().check_room(count)
+        super().check_room(count, lengths=lengths)
         if not is_concrete(self, count):
             return self
-        book = self._book()
+        book = self._book(lengths, pinned)
         tables, sources = book.reserve(count)
         if np.array_equal(tables, book.tables):
             return self
@@ -158,36 +159,34 @@ class PagedCache(KVCache):
         )
 
     def room(self, active: Any = None) -> int:
-        return self._book().room(active)
+        return self._book().room(active) if is_concrete(self.lengths) else self._slots_for_tokens()
 
     def page_stats(self) -> PageStats:
         """How the pages are used. Host only."""
         return self._book().stats()
 
     def _write(self, layer: int, k: jax.Array, v: jax.Array, count: Any) -> Self:
-        batch, new = k.shape[:2]
-        count = jnp.broadcast_to(jnp.asarray(new if count is None else count, jnp.int32), (batch,))
+        counts = self._counts(k, count)
+        last = self._last_pages()
 
         def write(pool: jax.Array, tokens: jax.Array) -> jax.Array:
-            pool = copy_pages(pool, self.sources[layer], self._last_pages())
-            return write_pages(pool, to_stored(tokens, pool), self.tables, self.lengths, count)
+            pool = copy_pages(pool, self.sources[layer], last)
+            return write_pages(pool, tokens, self.tables, self.lengths, counts)
 
+        keys = jax.tree.map(write, self.keys[layer], self.codec.encode(k))
+        values = jax.tree.map(write, self.values[layer], self.codec.encode(v))
         return self.replace(
-            keys=replace_item(self.keys, layer, write(self.keys[layer], k)),
-            values=replace_item(self.values, layer, write(self.values[layer], v)),
+            keys=replace_item(self.keys, layer, keys),
+            values=replace_item(self.values, layer, values),
             sources=self.sources.at[layer].set(-1),
         )
 
-    def read(self, layer: int) -> KVView:
-        # Columns without a page show page 0: positions behind a row's end, which causality masks.
+    def read(self, layer: int) -> PagedView:
+        # Columns without a page show page 0: positions after a row's end, which causality masks.
         pages = jnp.maximum(self._before_copies(self.sources[layer]), 0)
-
-        def gather(pool: jax.Array) -> jax.Array:
-            found = pool.at[pages].get(mode="promise_in_bounds").swapaxes(1, 2)  # [B, K, N, page_size, H]
-            return from_stored(found.reshape(*found.shape[:2], -1, found.shape[4]))
-
         slots = self.tables.shape[1] * self.page_size
-        return KVView(gather(self.keys[layer]), gather(self.values[layer]), jnp.arange(slots, dtype=jnp.int32)[None])
+        positions = jnp.arange(slots, dtype=jnp.int32)[None]
+        return PagedView(self.keys[layer], self.values[layer], pages, positions, self._exact(layer), codec=self.codec)
 
     def advance(self, count: Any) -> Self:
         if is_concrete(self, count):
@@ -197,7 +196,7 @@ class PagedCache(KVCache):
     def crop(self, length: Any) -> Self:
         """Rolls back to the first `length` tokens, an int or int32 [B]; shorter rows stay as they are.
 
-        Pages behind the new ends become free. In `jit` the rows keep them for the tokens that will follow; but a row
+        Pages after the new ends become free. In `jit` the rows keep them for the tokens that will follow; but a row
         that is cropped there to an earlier page, which others may share, must pass `reserve` before it writes.
         """
         lengths = cropped(self.lengths, length)
@@ -212,22 +211,46 @@ class PagedCache(KVCache):
             lengths=lengths,
         )
 
-    def free_rows(self, rows: Any) -> Self:
-        """The cache with these rows, int [R], empty and their pages free unless other rows share them."""
-        index = check_rows(rows, self.batch_size)
-        return self.crop(jnp.full(self.batch_size, self.limit, jnp.int32).at[index].set(0))
-
     def select(self, rows: Any) -> Self:
         """A cache whose rows are the given rows of this one, int [B']; rows may repeat, move or be left out.
 
         The pools are those of this cache, unchanged: repeated rows share all pages, those left out give theirs back.
         """
-        index = check_rows(rows, self.batch_size)
-        return self.replace(
-            tables=jnp.take(self._filled_tables(), index, axis=0),
-            sources=jnp.full((len(self.keys), index.size), -1, jnp.int32),
-            lengths=jnp.take(self.lengths, index),
+        filled = self.replace(tables=self._filled_tables(), sources=jnp.full_like(self.sources, -1))
+        return super(PagedCache, filled).select(rows)
+
+    def insert(self, slots: Any, source: Self) -> Self:
+        """As `KVCache.insert`, on the host only: pages are allocated there.
+
+        Rows of a source with the same pools, as after `select`, go on sharing their pages. Otherwise the pages that the
+        source's rows name are copied into free pages of these pools.
+
+        Raises:
+            CacheError: as `KVCache.insert`, or a cache is traced.
+            CapacityError: there are too few free pages.
+        """
+        if not is_concrete(self, source, slots):
+            raise CacheError("insert: expected paged caches outside jit, got traced ones")
+        index = np.asarray(check_rows(slots, self.batch_size))
+        emptied = self.free(index)
+        tables = np.asarray(source._filled_tables())
+        pools = (self.keys, self.values)
+        theirs = (source.keys, source.values)
+        if not same_arrays(pools, theirs):
+            self._check_alike("insert", source)
+            named = np.unique(tables[tables >= 0])
+            free = emptied._book().free_pages(named.size)
+            pools = put_pages(pools, free, theirs, named)
+            tables = np.where(tables >= 0, free[np.searchsorted(named, tables)] if named.size else -1, -1)
+        columns = max(tables.shape[1], emptied.tables.shape[1])
+        roomy = emptied.replace(keys=pools[0], values=pools[1], tables=_widened(emptied.tables, columns))
+        rows = source.replace(
+            keys=pools[0],
+            values=pools[1],
+            tables=_widened(jnp.asarray(tables, jnp.int32), columns),
+            sources=jnp.full_like(source.sources, -1),
         )
+        return super(PagedCache, roomy).insert(index, rows)
 
     def join(self, others: Sequence[Self]) -> Self:
         """As `KVCache.join`. Host only.
@@ -236,34 +259,36 @@ class PagedCache(KVCache):
         new one, with as many free pages as there were, but no more than all rows could ever use.
 
         Raises:
-            CacheError: the caches differ in page size, capacity, dtype or layout, or are traced.
+            CacheError: the caches differ in page size, capacity, codec or model, or are traced.
         """
         if not is_concrete(self, others):
             raise CacheError("concat: expected paged caches outside jit, got traced ones")
         caches = (self, *others)
-        for number, cache in enumerate(caches):
-            expected, got = (
-                f"page_size={each.page_size}, capacity={each.limit}, {each.dtype} and layout {each.layout}"
-                for each in (self, cache)
-            )
-            if expected != got:
-                raise CacheError(f"concat: expected paged caches of {expected}, got {got} in caches[{number}]")
+        for number, cache in enumerate(others, 1):
+            self._check_alike(f"concat: caches[{number}]", cache)
         rows = [cache._filled_tables() for cache in caches]
         most = sum(cache.batch_size for cache in caches) * blocks(self.limit, self.page_size)
-        keys, values, tables = join_pools([(cache.keys, cache.values) for cache in caches], rows, most)
-        return self.replace(
-            keys=keys,
-            values=values,
-            tables=tables,
-            sources=jnp.full((len(keys), tables.shape[0]), -1, jnp.int32),
-            lengths=jnp.concatenate([cache.lengths for cache in caches]),
-        )
+        pools = [(cache.keys, cache.values) for cache in caches]
+        (keys, values), tables = join_pools(pools, rows, most)
+        own = np.split(np.asarray(tables), np.cumsum([cache.batch_size for cache in caches])[:-1])
+        placed = [
+            cache.replace(keys=keys, values=values, tables=jnp.asarray(table), sources=jnp.full_like(cache.sources, -1))
+            for cache, table in zip(caches, own, strict=True)
+        ]
+        return super(PagedCache, placed[0]).join(placed[1:])
 
-    def _book(self) -> PageBook:
+    def _check_alike(self, what: str, other: KVCache) -> None:
+        super()._check_alike(what, other)
+        assert isinstance(other, PagedCache)  # as the class is the same
+        if other.page_size != self.page_size:
+            raise CacheError(f"{what}: expected page_size={self.page_size}, got page_size={other.page_size}")
+
+    def _book(self, lengths: Any = None, pinned: Any = ()) -> PageBook:
         return PageBook(
             tables=np.asarray(self.tables),
             sources=np.asarray(self.sources).max(axis=0),
-            lengths=np.asarray(self.lengths),
+            lengths=np.asarray(self.lengths if lengths is None else lengths),
+            pinned=np.asarray(pinned, np.int64).reshape(-1),
             page_size=self.page_size,
             num_pages=self.num_pages,
             capacity=self.limit,
@@ -301,6 +326,11 @@ class PagedCache(KVCache):
 
 
 def _without_reserve(tables: jax.Array, lengths: jax.Array, page_size: int) -> jax.Array:
-    """Tables int32 [B, N] without the pages behind the rows' ends."""
+    """Tables int32 [B, N] without the pages after the rows' ends."""
     columns = jnp.arange(tables.shape[1], dtype=jnp.int32)[None]
     return jnp.where(columns < blocks(lengths, page_size)[:, None], tables, -1)
+
+
+def _widened(tables: jax.Array, columns: int) -> jax.Array:
+    """Tables int32 [B, N] with so many columns."""
+    return jnp.pad(tables, ((0, 0), (0, columns - tables.shape[1])), constant_values=-1)

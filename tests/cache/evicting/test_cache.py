@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from profiles import examples
 
 import llorch_jax as lj
-from llorch_jax.attention import KVView, attention_mass
+from llorch_jax.attention import DenseView, Queries, attention_mass
 from llorch_jax.cache import StaticCache, convert, make_cache, plan_memory
 from llorch_jax.cache.evicting.evict import AttentionSinks, EvictingCache, HeavyHitters, RecencyWindow, SnapKV, evict
 from llorch_jax.decoding import loop as decoding
@@ -81,7 +81,7 @@ def test_policies_keep_what_plain_python_keeps(name, seed, budget):
         assert got == kept_by(name, votes[row, head, :count], positions[row, head, :count].tolist(), length, budget)
 
 
-@struct.dataclass
+@struct.dataclass(kw_only=True)
 class MaskingCache(StaticCache):
     """Keeps everything, but shows each head only what has not been masked: what eviction must be equal to."""
 
@@ -91,19 +91,19 @@ class MaskingCache(StaticCache):
 
     def read(self, layer):
         view = super().read(layer)
-        return view._replace(positions=jnp.where(self.shown[layer], view.positions[:, None], -1))
+        return view.replace(positions=jnp.where(self.shown[layer], view.positions[:, None], -1))
 
-    def voters(self, new, count):
-        return EvictingCache.voters(self, new, count)
+    def append(self, layer, k, v, count=None, *, fresh=False):
+        return super().append(layer, k, v, count)  # a first append, too, shows what is masked
 
-    def observe(self, layer, mass):
-        return EvictingCache.observe(self, layer, mass)
+    def observe(self, layer, q, view, queries, scale):
+        return EvictingCache.observe(self, layer, q, view, queries, scale)
 
     @classmethod
     def new(cls, config, policy, batch):
         static = StaticCache.init(config, batch_size=batch, capacity=48)
         shape, layers = (batch, config.kv_heads, 48), range(config.cache_layers)
-        fields = {name: getattr(static, name) for name in ("keys", "values", "lengths")}
+        fields = {name: getattr(static, name) for name in ("keys", "values", "lengths", "codec")}
         shown = tuple(jnp.ones(shape, bool) for _ in layers)
         return cls(**fields, shown=shown, votes=tuple(jnp.zeros(shape) for _ in layers), policy=policy)
 
@@ -149,8 +149,8 @@ def test_attention_mass_is_the_sum_of_softmax_weights():
     random = np.random.default_rng(0)
     q, k = random.normal(size=(2, 5, 4, 8)).astype(np.float32), random.normal(size=(2, 2, 7, 8)).astype(np.float32)
     positions, voters = np.array([[2, 3, 4, 5, 6]] * 2, np.int32), np.array([[4, 1], [0, -1]], np.int32)
-    view = KVView(k, k, np.arange(7, dtype=np.int32)[None])
-    mass = attention_mass(jnp.asarray(q), KVView(*map(jnp.asarray, view[:3])), positions, 0.3, 4, voters)
+    view = DenseView(jnp.asarray(k), jnp.asarray(k), jnp.arange(7, dtype=jnp.int32)[None])
+    mass = attention_mass(jnp.asarray(q), view, Queries(positions, window=4), 0.3, voters)
     expected = np.zeros((2, 2, 7))
     for row, voter, head in np.ndindex(2, 2, 4):
         if (query := voters[row, voter]) < 0:
@@ -183,12 +183,14 @@ def test_a_row_does_not_depend_on_its_batch(name):
 def test_evicts_from_any_layout_that_keeps_all(strategy):
     batch, config = make_batch([20, 5, 13], seed=1), CONFIG
     _, cache = feed(config, make_cache(config, strategy, batch_size=3), batch, in_chunks([18, 4, 12], 24))
-    votes = tuple(np.random.default_rng(layer).random(cache.read(layer).k.shape[:3], np.float32) for layer in range(2))
+    votes = tuple(
+        np.random.default_rng(layer).random(cache.read(layer).dense().k.shape[:3], np.float32) for layer in range(2)
+    )
     small = evict(cache, HeavyHitters(), BUDGET, votes=votes, slack=SLACK)
     assert (small.slots, small.batch_size) == (BUDGET + SLACK, 3)
     assert np.asarray(small.held).tolist() == [BUDGET, 4, BUDGET]
     for layer in range(2):
-        old, new = cache.read(layer), small.read(layer)
+        old, new = cache.read(layer).dense(), small.read(layer).dense()
         for row, length in enumerate([18, 4, 12]):
             for head in range(2):
                 got = np.asarray(new.positions[row, head, : small.held[row]])

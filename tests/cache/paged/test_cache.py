@@ -89,7 +89,7 @@ class TestExact:
         expected, _ = feed(TINY, StaticCache.init(TINY, batch_size=3, dtype=dtype), batch, chunks)
         logits, cache = feed(TINY, make_paged(TINY, 3, dtype=dtype), batch, chunks)
         assert_close(logits, expected)
-        assert cache.dtype == cache.read(0).k.dtype == jnp.dtype(dtype)
+        assert cache.dtype == cache.read(0).dense().k.dtype == jnp.dtype(dtype)
 
     def test_a_row_of_a_ragged_batch_equals_the_row_alone(self):
         batch = make_batch([16, 9, 1])
@@ -238,20 +238,20 @@ class TestFork:
     def test_layer_by_layer_updates_copy_in_every_layer(self):
         cache, _ = filled(TINY, [8])
         cache = cache.fork(2)
-        before = [np.asarray(cache.read(layer).k)[:, :, :8] for layer in range(2)]
+        before = [np.asarray(cache.read(layer).dense().k)[:, :, :8] for layer in range(2)]
         k = jnp.ones((2, 1, 2, 5), jnp.float32)
         for layer in range(2):
             cache = cache.update(layer, k * jnp.asarray([[[[1.0]]], [[[2.0]]]]), k)
         cache = cache.advance(1)
         for layer in range(2):
-            after = np.asarray(cache.read(layer).k)
+            after = np.asarray(cache.read(layer).dense().k)
             assert np.array_equal(after[:, :, :8], before[layer])
             assert after[:, 0, 8, 0].tolist() == [1, 2]
 
     def test_going_back_before_a_copy_was_made_shares_again(self):
         cache, tokens = filled(TINY, [8])
         reserved = cache.fork(2).reserve(1)
-        assert np.array_equal(reserved.read(0).k[:, :, :8], cache.fork(2).read(0).k[:, :, :8])
+        assert np.array_equal(reserved.read(0).dense().k[:, :, :8], cache.fork(2).read(0).dense().k[:, :, :8])
         for back in (reserved.crop(8), reserved.select([0, 1])):
             assert named(back) == named(cache)
             logits, _ = forward(make_params(TINY), TINY, [[3], [4]], back)
@@ -332,7 +332,7 @@ class TestCrop:
 
     def test_free_rows_frees_what_no_other_row_shares(self):
         cache, _ = filled(TINY, [20, 9])
-        cache = cache.select([0, 1, 1]).free_rows([0, 2])
+        cache = cache.select([0, 1, 1]).free([0, 2])
         assert cache.lengths.tolist() == [0, 9, 0]
         assert cache.page_stats().used == 3
 
@@ -358,7 +358,7 @@ class TestCrop:
         cache = make_paged(config, 1, page_size=8, num_pages=4).reserve(5)
         cache = write_all(cache, jnp.arange(5.0)[None], jnp.asarray([5], jnp.int32))
         branches = write(cache.fork(2).reserve(1), jnp.asarray([[50.0], [60.0]]))
-        keys = np.asarray(branches.read(1).k)[:, 0, :6, 0] - 1000
+        keys = np.asarray(branches.read(1).dense().k)[:, 0, :6, 0] - 1000
         assert keys.tolist() == [[0, 1, 2, 3, 4, 50], [0, 1, 2, 3, 4, 60]]
 
     def test_a_negative_length(self):
@@ -402,7 +402,7 @@ class TestAccounts:
 
     def test_shared_layers_have_one_pool(self):
         assert len(make_paged(SHARING).keys) == 2
-        assert make_paged(SHARING).layout == (2, 2, 9)
+        assert make_paged(SHARING).dims == (2, 2, 9)
 
 
 class TestLimits:
