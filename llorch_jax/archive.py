@@ -213,7 +213,7 @@ def _build_object(kind: str, fields: dict[str, Any], classes: dict[str, Any]) ->
 
 def _names(cls: type) -> list[str]:
     """The names of the fields of a dataclass or a named tuple."""
-    return [field.name for field in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else list(cls._fields)
+    return [field.name for field in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else list(cls._fields)  # type: ignore[attr-defined]
 
 
 def _brief(value: Any) -> str:

@@ -50,7 +50,7 @@ CASES = (  # config, window and sinks, shorter and longer than one append
 )
 
 
-@struct.dataclass
+@struct.dataclass(kw_only=True)
 class DenseCache(StaticCache):
     """The oracle: all tokens, with the mask of a window and sinks."""
 
@@ -60,7 +60,7 @@ class DenseCache(StaticCache):
     @classmethod
     def like(cls, ring: RotatingCache, config: Any) -> "DenseCache":
         full = StaticCache.init(config, batch_size=ring.batch_size, dtype=ring.dtype)
-        return cls(full.keys, full.values, full.lengths, ring.window, ring.sinks)
+        return cls(full.keys, full.values, full.lengths, codec=full.codec, window=ring.window, sinks=ring.sinks)
 
     def read(self, layer: int) -> Any:
         return super().read(layer).replace(window=self.window, sinks=self.sinks)
