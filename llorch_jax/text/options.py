@@ -8,7 +8,6 @@ from typing import Any, Literal
 import numpy as np
 
 from llorch_jax.cache.base import KVCache
-from llorch_jax.cache.layouts import Strategy
 from llorch_jax.checks import check_cache
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.overflow import Reencode, check_overflow
@@ -129,7 +128,7 @@ class GenerationOptions:
     sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     sampler: Sampler | None = None
     seed: int | tuple[int, ...] = 0
-    cache: Strategy | KVCache = "static"
+    cache: str | type[KVCache] | KVCache = "static"
     overflow: str | Reencode = "error"
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()

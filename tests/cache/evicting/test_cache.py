@@ -282,7 +282,7 @@ def test_saved_and_loaded_goes_on_alike(name, tmp_path):
 
 def test_own_functions_cannot_be_saved(tmp_path):
     cache = EvictingCache.init(CONFIG, policy=lambda *_: None, budget=4)
-    with pytest.raises(CacheError, match="policy: expected arrays, numbers or one of AttentionSinks"):
+    with pytest.raises(CacheError, match=r"numbers or one of AttentionSinks.* as policy, got"):
         lj.save_cache(tmp_path / "c.safetensors", cache)
     assert not list(tmp_path.iterdir())
 
