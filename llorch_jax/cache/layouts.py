@@ -133,7 +133,13 @@ def make_cache(
 
 
 def fit_cache(
-    config: GPT2Config, layout: str, batch_size: int, tokens: int, *, codec: Any = None, residual: int | None = None
+    config: GPT2Config,
+    layout: str | type[KVCache],
+    batch_size: int,
+    tokens: int,
+    *,
+    codec: Any = None,
+    residual: int | None = None,
 ) -> KVCache:
     """An empty cache with room for so many tokens per row and, where the layout has a capacity, for few more.
 
