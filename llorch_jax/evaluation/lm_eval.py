@@ -4,19 +4,35 @@
 with it, where that is installed; `register()` makes the name known to the harness in a program of one's own.
 """
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
-import jax
-
-from llorch_jax.decoding.loop import stream_tokens
-from llorch_jax.errors import LlorchError, TokenError
-from llorch_jax.evaluation.loglikelihood import encode_pair, first_token, score_continuations
+from llorch_jax.errors import LlorchError, OptionError, TokenError
+from llorch_jax.evaluation.loglikelihood import ROWS, encode_pair, first_token, score_pairs
 from llorch_jax.loading.checkpoint import Model, load
-from llorch_jax.sampling import make_sampler
-from llorch_jax.text.vocabulary import tokenizer_of
+from llorch_jax.text.generation import continue_texts
+from llorch_jax.text.options import GenerationOptions
+from llorch_jax.text.vocabulary import known_ids, tokenizer_of
 
 NAME = "llorch-jax"
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_DRAWING = (
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "top_n_sigma",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "xtc_probability",
+    "xtc_threshold",
+    "mirostat_tau",
+    "mirostat_eta",
+)
+_log = logging.getLogger(__name__)
 
 
 class Instance(Protocol):
@@ -28,17 +44,43 @@ class Instance(Protocol):
 class HarnessModel:
     """The requests of the harness' interface `lm_eval.api.model.LM`, answered by a model of this package."""
 
-    def __init__(self, pretrained: str | Model = "demo", max_gen_toks: int = 256, **_: Any) -> None:
+    def __init__(
+        self,
+        pretrained: str | Model = "demo",
+        max_gen_toks: int | str = 256,
+        batch_size: int | str | None = None,
+        max_batch_size: int | str | None = None,
+        device: str | None = None,
+        dtype: str = "float32",
+        revision: str | None = None,
+        **unknown: Any,
+    ) -> None:
         """Loads a model.
 
         Args:
             pretrained: demo, a directory in Hugging Face's layout, a hub id, or a model.
-            max_gen_toks: how many tokens are generated at most where a task does not say.
-            _: what the harness passes to every model, such as batch_size and device; without effect.
+            max_gen_toks: maximum number of new tokens where a task does not say.
+            batch_size: maximum number of requests that run at once; None and "auto" for 8.
+            max_batch_size: what "auto" may choose at most.
+            device: "cpu" or None.
+            dtype: of the parameters; see `load`.
+            revision: of a hub repository; see `load`.
+            unknown: anything else is refused by name.
+
+        Raises:
+            LlorchError: an argument is unknown or impossible, or the model cannot be loaded.
         """
         super().__init__()
-        self.model = pretrained if isinstance(pretrained, Model) else load(pretrained)
-        self.max_gen_toks = int(max_gen_toks)
+        if unknown:
+            known = "pretrained, max_gen_toks, batch_size, max_batch_size, device, dtype, revision"
+            raise OptionError(f"model_args: expected {known}; got {', '.join(unknown)}")
+        if device not in (None, "cpu"):
+            raise OptionError(f"device: expected cpu, got {device!r:.80}")
+        self.max_gen_toks = _count("max_gen_toks", max_gen_toks)
+        self.batch_size = _batch_size(batch_size, max_batch_size)
+        if not isinstance(pretrained, Model):
+            pretrained = load(pretrained, dtype=dtype, revision=revision)
+        self.model = pretrained
         self._tokenizer = tokenizer_of(self.model)
 
     @property
@@ -51,37 +93,74 @@ class HarnessModel:
         """What the harness names its stored requests after."""
         return self.model.name
 
-    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-probability of each (context, continuation), and whether greedy decoding would write the continuation.
 
-        Requests of the same context share its cache. Contexts that are too long lose their first tokens.
-
-        Raises:
-            TokenError: a continuation has no tokens or more than the model's context.
+        Requests with the same context share its cache. Contexts that are too long lose their first tokens, and a
+        continuation that is longer than the model's context is read in windows; a warning says so.
         """
         first = first_token(self.model.config)
-        pairs = [encode_pair(self._tokenizer, request.args[0], request.args[1], first) for request in requests]
-        results = self._score([self._shortened(*pair) for pair in pairs])
+        parts: list[tuple[int, list[int], list[int]]] = []
+        for number, request in enumerate(requests):
+            context, continuation = encode_pair(self._tokenizer, request.args[0], request.args[1], first)
+            if len(continuation) > self.max_length:
+                _log.warning("request %d: %d tokens to score, more than the context", number, len(continuation))
+                windows = rolling_windows(continuation, context[-1], self.max_length)
+                parts += [(number, *window) for window in windows]
+            elif continuation:
+                room = self.max_length + 1 - len(continuation)
+                if len(context) > room:
+                    _log.info("request %d: the first %d tokens of the context left out", number, len(context) - room)
+                parts.append((number, context[-room:], continuation))
+        results = self._score("loglikelihood", len(requests), parts, disable_tqdm)
         for request, result in zip(requests, results, strict=True):
             self._remember("loglikelihood", request.args, result)
         return results
 
-    def loglikelihood_rolling(self, requests: Sequence[Instance]) -> list[float]:
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each (text,), read in windows that do not overlap, as the harness defines it."""
-        results = []
-        for request in requests:
+        parts = []
+        for number, request in enumerate(requests):
             windows = rolling_windows(self._tokenizer.encode(request.args[0]), self._first(), self.max_length)
-            results.append(sum(total for total, _ in self._score(list(windows))))
-            self._remember("loglikelihood_rolling", request.args, results[-1])
+            parts += [(number, *window) for window in windows]
+        results = [total for total, _ in self._score("loglikelihood_rolling", len(requests), parts, disable_tqdm)]
+        for request, result in zip(requests, results, strict=True):
+            self._remember("loglikelihood_rolling", request.args, result)
         return results
 
-    def generate_until(self, requests: Sequence[Instance]) -> list[str]:
-        """A continuation of each (context, settings), up to the first of the strings `settings["until"]`."""
-        results = []
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """A continuation of each (context, settings), up to the first of the strings `settings["until"]`.
+
+        A context that leaves no room for max_gen_toks loses its first tokens, as in the harness' own models. But where
+        max_gen_toks is more than half of the model's context, the context is kept and the generation is shortened. A
+        warning says so in both cases.
+
+        Raises:
+            OptionError: a setting is unknown or impossible; nothing has run then.
+        """
+        jobs: list[tuple[GenerationOptions, list[tuple[int, list[int]]]]] = []
         for number, request in enumerate(requests):
             context, settings = request.args
-            results.append(self._continue(context, settings, jax.random.fold_in(jax.random.key(0), number)))
-            self._remember("generate_until", request.args, results[-1])
+            ids = self._tokenizer.encode(context) or [self._first()]
+            ids, options = self._fitted(number, ids, options_of(settings, self.max_gen_toks))
+            members = next((members for known, members in jobs if known == options), None)
+            if members is None:
+                members = []
+                jobs.append((options, members))
+            members.append((number, ids))
+        results = [""] * len(requests)
+        with _bar("generate_until", len(requests), disable_tqdm) as progress:
+            for options, members in jobs:
+                members.sort(key=lambda member: -len(member[1]))
+                for start in range(0, len(members), self.batch_size):
+                    batch = members[start : start + self.batch_size]
+                    numbers = tuple(number for number, _ in batch)
+                    seeded = dataclasses.replace(options, seed=numbers)
+                    outputs = continue_texts(self.model, [ids for _, ids in batch], seeded)
+                    for number, out in zip(numbers, outputs, strict=True):
+                        results[number] = out.text
+                        self._remember("generate_until", requests[number].args, out.text)
+                    progress(len(batch))
         return results
 
     def _remember(self, kind: str, args: tuple[Any, ...], result: Any) -> None:
@@ -93,55 +172,80 @@ class HarnessModel:
             raise TokenError(f"model {self.model.name}: expected a begin-of-text or end-of-text token, got none")
         return first
 
-    def _shortened(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """The pair with as much of the context as fits; the last token of the continuation needs no position."""
-        if not 1 <= len(continuation) <= self.max_length:
-            raise TokenError(f"continuation: expected 1 .. {self.max_length} tokens, got {len(continuation)}")
-        return context[-(self.max_length + 1 - len(continuation)) :], continuation
+    def _fitted(self, number: int, ids: list[int], options: GenerationOptions) -> tuple[list[int], GenerationOptions]:
+        """A context and options that fit the model's context together, by the rule that `generate_until` states."""
+        wanted = options.max_new_tokens
+        room = self.max_length + 1 - wanted if wanted <= self.max_length // 2 else self.max_length
+        if len(ids) > room:
+            _log.warning("request %d: the first %d tokens of the context left out", number, len(ids) - room)
+            ids = ids[-room:]
+        most = self.max_length + 1 - len(ids)
+        if wanted > most:
+            _log.warning("request %d: at most %d new tokens, as the context has no room for %d", number, most, wanted)
+            options = dataclasses.replace(options, max_new_tokens=most)
+        return ids, options
 
-    def _score(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """Log-probability and greediness of each (context, continuation), equal contexts together."""
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for i, (context, _) in enumerate(pairs):
-            groups.setdefault(tuple(context), []).append(i)
-        results: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
-        for shared, members in groups.items():
-            continuations = [pairs[i][1] for i in members]
-            found = score_continuations(self.model.params, self.model.config, shared, continuations)
-            for i, (logprobs, greedy) in zip(members, found, strict=True):
-                results[i] = float(logprobs.sum(dtype=float)), greedy
-        return results
+    def _score(
+        self, kind: str, count: int, parts: list[tuple[int, list[int], list[int]]], disable_tqdm: bool
+    ) -> list[tuple[float, bool]]:
+        """Log-probability and greediness of `count` requests from parts (request, context, continuation) of them."""
+        totals = [0.0] * count
+        greedy = [True] * count
+        with _bar(kind, len(parts), disable_tqdm) as progress:
+            found = score_pairs(
+                self.model.params,
+                self.model.config,
+                [(context, continuation) for _, context, continuation in parts],
+                batch_size=self.batch_size,
+                allowed=known_ids(self._tokenizer, self.model.config.vocab_size),
+                progress=progress,
+            )
+        for (number, _, _), (logprobs, is_greedy) in zip(parts, found, strict=True):
+            totals[number] += float(logprobs.sum(dtype=float))
+            greedy[number] &= is_greedy
+        return list(zip(totals, greedy, strict=True))
 
-    def _continue(self, context: str, settings: dict[str, Any], key: jax.Array) -> str:
-        limit = min(int(settings.get("max_gen_toks", self.max_gen_toks)), self.max_length - 1)
-        until = settings.get("until") or []
-        stops = [until] if isinstance(until, str) else list(until)
-        temperature = settings.get("temperature", 1.0) if settings.get("do_sample") else 0.0
-        sampler = make_sampler(temperature, top_k=settings.get("top_k"), top_p=settings.get("top_p"))
-        ids = (self._tokenizer.encode(context) or [self._first()])[-(self.max_length - limit) :]
-        eos_ids = self.model.config.eos_ids
-        decoder, text = self._tokenizer.stream(), ""
-        for token in stream_tokens(
-            self.model.params, self.model.config, [ids], limit, sampler=sampler, key=key, eos_id=eos_ids
-        ):
-            if int(token[0]) in eos_ids:
-                break
-            text += decoder.push(int(token[0]))
-            if any(stop in text for stop in stops):
-                return _until(text, stops)
-        return _until(text + decoder.flush(), stops)
+
+def options_of(settings: dict[str, Any], max_gen_toks: int) -> GenerationOptions:
+    """The options for a task's generation settings, by the rules of the harness.
+
+    Args:
+        settings: of the task: until, max_gen_toks (or max_new_tokens, max_tokens, max_completion_tokens), do_sample,
+            temperature, and any sampling setting of `GenerationOptions`. Without do_sample, tokens are drawn where the
+            temperature is above 0. Settings of the sampler are of no effect where no token is drawn.
+        max_gen_toks: where the task does not say.
+
+    Raises:
+        OptionError: a setting is unknown or impossible.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    lengths = [given.pop(name) for name in _LENGTHS if name in given]
+    until = given.pop("until", [])
+    stops = [until] if isinstance(until, str) else list(until)
+    temperature = float(given.pop("temperature", 1.0 if given.get("do_sample") else 0.0))
+    draws = bool(given.pop("do_sample", temperature > 0)) and temperature > 0
+    if not draws:
+        given = {name: value for name, value in given.items() if name not in _DRAWING}
+    if given.get("top_k", 1) < 1:  # 0 and -1 mean all tokens
+        del given["top_k"]
+    return GenerationOptions.create(
+        max_new_tokens=_count("max_gen_toks", lengths[0] if lengths else max_gen_toks),
+        temperature=temperature if draws else 0.0,
+        stop=[stop for stop in stops if stop],
+        **given,
+    )
 
 
 def rolling_windows(ids: list[int], first: int, size: int) -> Iterator[tuple[list[int], list[int]]]:
     """Contexts and continuations that cover a text once, each window as full as possible.
 
     Args:
-        ids: of the text.
+        ids: token ids of the text.
         first: the token before the text.
-        size: tokens that the model reads at once.
+        size: number of tokens that the model reads at once.
 
     Yields:
-        Pairs of which the context has one token or more, and both together have at most size + 1.
+        Pairs whose context has one token or more; both together have at most size + 1.
     """
     if ids:
         yield [first], ids[:size]
@@ -151,7 +255,7 @@ def rolling_windows(ids: list[int], first: int, size: int) -> Iterator[tuple[lis
 
 
 def register() -> type[HarnessModel]:
-    """Makes the model name `llorch-jax` known to the harness, and returns the class behind it.
+    """Makes the model name `llorch-jax` known to the harness, and returns the class.
 
     Raises:
         LlorchError: the harness is not installed.
@@ -178,9 +282,34 @@ def main() -> None:
     cli_evaluate()
 
 
-def _until(text: str, stops: list[str]) -> str:
-    """The text before the first of the stop strings."""
-    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
+def _count(name: str, value: int | str) -> int:
+    """A whole number from 1 up, which the harness may give as text."""
+    try:
+        count = int(value)
+    except (TypeError, ValueError):
+        count = 0
+    if count < 1:
+        raise OptionError(f"{name}: expected a whole number from 1 up, got {value!r:.80}")
+    return count
+
+
+def _batch_size(batch_size: int | str | None, most: int | str | None) -> int:
+    """The number of requests per batch: "auto" and "auto:N" leave the choice to the model."""
+    if batch_size is None or str(batch_size).startswith("auto"):
+        return ROWS if most is None else min(ROWS, _count("max_batch_size", most))
+    return _count("batch_size", batch_size)
+
+
+@contextmanager
+def _bar(kind: str, total: int, disabled: bool) -> Iterator[Callable[[int], object]]:
+    """A progress bar where tqdm is installed, as it is with the harness; yields a function of what has been done."""
+    try:
+        from tqdm import tqdm  # type: ignore[import-untyped]
+    except ImportError:
+        yield lambda count: None
+        return
+    with tqdm(total=total, desc=f"Running {kind} requests", disable=disabled) as bar:
+        yield bar.update
 
 
 if __name__ == "__main__":

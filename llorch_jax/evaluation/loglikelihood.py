@@ -2,24 +2,26 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llorch_jax.buckets import bucket
+from llorch_jax.buckets import bucket, power_of_two
 from llorch_jax.cache.base import KVCache
 from llorch_jax.cache.static import StaticCache
-from llorch_jax.checks import check_context
+from llorch_jax.checks import check_context, check_tokens
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.loop import prefill
+from llorch_jax.decoding.overflow import padded
 from llorch_jax.errors import TokenError
 from llorch_jax.loading.checkpoint import Model
 from llorch_jax.model import run
 from llorch_jax.params import Params
-from llorch_jax.text.vocabulary import tokenizer_of
+from llorch_jax.sampling.masking import only_allowed
+from llorch_jax.text.vocabulary import known_ids, tokenizer_of
 from llorch_jax.tokenizer import Tokenizer
 
 ROWS = 8  # continuations that are scored at once
@@ -31,7 +33,7 @@ class Choice:
 
     Attributes:
         text: the continuation as given.
-        token_ids: its tokens.
+        token_ids: ids of its tokens.
         logprobs: natural log-probability of each, given the prefix and those before it.
         is_greedy: whether greedy decoding would write it.
     """
@@ -56,9 +58,8 @@ def choices(model: Model, prefix: str, continuations: Sequence[str]) -> list[Cho
     """Log-likelihood of each of several continuations of a text. The text is encoded and prefilled only once.
 
     Tokens are found as the Language Model Evaluation Harness finds them: white space at the end of the prefix is moved
-    to the continuation, both are encoded together, and the continuation's tokens are those behind as many as the
-    prefix alone has. After an empty prefix the model's begin-of-text (else end-of-text) token stands before the
-    continuations.
+    to the continuation, both are encoded together, and the continuation's tokens are those after as many as the prefix
+    alone has. After an empty prefix the model's begin-of-text (else end-of-text) token comes before the continuations.
 
     Args:
         model: from `load`.
@@ -80,7 +81,8 @@ def choices(model: Model, prefix: str, continuations: Sequence[str]) -> list[Cho
     for i, (_, ids) in enumerate(pairs):
         if not ids:
             raise TokenError(f"continuations[{i}]: expected at least one token, got {continuations[i]!r}")
-    found = score_continuations(model.params, model.config, pairs[0][0], [ids for _, ids in pairs])
+    allowed = known_ids(tokenizer, model.config.vocab_size)
+    found = score_pairs(model.params, model.config, pairs, allowed=allowed)
     return [
         Choice(text, ids, logprobs.tolist(), greedy)
         for text, (_, ids), (logprobs, greedy) in zip(continuations, pairs, found, strict=True)
@@ -111,57 +113,135 @@ def encode_pair(tokenizer: Tokenizer, prefix: str, continuation: str, first: int
 def score_continuations(
     params: Params, config: GPT2Config, prefix: Sequence[int], continuations: Sequence[Sequence[int]]
 ) -> list[tuple[np.ndarray, bool]]:
-    """Log-probabilities of the tokens of each continuation, and whether each token is the most likely one.
+    """`score_pairs` for several continuations of one prefix."""
+    return score_pairs(params, config, [(prefix, ids) for ids in continuations])
+
+
+def score_pairs(
+    params: Params,
+    config: GPT2Config,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    batch_size: int = ROWS,
+    allowed: np.ndarray | None = None,
+    progress: Callable[[int], object] = lambda count: None,
+) -> list[tuple[np.ndarray, bool]]:
+    """Log-probabilities of the tokens of continuations, and whether each token is the most likely one.
+
+    Each distinct prefix is prefilled once. Prefixes of similar length run as one batch, and so do continuations.
 
     Args:
         params: of a model of this configuration.
         config: the model's hyperparameters.
-        prefix: token ids, at least one.
-        continuations: token ids, at least one each; the last one of each needs no position in the context.
+        pairs: token ids of a prefix and of its continuation, at least one of each; the last token of a continuation
+            needs no position in the context.
+        batch_size: maximum number of prefixes, and of continuations, that run at once.
+        allowed: bits int32 [1, ceil(V / 32)], the lowest first, of the ids that may be the most likely; None for all.
+        progress: called with the number of pairs that have just been scored.
 
     Returns:
-        For each a float32 [T] and a bool.
+        For each pair a float32 [T] and a bool.
 
     Raises:
         TokenError: ids are outside the vocabulary.
-        CapacityError: a continuation does not fit the context.
+        CapacityError: a pair does not fit the context. In both cases nothing has run.
     """
-    longest = max(len(ids) for ids in continuations) - 1
-    check_context(config, np.int32(len(prefix)), longest)
-    capacity = bucket(len(prefix) + longest, config.n_positions)
-    cache = StaticCache.init(config, batch_size=1, capacity=capacity)
-    logits, cache = prefill(params, config, [list(prefix)], cache)
-    head = np.asarray(jax.nn.log_softmax(logits[0]))
-    scores = [[head[ids[0]]] for ids in continuations]
-    greedy = [bool(ids[0] == head.argmax()) for ids in continuations]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number, (prefix, continuation) in enumerate(pairs):
+        check_tokens(config, [[*prefix, *continuation]])
+        check_context(config, np.int32(len(prefix)), len(continuation) - 1)
+        groups.setdefault(tuple(prefix), []).append(number)
+    results: list[tuple[np.ndarray, bool]] = [(np.zeros(0, np.float32), True)] * len(pairs)
+    prefixes = sorted(groups, key=len, reverse=True)
+    for start in range(0, len(prefixes), batch_size):
+        chunk = prefixes[start : start + batch_size]
+        members = [number for prefix in chunk for number in groups[prefix]]
+        rows = [row for row, prefix in enumerate(chunk) for _ in groups[prefix]]
+        found = _score_chunk(params, config, chunk, rows, [pairs[i][1] for i in members], batch_size, allowed)
+        for number, result in zip(members, found, strict=True):
+            results[number] = result
+        progress(len(members))
+    return results
+
+
+def _score_chunk(
+    params: Params,
+    config: GPT2Config,
+    prefixes: Sequence[Sequence[int]],
+    rows: Sequence[int],
+    continuations: Sequence[Sequence[int]],
+    batch_size: int,
+    allowed: np.ndarray | None,
+) -> list[tuple[np.ndarray, bool]]:
+    """The results for continuations, each of the prefix `rows[i]`, after one prefill of all prefixes."""
+    spare = _batch_size(len(prefixes), batch_size) - len(prefixes)  # few batch sizes, as each is compiled
+    tokens, lengths = padded([*prefixes, *[prefixes[0]] * spare])
+    longest = max(map(len, continuations)) - 1
+    capacity = bucket(tokens.shape[1] + longest, config.n_positions)
+    cache = StaticCache.init(config, batch_size=tokens.shape[0], capacity=capacity)
+    logits, cache = prefill(params, config, tokens, cache, lengths)
+    heads, likeliest = jax.device_get(_first_tokens(logits, allowed))
+    logprobs = [[heads[row][ids[0]]] for row, ids in zip(rows, continuations, strict=True)]
+    greedy = [bool(ids[0] == likeliest[row]) for row, ids in zip(rows, continuations, strict=True)]
     longer = [i for i, ids in enumerate(continuations) if len(ids) > 1]
-    for start in range(0, len(longer), ROWS):
-        rows = longer[start : start + ROWS]
-        chosen, best = _score_rows(params, config, cache, [continuations[i] for i in rows])
-        for i, logprobs, is_best in zip(rows, chosen, best, strict=False):
+    for start in range(0, len(longer), batch_size):
+        part = longer[start : start + batch_size]
+        parents = [rows[i] for i in part]
+        chosen, best = _score_rows(
+            params, config, cache, parents, [continuations[i] for i in part], batch_size, allowed
+        )
+        for i, values, is_best in zip(part, chosen, best, strict=False):
             count = len(continuations[i]) - 1
-            scores[i] += logprobs[:count].tolist()
+            logprobs[i] += values[:count].tolist()
             greedy[i] &= bool(np.all(is_best[:count]))
-    return [(np.array(row, np.float32), is_greedy) for row, is_greedy in zip(scores, greedy, strict=True)]
+    return [(np.array(row, np.float32), is_greedy) for row, is_greedy in zip(logprobs, greedy, strict=True)]
 
 
 def _score_rows(
-    params: Params, config: GPT2Config, cache: KVCache, rows: list[Sequence[int]]
+    params: Params,
+    config: GPT2Config,
+    cache: KVCache,
+    parents: Sequence[int],
+    rows: list[Sequence[int]],
+    batch_size: int,
+    allowed: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probability, and whether it is the largest, of each row's tokens but its first: [R, T], R padded."""
+    """Log-probability, and whether it is the largest, of each row's tokens except its first: [R, T], R padded."""
     size = bucket(max(len(ids) for ids in rows) - 1, config.n_positions)
-    count = next(n for n in (1, 2, 4, ROWS) if n >= len(rows))  # few batch sizes, as each is compiled
+    count = _batch_size(len(rows), batch_size)
     tokens = np.zeros((2, count, size), np.int32)
-    for i, ids in enumerate(rows):
-        tokens[0, i, : len(ids) - 1], tokens[1, i, : len(ids) - 1] = ids[:-1], ids[1:]
-    return jax.device_get(_continue(params, config, cache, *jax.device_put(tuple(tokens))))
+    for row, ids in enumerate(rows):
+        tokens[0, row, : len(ids) - 1] = ids[:-1]
+        tokens[1, row, : len(ids) - 1] = ids[1:]
+    spare = [0] * (count - len(rows))
+    inputs, targets, chosen = jax.device_put((tokens[0], tokens[1], np.array([*parents, *spare], np.int32)))
+    return jax.device_get(_continue(params, config, cache, chosen, inputs, targets, allowed))
+
+
+def _batch_size(count: int, most: int) -> int:
+    """A power of two that is at least `count`, or `most`."""
+    return min(power_of_two(count), most)
+
+
+@jax.jit
+def _first_tokens(logits: jax.Array, allowed: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities of all tokens [B, V], and the most likely one of those that are allowed [B]."""
+    return jax.nn.log_softmax(logits), jnp.argmax(only_allowed(logits, allowed), axis=-1)
 
 
 @partial(jax.jit, static_argnames="config")
 def _continue(
-    params: Params, config: GPT2Config, cache: KVCache, inputs: jax.Array, targets: jax.Array
+    params: Params,
+    config: GPT2Config,
+    cache: KVCache,
+    parents: jax.Array,
+    inputs: jax.Array,
+    targets: jax.Array,
+    allowed: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of each target [B, T], and whether it is the most likely token, after a cache of one row."""
-    logits = run(params, config, inputs, cache.fork(inputs.shape[0])).logits
+    """Log-probability of each target [R, T], and whether it is the most likely token, after the rows `parents` [R]."""
+    logits = run(params, config, inputs, cache.select(parents)).logits
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets
+    rows = only_allowed(logits.reshape(-1, logits.shape[-1]), allowed)
+    likeliest = jnp.argmax(rows, axis=-1).reshape(targets.shape)
+    return chosen - jax.nn.logsumexp(logits, axis=-1), likeliest == targets

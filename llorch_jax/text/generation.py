@@ -11,7 +11,7 @@ from llorch_jax.decoding.streaming import Step, stream_steps
 from llorch_jax.loading.checkpoint import Model
 from llorch_jax.text.collecting import collect, pieces, steps_of
 from llorch_jax.text.options import GenerationOptions
-from llorch_jax.text.prompts import Batch, make_batch, prompt_list
+from llorch_jax.text.prompts import Batch, Prompt, make_batch, prompt_list
 from llorch_jax.text.results import Generation, Piece
 from llorch_jax.text.timing import Stopwatch
 
@@ -58,8 +58,8 @@ def stream(model: Model, prompt: str, max_new_tokens: int = 64, **options: Any) 
     return stream_text(model, prompt, GenerationOptions.create(max_new_tokens=max_new_tokens, **options))
 
 
-def continue_texts(model: Model, prompts: Sequence[str], options: GenerationOptions) -> list[Generation]:
-    """`generate` for checked options."""
+def continue_texts(model: Model, prompts: Sequence[Prompt], options: GenerationOptions) -> list[Generation]:
+    """`generate` for checked options; a prompt may also be token ids."""
     if options.method in ("beam search", "contrastive search"):
         from llorch_jax.text.search import search_texts
 

@@ -17,6 +17,7 @@ from llorch_jax.decoding.overflow import Reencode, check_overflow
 from llorch_jax.errors import BatchFileError, CapacityError, LlorchError, OptionError
 from llorch_jax.loading.checkpoint import Model
 from llorch_jax.sampling import Sampling, check_sampler
+from llorch_jax.sampling.masking import Masked
 from llorch_jax.sampling.settings import rows_of
 from llorch_jax.text.constrained.constraint import KINDS, Constraint
 from llorch_jax.text.ending import Ending
@@ -185,7 +186,8 @@ def _check_rows(options: GenerationOptions, sampler: Any) -> None:
     plain = {"temperature": options.temperature, "top_k": options.sampling.get("top_k")}
     plain |= {"top_p": options.sampling.get("top_p")}
     counts = {name: np.size(value) for name, value in plain.items() if value is not None}
-    more = sampler.more if isinstance(sampler, Sampling) else {}
+    inner = sampler.sampler if isinstance(sampler, Masked) else sampler
+    more = inner.more if isinstance(inner, Sampling) else {}
     counts |= {name: rows_of(value) for name, value in more.items()}
     for name, count in counts.items():
         if count != 1:

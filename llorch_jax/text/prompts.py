@@ -18,6 +18,8 @@ from llorch_jax.text.ending import Ending
 from llorch_jax.text.options import GenerationOptions, Method
 from llorch_jax.text.vocabulary import tokenizer_of
 
+Prompt = str | list[int]
+
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
@@ -46,14 +48,14 @@ def prompt_list(prompt: str | Sequence[str]) -> list[str]:
     return list(prompt)
 
 
-def encode_prompts(model: Model, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each prompt.
+def encode_prompts(model: Model, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Token ids of each prompt, which may be ids already.
 
     Raises:
         TokenError: a prompt is empty or holds what the tokenizer has no token for.
     """
     tokenizer = tokenizer_of(model)
-    rows = [tokenizer.encode(text) for text in prompts]
+    rows = [prompt if isinstance(prompt, list) else tokenizer.encode(prompt) for prompt in prompts]
     for number, row in enumerate(rows):
         if not row:
             raise TokenError(f"prompt {number}: expected at least one token, got an empty text")
@@ -61,7 +63,7 @@ def encode_prompts(model: Model, prompts: Sequence[str]) -> list[list[int]]:
 
 
 def make_batch(
-    model: Model, prompts: Sequence[str], options: GenerationOptions, method: Method, copies: int = 1
+    model: Model, prompts: Sequence[Prompt], options: GenerationOptions, method: Method, copies: int = 1
 ) -> Batch:
     """A checked batch of prompts, each `copies` times in a row; nothing has run then.
 

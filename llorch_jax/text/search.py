@@ -16,7 +16,7 @@ from llorch_jax.loading.checkpoint import Model
 from llorch_jax.text.collecting import Growing, collect, steps_of
 from llorch_jax.text.ending import Ending
 from llorch_jax.text.options import GenerationOptions
-from llorch_jax.text.prompts import encode_prompts
+from llorch_jax.text.prompts import Prompt, encode_prompts
 from llorch_jax.text.results import Generation
 from llorch_jax.text.timing import Stopwatch
 from llorch_jax.text.vocabulary import known_ids, tokenizer_of
@@ -25,14 +25,14 @@ from llorch_jax.tracing import whole
 CANDIDATES = 4  # of contrastive search, where top_k is not given
 
 
-def search_texts(model: Model, prompts: Sequence[str], options: GenerationOptions) -> list[Generation]:
+def search_texts(model: Model, prompts: Sequence[Prompt], options: GenerationOptions) -> list[Generation]:
     """The text that the search named by the options finds for each prompt."""
     if options.num_beams is not None:
         return [best for (best,) in beams(model, prompts, options, 1)]
     return _contrastive(model, prompts, options)
 
 
-def beams(model: Model, prompts: Sequence[str], options: GenerationOptions, n: int) -> list[list[Generation]]:
+def beams(model: Model, prompts: Sequence[Prompt], options: GenerationOptions, n: int) -> list[list[Generation]]:
     """The n best beams for each prompt, best first."""
     watch = Stopwatch()
     options.check_method("beam search")
@@ -63,7 +63,7 @@ def beams(model: Model, prompts: Sequence[str], options: GenerationOptions, n: i
     return [outputs[start : start + n] for start in range(0, len(outputs), n)]
 
 
-def _contrastive(model: Model, prompts: Sequence[str], options: GenerationOptions) -> list[Generation]:
+def _contrastive(model: Model, prompts: Sequence[Prompt], options: GenerationOptions) -> list[Generation]:
     watch = Stopwatch()
     options.check_method("contrastive search")
     options.check_model(model.config)

@@ -112,7 +112,7 @@ def test_results_of_other_jobs_are_refused_and_left(model, source, tmp_path, mon
         ('{"prompt": "A", "id": ' + "[" * 100000 + "]" * 100000 + "}", r"line 2: expected .* nested too deeply"),
         ('{"prompt": "A", "regex": "(a"}', r"line 2: regex: "),
         ('{"prompt": "A", "num_beams": 2, "top_k": 5}', r"line 2: top_k: expected none with beam search"),
-        ('{"prompt": "A", "sampler": "greedy"}', r"line 2: sampler: expected a sampler, got a str"),
+        ('{"prompt": "A", "sampler": "greedy"}', r"line 2: sampler: expected an object"),
         ('{"prompt": "A", "top_p": 2}', r"line 2: top_p: expected"),
         ('{"prompt": "A", "top_q": 2}', r"line 2: top_q: got an unknown option; did you mean top_"),
         ('{"prompt": "A", "seed": "x"}', r"line 2: seed: expected a whole number, got 'x'"),

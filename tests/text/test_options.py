@@ -94,7 +94,7 @@ def test_a_sampler_of_ones_own():
     assert streamed == own[0].token_ids
     with pytest.raises(lj.OptionError, match="sampler: expected no top_k with it"):
         lj.generate(MODEL, "a", 2, sampler=keys, top_k=4)
-    with pytest.raises(lj.OptionError, match="sampler: expected a sampler, got a str"):
+    with pytest.raises(lj.SamplerError, match=r"sampler: expected an object with .*'str'"):
         lj.generate(MODEL, "a", 2, sampler="greedy")
 
 
