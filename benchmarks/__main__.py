@@ -2,8 +2,8 @@
 
     python -m benchmarks [--quick] [--only NAME,NAME] [--peer NAME=PYTHON] [--check BASELINE.json] [--run RUN.json]
 
-The figures of a run go into benchmarks/out/run-TIME.json, the report beside it into a folder. With --check the exit
-code is 1 where a ratio got worse than in the baseline beyond the spread of both; with --run the figures are read
+The figures of a run go into benchmarks/out/run-TIME.json, the report into a folder of the same name. With --check the
+exit code is 1 where a ratio got worse than in the baseline beyond the spread of both; with --run the figures are read
 instead of measured.
 """
 
@@ -32,9 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.error(f"--only: expected some of {', '.join(known)}; got {unknown[0]}")
     code = 0
     if chosen.run:
-        path, reports = chosen.run, read_run(chosen.run)
+        path = chosen.run
+        reports = read_run(path)
     else:
-        path, reports = chosen.out / f"run-{datetime.datetime.now():%Y%m%d-%H%M%S}.json", []
+        path = chosen.out / f"run-{datetime.datetime.now():%Y%m%d-%H%M%S}.json"
+        reports = []
         with suite.hasty_compiling() if chosen.quick else contextlib.nullcontext():
             for name in names:
                 reports.append(known[name]())
@@ -47,12 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--quick", action="store_true", help="a tiny model, to see that everything runs")
-    options.add_argument("--only", help="names of the suite, with commas")
+    options.add_argument("--quick", action="store_true", help="tiny model: only checks that everything runs")
+    options.add_argument("--only", help="names of benchmarks, separated by commas")
     options.add_argument("--peer", type=peer_option, action="append", default=[], metavar="NAME=PYTHON")
-    options.add_argument("--check", type=Path, metavar="BASELINE.json", help="an earlier run")
-    options.add_argument("--run", type=Path, metavar="RUN.json", help="reads the figures instead of measuring")
-    options.add_argument("--out", type=Path, default=OUT, help="folder for figures and report (benchmarks/out)")
+    options.add_argument("--check", type=Path, metavar="BASELINE.json", help="earlier run to compare with")
+    options.add_argument("--run", type=Path, metavar="RUN.json", help="read the figures of a run instead of measuring")
+    options.add_argument("--out", type=Path, default=OUT, help="folder for the results (default: benchmarks/out)")
     return options
 
 

@@ -2,7 +2,8 @@
 
     python -m benchmarks.batch [--preset gpt2] [--batches 1,2,4,8,16,32] [--layers 12,24,36,48] [--prompt 64] [--new 16]
 
-Prints each step beside its floor (the weights once, and each row's keys and values) and beside the first of its series.
+Compares each step with its floor (reading the weights once, and each row's keys and values) and with the first of its
+series.
 """
 
 import dataclasses
@@ -28,8 +29,10 @@ def measure(preset: str, batches: list[int], layers: list[int], prompt: int, new
     rows = []
     for series, sizes in (("batch", batches), ("layers", layers)):
         for size in sizes:
-            name, first = f"{series} {size}", values[f"{series} {sizes[0]}"]
-            decoder, batch = decoders[name], size if series == "batch" else 1
+            name = f"{series} {size}"
+            first = values[f"{series} {sizes[0]}"]
+            decoder = decoders[name]
+            batch = size if series == "batch" else 1
             floors = step_floors(values, step_bytes(decoder.config, decoder.params, batch, prompt + (new + 1) / 2))
             line = row(name, values[name], floors, series=series, size=size, compile_s=compiled[name])
             line["to_first"] = statistics.median(a / b for a, b in zip(values[name], first, strict=True))
@@ -40,7 +43,8 @@ def measure(preset: str, batches: list[int], layers: list[int], prompt: int, new
 
 def _decoder(config: lj.GPT2Config, params: lj.Params, layers: int, batch: int, prompt: int, new: int) -> Decoder:
     """A decoder with the first blocks of the model."""
-    config, params = dataclasses.replace(config, n_layer=layers), params.replace(blocks=params.blocks[:layers])
+    config = dataclasses.replace(config, n_layer=layers)
+    params = params.replace(blocks=params.blocks[:layers])
     capacity = min(prompt + new, config.n_positions)
     return Decoder(params, config, lj.StaticCache.init(config, batch_size=batch, capacity=capacity), prompt, new)
 

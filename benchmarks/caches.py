@@ -2,7 +2,7 @@
 
     python -m benchmarks.caches [--preset gpt2] [--batch 1] [--lengths 64,256,512,1000] [--json FILE] [--plot FILE.png]
 
-Every layout decodes behind the same prompt in a cache that could hold the whole context. Steps of the layouts are
+Every layout decodes after the same prompt in a cache that could hold the whole context. Steps of the layouts are
 taken in turn, so that a change of the machine's speed meets all of them; the ratio to the static cache is per round.
 """
 
@@ -84,17 +84,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="gpt2")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--lengths", default="64,256,512,1000", help="numbers of tokens, with commas")
-    parser.add_argument("--layouts", default=",".join(LAYOUTS), help="cache specifications, with commas")
+    parser.add_argument("--lengths", default="64,256,512,1000", help="numbers of tokens, separated by commas")
+    parser.add_argument("--layouts", default=",".join(LAYOUTS), help="cache specifications, separated by commas")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
-    lengths, layouts = [int(n) for n in arguments.lengths.split(",")], tuple(arguments.layouts.split(","))
+    lengths = [int(n) for n in arguments.lengths.split(",")]
+    layouts = tuple(arguments.layouts.split(","))
     report = measure(arguments.preset, arguments.batch, lengths, arguments.rounds, layouts)
     print(f"{'tokens':>6}  {'layout':<16}{'MB':>8}  {'ms/step (least .. most)':<28}{'/ ' + layouts[0]:>9}")
     for row in report["rows"]:
-        name, size = row["layout"], row["bytes"] / 1e6
+        name = row["layout"]
+        size = row["bytes"] / 1e6
         print(f"{row['length']:>6}  {name:<16}{size:>8.1f}  {row['step_ms']!s:<28}{row['ratio']:>9.2f}")
     write_json(arguments.json, report)
     if arguments.plot:

@@ -20,7 +20,9 @@ def regressions(baseline: list[Report], run: list[Report]) -> tuple[list[str], i
     A row is worse where the least of its ratios is more than `TOLERANCE` over the largest of the baseline's. Rows are
     compared where benchmark, setting and name are the same.
     """
-    before, found, compared = _rows(baseline), [], 0
+    before = _rows(baseline)
+    found = []
+    compared = 0
     for key, new in _rows(run).items():
         if key not in before:
             continue

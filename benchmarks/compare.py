@@ -67,7 +67,8 @@ def measure(
         directory = Path(folder) / "model"
         write_checkpoint(directory, config, params)
         contenders = ours(config, params, weights)
-        versions, builds = {}, {}
+        versions: dict[str, str] = {}
+        builds: dict[str, str] = {}
         for name, (python, script) in peers.items():
             peer = stack.enter_context(Peer(name, python, script))
             peer.load(directory, Path(folder), machine()["cores"])
@@ -75,7 +76,8 @@ def measure(
             builds |= {name: peer.build} if peer.build else {}
             for variant, precision in peer.variants.items():
                 contenders[f"{name} {variant}"] = Contender(functools.partial(peer.generate, variant), precision)
-        agreement, rows = [], []
+        agreement: list[Report] = []
+        rows: list[Report] = []
         for case in cases:
             tokens = random_tokens(config, *case[:2]).tolist()
             lines = list(_agreement(contenders, case, tokens))
@@ -162,7 +164,8 @@ def _rows(case: Case, contenders: dict[str, Contender], values: dict[str, list[f
     rows = []
     for (kind, name), theirs in times.items():
         partner = _ours(contenders[name].precision)
-        own, against = times[kind, partner if partner in contenders else OURS], theirs
+        own = times[kind, partner if partner in contenders else OURS]
+        against = theirs
         if contenders[name].precision != "float32" and name == partner:
             against = times[kind, OURS]
         extra = {"kind": kind, "case": _label(case), "contender": name, "precision": contenders[name].precision}
@@ -211,7 +214,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options.add_argument("--cases", type=_case, default=[(1, 64, 64), (1, 512, 4), (8, 64, 16)])
     options.add_argument(
-        "--weights", type=precisions, default=["float32"], help="precisions of llorch_jax, with commas (float32)"
+        "--weights",
+        type=precisions,
+        default=["float32"],
+        help="precisions of llorch_jax (default: float32)",
     )
     chosen = options.parse_args(argv)
     figures = measure(chosen.preset, dict(chosen.peer), chosen.cases, chosen.rounds, chosen.weights)

@@ -1,4 +1,4 @@
-"""What a constraint costs: the mask of allowed tokens, and a constrained step beside a plain one.
+"""What a constraint costs: the mask of allowed tokens, and a constrained step compared with a plain one.
 
     python -m benchmarks.constrained [--model demo | --preset gpt2] [--tokens 64] [--rounds 5]
 
@@ -39,7 +39,8 @@ CASES = {
 def mask_times(model: lj.Model, constraint: lj.Constraint, ids: list[int]) -> list[float]:
     """Milliseconds for the mask before each of some tokens, which the constraint allows."""
     compiler = compiler_of(model.tokenizer, model.config.vocab_size, ())
-    matcher, found = compiler.matcher(constraint, ()), []
+    matcher = compiler.matcher(constraint, ())
+    found = []
     for token in ids:
         mask = np.empty((1, compiler.words), np.int32)
         start = time.perf_counter()

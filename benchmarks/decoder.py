@@ -17,7 +17,7 @@ from llorch_jax.text.timing import compile_seconds
 
 
 class Decoder:
-    """The loop of `generate_tokens` behind a text of fixed length, again and again on one cache."""
+    """The loop of `generate_tokens` after a text of fixed length, again and again on one cache."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Decoder:
         self._token = np.array(state.token)
 
     def rewind(self) -> steps.DecodeState:
-        """The state behind the text, with room for the new tokens."""
+        """The state after the text, with room for the new tokens."""
         cache = self.state.cache
         try:
             cache = cache.crop(self.length)
@@ -81,5 +81,5 @@ def random_tokens(config: lj.GPT2Config, batch: int, length: int) -> np.ndarray:
 
 
 def make_cache(config: lj.GPT2Config, layout: str, batch: int, capacity: int) -> lj.KVCache:
-    """An empty cache with room for so many tokens, rounded up to a bucket, or with its layout's window or budget."""
+    """An empty cache with room for `capacity` tokens, rounded up to a bucket, or with its layout's window or budget."""
     return fit_cache(config, layout, batch, capacity)

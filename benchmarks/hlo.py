@@ -18,7 +18,7 @@ class Operation:
     """One operation of a program.
 
     Attributes:
-        shares: which share of its time belongs to each scope, 1 in all; "" stands for no scope.
+        shares: the share of its time that belongs to each scope, 1 in all; "" is for no scope.
         container: whether it only runs other operations: a loop, a branch or a call.
     """
 
@@ -34,8 +34,8 @@ class _Instruction:
         name: of the instruction, unique in the program.
         opcode: what it does.
         shape: of its first result.
-        arguments: what stands between its parentheses.
-        attributes: what stands behind them.
+        arguments: the text between its parentheses.
+        attributes: the text after them.
     """
 
     name: str
@@ -133,7 +133,7 @@ class _Owners:
         reader = self._readers[name]
         if reader.fused is None:
             return self._path(computation, reader.name)
-        # Inside a fusion the reader is whatever reads the parameter that stands for the instruction.
+        # Inside a fusion the reader is what reads the parameter that represents the instruction.
         inner = self._computations[reader.fused]
         number = str(reader.operands.index(name))
         parameter = next(each for each in inner.values() if each.opcode == "parameter" and each.arguments == number)

@@ -33,9 +33,11 @@ class Limits(NamedTuple):
     def of(cls, preset: str) -> "Limits":
         """The tasks with their matrices; small ones for the preset "tiny"."""
         rows, size = (256, 128) if preset == "tiny" else (8192, 2048)
-        streamed, square = [jnp.ones((rows, rows)) for _ in range(2)], jnp.ones((size, size))
-        stream, product = jax.jit(lambda ms, vector: [m @ vector for m in ms]), jax.jit(jnp.matmul)
+        streamed = [jnp.ones((rows, rows)) for _ in range(2)]
         vector = jnp.ones(rows)
+        stream = jax.jit(lambda matrices, vector: [matrix @ vector for matrix in matrices])
+        square = jnp.ones((size, size))
+        product = jax.jit(jnp.matmul)
         return cls(
             lambda: 2 * 4e-9 * rows**2 / min(seconds(lambda: stream(streamed, vector)) for _ in range(2)),
             lambda: 2e-9 * size**3 / min(seconds(lambda: product(square, square)) for _ in range(2)),
@@ -58,17 +60,18 @@ def step_bytes(config: lj.GPT2Config, params: lj.Params, batch: int, context: fl
 
 def prefill_flops(config: lj.GPT2Config, batch: int, count: int) -> float:
     """Floating point operations of a prefill with logits of the last position only."""
-    width, kv_width = config.n_embd, config.kv_heads * config.head_dim
+    width = config.n_embd
+    kv_width = config.kv_heads * config.head_dim
     dense = width * (2 * width + 2 * kv_width + 2 * config.inner_dim)
     attention = 2 * width * (count + 1) / 2
     return 2.0 * batch * (count * config.n_layer * (dense + attention) + width * config.vocab_size)
 
 
 def step_floors(values: dict[str, list[float]], size: float) -> list[float]:
-    """Milliseconds that reading so many bytes takes at the bandwidth of each round."""
+    """Milliseconds that reading `size` bytes takes at the bandwidth of each round."""
     return [size / bandwidth / 1e6 for bandwidth in values[BANDWIDTH]]
 
 
 def prefill_floors(values: dict[str, list[float]], flops: float) -> list[float]:
-    """Milliseconds that so many operations take at the speed of each round."""
+    """Milliseconds that `flops` operations take at the speed of each round."""
     return [flops / speed / 1e6 for speed in values[GEMM]]

@@ -2,8 +2,8 @@
 
     python -m benchmarks.long_context [--preset gpt2] [--lengths 64,128,256,512,1000] [--layouts static,dynamic]
 
-Caches have room for the whole context. The floor grows with the live keys and values; the last lines tell at which
-speed the real time grows with them.
+Caches have room for the whole context. The floor grows with the live keys and values; the last lines say at which
+speed the measured time grows with them.
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__)
     options.add_argument("--batch", type=int, default=1)
     options.add_argument("--lengths", type=numbers, default=[64, 128, 256, 512, 1000])
-    options.add_argument("--layouts", default="static,dynamic", help="cache layouts, with commas")
+    options.add_argument("--layouts", default="static,dynamic", help="cache layouts, separated by commas")
     options.add_argument("--new", type=int, default=16)
     chosen = options.parse_args(argv)
     layouts = chosen.layouts.split(",")

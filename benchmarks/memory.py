@@ -1,10 +1,10 @@
-"""Peak resident memory of a process that generates, beside the bytes of its weights and cache.
+"""Peak resident memory of a process that generates, compared with the bytes of its weights and cache.
 
     python -m benchmarks.memory [--preset gpt2] [--batch 1] [--prompt 64] [--new 32] [--capacity 1024]
                                 [--layouts static,dynamic,rotating:256+4,paged,int8,int4]
 
 Each layout runs in a fresh process (Linux only), counted above the interpreter with jax. Rows are the highest peak of
-loading, the first generation, which compiles, and the next one; the parts are told apart behind them.
+loading, the first generation, which compiles, and the next one, which are also given one by one.
 """
 
 import tempfile
@@ -23,7 +23,8 @@ def measure(
 ) -> Report:
     """A row per layout, in MB."""
     config = preset_config(preset)
-    capacity, weights = capacity or config.n_positions, nbytes(lj.param_shapes(config)) / 1e6
+    capacity = capacity or config.n_positions
+    weights = nbytes(lj.param_shapes(config)) / 1e6
     setting = {"batch": batch, "prompt": prompt, "new": new, "capacity": capacity}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -43,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--batch", type=int, default=1)
     options.add_argument("--prompt", type=int, default=64)
     options.add_argument("--new", type=int, default=32)
-    options.add_argument("--capacity", type=int, help="tokens per row that a cache has room for (the whole context)")
-    options.add_argument("--layouts", default=",".join(LAYOUTS), help="with commas")
+    options.add_argument("--capacity", type=int, help="tokens that a row has room for (default: the whole context)")
+    options.add_argument("--layouts", default=",".join(LAYOUTS), help="separated by commas")
     chosen = options.parse_args(argv)
     setting = (chosen.preset, chosen.batch, chosen.prompt, chosen.new, chosen.capacity, chosen.layouts.split(","))
     figures = measure(*setting, chosen.rounds)

@@ -42,7 +42,7 @@ def _spread(samples: Sequence[Report]) -> list[list[float]]:
     return [down, up]
 
 
-def _beside_limit(group: list[Report]) -> Figure:
+def _with_limits(group: list[Report]) -> Figure:
     """A bar per row, with a mark at what it is compared with."""
     rows = [(words(each["benchmark"]).row(line, each["setting"]), line) for each in group for line in each["rows"]]
     names = [name.replace(", ", ",\n", 1) for name, _ in rows]
@@ -177,14 +177,14 @@ def _peers(kind: str) -> Plot:
 
 
 PLOTS: dict[str, list[tuple[str, Plot]]] = {
-    "decode": [("Milliseconds per decode step, and the floor", _beside_limit)],
-    "prefill": [("Milliseconds per prefill, and the floor", _beside_limit)],
+    "decode": [("Milliseconds per decode step, and the floor", _with_limits)],
+    "prefill": [("Milliseconds per prefill, and the floor", _with_limits)],
     "batch": [
         ("Milliseconds per decode step by number of rows", _series("batch", "rows")),
         ("Milliseconds per decode step by number of layers", _series("layers", "layers")),
     ],
     "long_context": [("Milliseconds per decode step by tokens in the cache", _context)],
-    "stream": [("Milliseconds per streamed token", _beside_limit)],
+    "stream": [("Milliseconds per streamed token", _with_limits)],
     "startup": [("Seconds until the first token", _startup)],
     "memory": [("Peak memory by cache layout", _memory)],
     "profile_cache": [("Milliseconds of a decode step by part", _step_parts)],

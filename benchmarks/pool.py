@@ -1,4 +1,4 @@
-"""What a pool of caches saves: making a cache against taking a released one, beside a decode step.
+"""What a pool of caches saves: making a cache against taking a released one, with a decode step for comparison.
 
     python -m benchmarks.pool [--preset gpt2] [--batch 1] [--rounds 15] [--json FILE]
 
@@ -20,7 +20,8 @@ from benchmarks.reports import parser
 def measure(preset: str, batch: int, rounds: int) -> dict[str, Any]:
     """Milliseconds of making, of taking and giving back, and of a decode step."""
     config, params = random_model(preset)
-    pool, token = lj.CachePool(), np.zeros(batch, np.int32)
+    pool = lj.CachePool()
+    token = np.zeros(batch, np.int32)
     settings = {"batch_size": batch, "capacity": config.n_positions}
     step = partial(lj.decode_step, params, config, token)
     caches = [lj.StaticCache.init(config, **settings)]

@@ -50,7 +50,7 @@ def prefill_task(params: lj.Params, config: lj.GPT2Config, batch: int, count: in
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__, rounds=7)
     options.add_argument("--batch", type=int, default=1)
-    options.add_argument("--prompts", type=numbers, default=[64, 512], help="numbers of tokens, with commas")
+    options.add_argument("--prompts", type=numbers, default=[64, 512], help="numbers of tokens, separated by commas")
     chosen = options.parse_args(argv)
     figures = measure(chosen.preset, chosen.batch, chosen.prompts, chosen.rounds)
     show(figures, lambda row: f"{row['share_of_peak']:.2f} of peak, {row['tokens_per_second']:.0f} tokens/s")

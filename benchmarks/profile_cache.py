@@ -126,8 +126,8 @@ def typical(profiles: Sequence[dict[str, float]]) -> dict[str, Sample]:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__)
     options.add_argument("--batch", type=int, default=1)
-    options.add_argument("--lengths", type=numbers, default=[64, 960], help="tokens in the cache, with commas")
-    options.add_argument("--layouts", default=",".join(LAYOUTS), help="with commas")
+    options.add_argument("--lengths", type=numbers, default=[64, 960], help="tokens in the cache, separated by commas")
+    options.add_argument("--layouts", default=",".join(LAYOUTS), help="separated by commas")
     chosen = options.parse_args(argv)
     figures = measure(chosen.preset, chosen.batch, chosen.lengths, chosen.layouts.split(","), chosen.rounds)
     show(figures, describe)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.reencode [--model demo] [--tokens 10000] [--sinks 4] [--window 256] [--json FILE] [--plot FILE]
 
-When the context is full, the first `--sinks` and the newest `--window` tokens are encoded anew. A segment is what is
+When the context is full, the first `--sinks` and the newest `--window` tokens are encoded again. A segment is what is
 generated between two re-encodings; the first token of each waits for the prefill.
 """
 
@@ -50,7 +50,8 @@ def run(
     key = jax.random.key(0)
     request = prepare(model.config, prompt, tokens, cache, None, sampler, key, None, reencode)
     segments: list[list[float]] = [[]]
-    memory, start = [], time.perf_counter()
+    memory = []
+    start = time.perf_counter()
     for step in stream_steps(model.params, model.config, request):
         if step.part == len(segments):
             memory.append(resident_mb())

@@ -33,7 +33,7 @@ Plots = dict[str, list[tuple[str, Path]]]  # captions and files by benchmark
 
 
 def write_report(reports: list[Report], folder: Path) -> Path:
-    """Writes `index.html` and, where matplotlib is there, the plots into the folder. Returns the page's path."""
+    """Writes `index.html` and, where matplotlib is installed, the plots into the folder. Returns the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
     plots: Plots = {}
     if importlib.util.find_spec("matplotlib"):

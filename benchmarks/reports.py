@@ -1,4 +1,4 @@
-"""What every benchmark prints and keeps: rows of a time beside its limit, as text and as JSON."""
+"""What every benchmark prints and keeps: rows of a time and its limit, as text and as JSON."""
 
 import argparse
 import dataclasses
@@ -19,14 +19,14 @@ Report = dict[str, Any]
 def parser(doc: str | None, rounds: int = 5) -> argparse.ArgumentParser:
     """The options that all benchmarks have."""
     options = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--preset", default="gpt2", help='model with random weights; "tiny" only tries the script out')
-    options.add_argument("--rounds", type=int, default=rounds, help=f"measurements of each thing ({rounds})")
-    options.add_argument("--json", type=Path, help="where the figures go (benchmarks/out/NAME-TIME.json)")
+    options.add_argument("--preset", default="gpt2", help='model with random weights; "tiny" only tries out the script')
+    options.add_argument("--rounds", type=int, default=rounds, help=f"number of measurements (default: {rounds})")
+    options.add_argument("--json", type=Path, help="file for the figures (default: benchmarks/out/NAME-TIME.json)")
     return options
 
 
 def numbers(text: str) -> list[int]:
-    """The numbers of an option, from 1 up, with commas between them."""
+    """The numbers of an option, from 1 up, separated by commas."""
     values = [int(part) for part in text.split(",")]
     if min(values) < 1:
         raise argparse.ArgumentTypeError(f"expected numbers from 1 up, got {text}")

@@ -1,8 +1,8 @@
-"""What choosing a token costs: transforms of logits and draws, beside a decode step.
+"""What choosing a token costs: transforms of logits and draws, compared with a decode step.
 
     python -m benchmarks.sampling [--preset gpt2] [--batch 1] [--history 512]
 
-Each sampler is compiled by itself and called on random logits of the preset's vocabulary, behind a text of `--history`
+Each sampler is compiled by itself and called on random logits of the preset's vocabulary, after a text of `--history`
 tokens for those that look at it. The ratio is to a step of the compiled greedy loop in the same round.
 """
 

@@ -1,4 +1,4 @@
-"""The four signals that a KV cache should be a module of its own, not a part of attention, with today's values."""
+"""The four signals that a KV cache should be a module of its own and not a part of attention, with their values."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ def signals(shares: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     over = [f"{line['layout']} at {line['length']}" for line in shares if line["share"] > THRESHOLD]
     most = max(shares, key=lambda line: line["share"])
     strategies = sorted(name for name in lj.__all__ if name.endswith("Cache") and name != "KVCache")
-    own, attention = _lines("cache/**/*.py"), _lines("attention.py")
+    own = _lines("cache/**/*.py")
+    attention = _lines("attention.py")
     kept = [promise for promise, name in PROMISES.items() if hasattr(lj, name) and name in _documented()]
     highest = f"most is {100 * most['share']:.1f} % ({most['layout']} at {most['length']} tokens)"
     return {

@@ -30,7 +30,8 @@ def cases(model: lj.Model | None, vocab_size: int) -> dict[str, tuple[list[int],
     if model is None or model.tokenizer is None:
         ids = np.random.default_rng(0).integers(0, vocab_size, 32).tolist()
         return {"greedy": (ids, {}), "temperature 1.5": (ids, hot)}
-    repeating, plain = model.tokenizer.encode(REPEATING), model.tokenizer.encode(PLAIN)
+    repeating = model.tokenizer.encode(REPEATING)
+    plain = model.tokenizer.encode(PLAIN)
     return {"repeating text": (repeating, {}), "story": (plain, {}), "story, temperature 1.5": (plain, hot)}
 
 

@@ -3,7 +3,7 @@
     python -m benchmarks.startup [--preset gpt2] [--prompt 64] [--new 32] [--rounds 3]
 
 The weights are written to disk first, so they are in the operating system's page cache. The ratio is to a process that
-only imports jax and computes one number. Tells the seconds of compiling, too: until the first token, and in all.
+only imports jax and computes one number. Also gives the seconds of compiling, until the first token and in all.
 """
 
 import tempfile

@@ -1,4 +1,4 @@
-"""What streaming costs: `stream_tokens` beside the compiled loop of `generate_tokens`, per token.
+"""What streaming costs: `stream_tokens` compared with the compiled loop of `generate_tokens`, per token.
 
     python -m benchmarks.stream [--preset gpt2] [--prompt 64] [--new 64]
 

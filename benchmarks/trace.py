@@ -42,7 +42,7 @@ class Program:
         self._operations = operations(text, scopes)
 
     def allocated(self) -> int:
-        """Bytes that a call takes besides what it is given: scratch memory, and results not in donated buffers."""
+        """Bytes that a call takes in addition to its arguments: scratch memory, and results not in donated buffers."""
         sizes = self.compiled.memory_analysis()
         return sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
 
@@ -73,9 +73,10 @@ def record(run: Callable[[], Any], module: str) -> list[Span]:
             jax.block_until_ready(run())
         (path,) = Path(folder).rglob("*.xplane.pb")
         profile = jax.profiler.ProfileData.from_file(str(path))
-    starts, ends = [], {}
+    starts: list[Span] = []
+    ends: dict[str, list[float]] = {}
     for event in (event for plane in profile.planes for line in plane.lines for event in line.events):
-        if event.name.startswith("end: "):  # of an operation that goes on after its thread was given back
+        if event.name.startswith("end: "):  # of an operation that continued after its thread was released
             ends.setdefault(event.name.removeprefix("end: "), []).append(event.end_ns)
         elif dict(event.stats).get("hlo_module") == module:
             starts.append(Span(event.name, event.start_ns, event.end_ns))

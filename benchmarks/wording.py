@@ -133,7 +133,7 @@ WORDS = {
     ),
     "compare": Words(
         "Other implementations",
-        "Prefill and decode step beside other implementations on the same weights, in one run. A ratio is this "
+        "Prefill and decode step of other implementations on the same weights, in one run. A ratio is this "
         "library's time over the other's, with weights of the same precision where both have it: below "
         f"1.00 {TIMES} this library is faster.",
         lambda line, setting: f"{line['contender']}, {line['case']}",

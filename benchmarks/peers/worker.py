@@ -1,6 +1,6 @@
 """The peers' side of `benchmarks.compare`: requests as JSON lines on stdin, answers as JSON lines on stdout.
 
-A worker runs in the peer's own Python, so nothing here or beside it imports llorch_jax. Requests:
+A worker runs in the peer's own Python, so nothing in this folder imports llorch_jax. Requests:
 
     {"op": "load", "directory": D, "work": W, "threads": N}    D holds a GPT-2 in Hugging Face's layout; W is for files
     {"op": "generate", "variant": V, "tokens": [[...]], "new": N}    greedy, N new tokens per row
