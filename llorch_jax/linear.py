@@ -22,12 +22,14 @@ or zero. Blocks of GGUF's Q8_0 and Q4_0 are such groups, bit for bit.
 
 import dataclasses
 import os
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 EXACT = jax.lax.Precision.HIGHEST  # float32 products in full precision on every backend
+_BLOCK = 2**18  # elements of a block of rows that is converted at once: 1 MB of float32
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -57,11 +59,20 @@ class QuantizedMatrix:
 
     def dequantize(self) -> jax.Array:
         """The matrix that this stands for, float32 [out, in]: each element is rounded once, as scale * code."""
-        rows, columns = self.shape
-        codes = self.codes if self.bits == 8 else _unpacked(self.codes, self.scales.shape[1])
-        grouped = codes.reshape(rows, self.scales.shape[1], -1).astype(jnp.float32)
-        values = grouped * self.scales.astype(jnp.float32)[:, :, None]
-        return values.reshape(rows, -1)[:, :columns]
+        rows, groups = self.scales.shape
+        halves = [half.reshape(rows, groups, -1) for half in self.halves()]
+        return jnp.concatenate(halves, axis=2).reshape(rows, -1)[:, : self.shape[1]]
+
+    def halves(self) -> list[jax.Array]:
+        """The values float32 [out, width], or with 4 bits two of [out, width / 2]: of low nibbles and of high ones."""
+        if self.bits == 8:
+            return [self._scaled(self.codes)]
+        return [self._scaled((nibbles & 15).astype(jnp.int8) - 8) for nibbles in (self.codes, self.codes >> 4)]
+
+    def _scaled(self, codes: jax.Array) -> jax.Array:
+        rows, groups = self.scales.shape
+        by_group = codes.astype(jnp.float32).reshape(rows, groups, -1)
+        return (by_group * self.scales.astype(jnp.float32)[:, :, None]).reshape(rows, -1)
 
 
 Matrix = jax.Array | QuantizedMatrix
@@ -93,9 +104,8 @@ def matmul(weight: Matrix, x: jax.Array) -> jax.Array:
     Returns:
         float32 [out, M].
     """
-    if isinstance(weight, QuantizedMatrix):
-        # The barrier keeps XLA from converting inside the product, which takes several times as long.
-        return _product(jax.lax.optimization_barrier(weight.dequantize()), x)
+    if isinstance(weight, QuantizedMatrix) or weight.dtype != jnp.float32:
+        return _product_by_blocks(weight, x)
     return _product(weight, x)
 
 
@@ -134,24 +144,64 @@ def layer_norm(params: Norm, x: jax.Array, epsilon: float) -> jax.Array:
 
 
 def _product(weight: jax.Array, x: jax.Array) -> jax.Array:
-    """`matmul` of a matrix in floating point.
+    """`matmul` of a float32 matrix.
 
     XLA's CPU backend cuts a single matrix-vector product into pieces that do not divide evenly among the cores; as a
     batch of products of equal size it takes up to a quarter less time.
     """
     rows, columns = weight.shape
     if x.shape[1] > 1 or rows % _CORES:
-        return jnp.matmul(weight, x, precision=EXACT, preferred_element_type=jnp.float32)
+        return jnp.matmul(weight, x, precision=EXACT)
     vectors = jnp.broadcast_to(x[:, 0], (_CORES, columns))
     pieces = weight.reshape(_CORES, rows // _CORES, columns)
-    out = jnp.einsum("PRK,PK->PR", pieces, vectors, precision=EXACT, preferred_element_type=jnp.float32)
-    return out.reshape(rows, 1)
+    return jnp.einsum("PRK,PK->PR", pieces, vectors, precision=EXACT).reshape(rows, 1)
 
 
-def _unpacked(packed: jax.Array, groups: int) -> jax.Array:
-    """Codes less 8, int8 [out, width], of packed ones, uint8 [out, width / 2]."""
-    by_group = packed.reshape(packed.shape[0], groups, -1)
-    low = by_group & 15
-    high = by_group >> 4
-    codes = jnp.concatenate([low, high], axis=2).astype(jnp.int8) - 8
-    return codes.reshape(packed.shape[0], -1)
+def _product_by_blocks(weight: Matrix, x: jax.Array) -> jax.Array:
+    """`matmul` of a matrix that is not float32: blocks of rows are converted and multiplied, one after the other.
+
+    XLA's CPU backend would convert element by element inside the product, ten times slower than float32, or write the
+    whole matrix out in float32. A block stays in the cores' caches, which makes this about as fast as float32.
+    """
+    rows, columns = weight.shape
+    step = max(_BLOCK // columns, 1)
+    parts, values_of = _convertible(weight)
+    inputs = _halves_of_inputs(weight, x)
+
+    def product(block: Sequence[jax.Array]) -> jax.Array:
+        products = [jnp.matmul(v, part, precision=EXACT) for v, part in zip(values_of(block), inputs, strict=True)]
+        return sum(products[1:], products[0])
+
+    if rows <= step:
+        return product(parts)
+
+    def put_block(i: jax.Array, out: jax.Array) -> jax.Array:
+        # The last block starts early enough to be whole: some rows are then computed twice, alike.
+        start = jnp.minimum(i * step, rows - step)
+        block = [jax.lax.dynamic_slice_in_dim(part, start, step) for part in parts]
+        return jax.lax.dynamic_update_slice(out, product(block), (start, 0))
+
+    return jax.lax.fori_loop(0, -(-rows // step), put_block, jnp.zeros((rows, x.shape[1]), jnp.float32))
+
+
+def _convertible(weight: Matrix) -> tuple[list[jax.Array], Callable[[Sequence[jax.Array]], list[jax.Array]]]:
+    """Arrays that rows can be cut out of, and what makes float32 values of such rows."""
+    if isinstance(weight, QuantizedMatrix):
+        form = weight
+        return [form.codes, form.scales], lambda p: dataclasses.replace(form, codes=p[0], scales=p[1]).halves()
+    if weight.dtype != jnp.bfloat16:
+        return [weight], lambda p: [p[0].astype(jnp.float32)]
+    # Of bfloat16 only the bits are cut: XLA would convert the whole array for each slice.
+    bits = jax.lax.bitcast_convert_type(weight, jnp.uint16)
+    return [bits], lambda p: [jax.lax.bitcast_convert_type(p[0].astype(jnp.uint32) << 16, jnp.float32)]
+
+
+def _halves_of_inputs(weight: Matrix, x: jax.Array) -> list[jax.Array]:
+    """The rows of x [in, M] that belong to each of the values of `QuantizedMatrix.halves`."""
+    if not isinstance(weight, QuantizedMatrix):
+        return [x]
+    padded = jnp.pad(x, ((0, weight.padding), (0, 0)))
+    if weight.bits == 8:
+        return [padded]
+    by_group = padded.reshape(weight.scales.shape[1], 2, -1, x.shape[1])
+    return [by_group[:, half].reshape(-1, x.shape[1]) for half in (0, 1)]
