@@ -16,9 +16,10 @@ import jax
 import numpy as np
 
 import llorch_jax as lj
+from benchmarks.decoder import make_cache
 from benchmarks.measure import Sample, machine, random_model, write_json
 
-LAYOUTS = ("static", "dynamic", "rotating:256+4", "paged", "int8", "int4", "h2o:256")
+LAYOUTS = ("static", "dynamic", "rotating:256+4", "paged", "int8", "int4", "paged/int8", "h2o:256")
 
 
 def measure(preset: str, batch: int, lengths: list[int], rounds: int, layouts: tuple[str, ...]) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def step_times(
     token = np.zeros(batch, np.int32)
     caches = {}
     for layout in layouts:
-        _, cache = lj.prefill(params, config, tokens, lj.make_cache(config, layout, batch_size=batch))
+        _, cache = lj.prefill(params, config, tokens, make_cache(config, layout, batch))
         caches[layout] = jax.block_until_ready(lj.decode_step(params, config, token, cache)[1])  # compiles
     times: dict[str, list[float]] = {layout: [] for layout in layouts}
     for _ in range(rounds):

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--prompt", type=int, default=64)
     options.add_argument("--new", type=int, default=64)
     options.add_argument("--capacity", type=int, help="slots of the cache, rounded up to a bucket (prompt + new)")
-    options.add_argument("--cache", default="static", help="layout, as of `make_cache`")
+    options.add_argument("--cache", default="static", help="layout, or layout/codec such as paged/int8")
     chosen = options.parse_args(argv)
     setting = (chosen.preset, chosen.batch, chosen.prompt, chosen.new, chosen.capacity, chosen.cache)
     figures = measure(*setting, chosen.rounds)

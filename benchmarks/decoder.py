@@ -80,6 +80,17 @@ def random_tokens(config: lj.GPT2Config, batch: int, length: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, config.vocab_size, (batch, length), np.int32)
 
 
-def make_cache(config: lj.GPT2Config, layout: str, batch: int, capacity: int) -> lj.KVCache:
-    """An empty cache with room for `capacity` tokens, rounded up to a bucket, or with its layout's window or budget."""
-    return fit_cache(config, layout, batch, capacity)
+def make_cache(config: lj.GPT2Config, name: str, batch: int, tokens: int | None = None) -> lj.KVCache:
+    """An empty cache by name: a layout, or a layout and a codec such as "paged/int8".
+
+    Args:
+        config: of the model.
+        name: the layout, as `lj.make_cache` takes it, and after a slash the codec.
+        batch: number of rows.
+        tokens: what there must be room for, rounded up to a bucket, where the layout has a capacity; None means the
+            whole context.
+    """
+    layout, _, codec = name.partition("/")
+    if tokens is None:
+        return lj.make_cache(config, layout, batch_size=batch, codec=codec or None)
+    return fit_cache(config, layout, batch, tokens, codec=codec or None)

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-import llorch_jax as lj
-from benchmarks.decoder import Decoder
+from benchmarks.decoder import Decoder, make_cache
 from benchmarks.limits import Limits, kv_bytes, step_bytes, step_floors
 from benchmarks.measure import interleaved, random_model
 from benchmarks.reports import Report, keep, numbers, parser, report, row, show
@@ -23,7 +22,7 @@ def measure(preset: str, batch: int, lengths: list[int], layouts: list[str], new
     decoders = {}
     for layout in layouts:
         for length in lengths:
-            cache = lj.make_cache(config, layout, batch_size=batch)
+            cache = make_cache(config, layout, batch)
             decoders[f"{layout} {length}"] = Decoder(params, config, cache, length, new)
     steps = {name: decoder.step_ms for name, decoder in decoders.items()}
     values = interleaved({**Limits.of(preset).tasks(), **steps}, rounds)

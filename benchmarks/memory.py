@@ -1,7 +1,7 @@
 """Peak resident memory of a process that generates, compared with the bytes of its weights and cache.
 
     python -m benchmarks.memory [--preset gpt2] [--batch 1] [--prompt 64] [--new 32] [--capacity 1024]
-                                [--layouts static,dynamic,rotating:256+4,paged,int8,int4]
+                                [--layouts static,dynamic,rotating:256+4,paged,int8,int4,paged/int8]
 
 Each layout runs in a fresh process (Linux only), counted above the interpreter with jax. Rows are the highest peak of
 loading, the first generation, which compiles, and the next one, which are also given one by one.

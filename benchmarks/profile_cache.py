@@ -1,7 +1,7 @@
 """Where the time of a decode step goes, and whether the cache deserves a module of its own.
 
     python -m benchmarks.profile_cache [--preset gpt2] [--batch 1] [--lengths 64,960]
-                                       [--layouts static,dynamic,rotating:256+4,paged,int8,int4]
+                                       [--layouts static,dynamic,rotating:256+4,paged,int8,int4,paged/int8]
 
 Runs the compiled loop of `generate_tokens` under JAX's profiler, which records when each operation begins and ends, and
 sums the times by the library's named scopes (benchmarks/trace.py). The parts are never negative and sum to the step.
@@ -16,7 +16,7 @@ from typing import Any
 
 import llorch_jax as lj
 from benchmarks.caches import LAYOUTS
-from benchmarks.decoder import Decoder
+from benchmarks.decoder import Decoder, make_cache
 from benchmarks.limits import Limits
 from benchmarks.measure import Sample, interleaved, random_model, seconds
 from benchmarks.reports import Report, keep, numbers, parser, report, row, show
@@ -90,7 +90,7 @@ def _rows(
     """A row per layout: the step, what it is made of, and what a call allocates."""
     loops = {}
     for layout in layouts:
-        cache = lj.make_cache(config, layout, batch_size=batch)
+        cache = make_cache(config, layout, batch)
         loops[layout] = Loop(Decoder(params, config, cache, length, STEPS))
     profiles: dict[str, list[dict[str, float]]] = {layout: [] for layout in layouts}
 

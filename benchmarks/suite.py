@@ -30,7 +30,9 @@ def full(peers: Peers) -> dict[str, Task]:
         "stream": lambda: stream.measure("gpt2", 64, 64, 5),
         "startup": lambda: startup.measure("gpt2", 64, 32, 3),
         "memory": lambda: memory.measure("gpt2", 1, 64, 32, None, list(LAYOUTS), 1),
-        "profile_cache": lambda: profile_cache.measure("gpt2", 1, [64, 960], ["static", "dynamic", "paged", "int8"], 5),
+        "profile_cache": lambda: profile_cache.measure(
+            "gpt2", 1, [64, 960], ["static", "dynamic", "paged", "int8", "paged/int8"], 5
+        ),
         "compare": lambda: compare.measure("gpt2", peers, [(1, 64, 64), (1, 512, 4), (8, 64, 16)], 3),
     }
 
