@@ -87,7 +87,7 @@ def main(
 
 
 @app.command(name="generate")
-@with_settings("Sampling", "Penalties", "Length and ending", "Constraints", "Search and speculation")
+@with_settings("Cache", "Sampling", "Penalties", "Length and ending", "Constraints", "Search and speculation")
 def generate_command(
     settings: dict[str, Any],
     prompt: Annotated[
@@ -165,7 +165,7 @@ def generate_command(
 
 
 @app.command(name="chat")
-@with_settings("Sampling", "Penalties", "Length and ending")
+@with_settings("Cache", "Sampling", "Penalties", "Length and ending")
 def chat_command(
     settings: dict[str, Any],
     model: ModelOption = "demo",
@@ -211,11 +211,12 @@ def score_command(
 
 
 @app.command(name="inspect")
-def inspect_command(model: ModelArgument = "demo", cache: CacheOption = "static") -> None:
+@with_settings("Cache")
+def inspect_command(settings: dict[str, Any], model: ModelArgument = "demo", cache: CacheOption = "static") -> None:
     """Show a model's configuration and the bytes of its parameters and cache, without loading the weights."""
     from llorch_jax.cli import models
 
-    models.inspect(model, cache)
+    models.inspect(model, cache, settings)
 
 
 @app.command(name="validate")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -32,8 +33,8 @@ def show_score(source: str, text: str, stride: int | None, as_json: bool) -> Non
         print(*(f"{name} {value:.4f}" for name, value in summary.items()), sep="\n")
 
 
-def inspect(source: str, cache: str) -> None:
-    """Prints a model's configuration and the bytes of its parameters and cache."""
+def inspect(source: str, cache: str, settings: dict[str, Any]) -> None:
+    """Prints a model's configuration and the bytes of its parameters and cache; `settings` are codec and residual."""
     _, directory = checkpoint.locate(source)
     config = checkpoint.load_config(directory)
     table = Table("setting", "value", title=escape(source))
@@ -42,8 +43,9 @@ def inspect(source: str, cache: str) -> None:
     Console().print(table)
     shapes = param_shapes(config)
     print(f"parameters: {count_params(shapes):,}; {show_bytes(nbytes(shapes))} in float32")
-    plan = plan_memory(config, cache)
-    print(f"{cache} cache: {show_bytes(plan.total)} per sequence of up to {config.n_positions} tokens")
+    plan = plan_memory(config, cache, **settings)
+    stored = f" of {settings['codec']}" if "codec" in settings else ""
+    print(f"{cache} cache{stored}: {show_bytes(plan.total)} per sequence of up to {config.n_positions} tokens")
     if plan.full != plan.total:
         print(f"  and {show_bytes(plan.full)} once it has grown to that length")
     print(f"  {show_bytes(plan.per_token)} per token in {config.cache_layers} layers")

@@ -102,7 +102,12 @@ SEARCH = (
         flag="--contrastive-alpha",
     ),
 )
+CACHE = (
+    Setting("codec", str, "CODEC", "Storage of keys and values: float32, bfloat16, float16, int8 or int4."),
+    Setting("residual", int, "N", "Newest tokens also kept in float32 (32 with int8 and int4)."),
+)
 PANELS: dict[str, tuple[Setting, ...]] = {
+    "Cache": CACHE,
     "Sampling": SAMPLING,
     "Penalties": PENALTIES,
     "Length and ending": ENDING,
@@ -112,8 +117,8 @@ PANELS: dict[str, tuple[Setting, ...]] = {
 
 MODEL_HELP = "demo, a directory with config.json and *.safetensors, or a hub id."
 CACHE_HELP = (
-    "Layout of the KV cache: static, dynamic, paged[:PAGE_SIZE], rotating:WINDOW[+SINKS], int8, int4, recent:BUDGET, "
-    "sinks:BUDGET, h2o:BUDGET or snapkv:BUDGET."
+    "Layout of the KV cache: static[:CAPACITY], dynamic, paged[:PAGE_SIZE], rotating:WINDOW[+SINKS], int8, int4, "
+    "recent:BUDGET, sinks:BUDGET, h2o:BUDGET or snapkv:BUDGET."
 )
 
 
@@ -123,7 +128,7 @@ def option(*names: str, metavar: str | None = None, help: str, panel: str | None
 
 
 ModelOption = Annotated[str, option("--model", "-m", metavar="MODEL", help=f"Model: {MODEL_HELP}", panel="Model")]
-CacheOption = Annotated[str, option("--cache", metavar="LAYOUT", help=CACHE_HELP, panel="Model")]
+CacheOption = Annotated[str, option("--cache", metavar="LAYOUT", help=CACHE_HELP, panel="Cache")]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 JsonOption = Annotated[bool, option("--json", help="Print one JSON object instead.", panel="Output")]
 

@@ -19,7 +19,6 @@ from llorch_jax.archive import Kind, read_archive, write_archive
 from llorch_jax.buckets import bucket
 from llorch_jax.cache.base import KVCache
 from llorch_jax.cache.files import CACHE_CLASSES, check_loaded, fingerprint
-from llorch_jax.cache.layouts import fit_cache
 from llorch_jax.decoding.request import prepare
 from llorch_jax.decoding.streaming import Segment
 from llorch_jax.errors import CacheError, CapacityError, ChatError, OptionError
@@ -154,7 +153,7 @@ class Chat:
         self.cache = self._empty()
 
     def _empty(self) -> KVCache:
-        return fit_cache(self.model.config, self.layout, 1, self.model.config.n_positions)
+        return self.options.fitted_cache(self.model.config, 1, self.model.config.n_positions)
 
     @property
     def text(self) -> str:

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from llorch_jax.cache.base import KVCache
-from llorch_jax.cache.layouts import make_cache
 from llorch_jax.decoding.overflow import Reencode, check_overflow
 from llorch_jax.errors import BatchFileError, CapacityError, LlorchError, OptionError
 from llorch_jax.loading.checkpoint import Model
@@ -130,7 +129,7 @@ class JobReader:
 
     def _check_room(self, count: int, options: GenerationOptions) -> None:
         """Raises CapacityError if a prompt of `count` tokens and its new ones do not fit."""
-        context = self._capacity(options.cache)
+        context = self._capacity(options)
         reencode = check_overflow(options.overflow)
         if reencode is not None:
             reencode.kept(np.zeros(context + 1, np.int32), context)
@@ -142,12 +141,14 @@ class JobReader:
                 f"{options.max_new_tokens} tokens"
             )
 
-    def _capacity(self, cache: Any) -> int:
-        """How many tokens a row of a layout can hold; nothing is allocated."""
-        if cache not in self._capacities:
-            shapes: Any = jax.eval_shape(lambda: make_cache(self._model.config, cache))
-            self._capacities[cache] = min(shapes.capacity, self._model.config.n_positions)
-        return self._capacities[cache]
+    def _capacity(self, options: GenerationOptions) -> int:
+        """How many tokens a row of the options' cache can hold; nothing is allocated."""
+        kind = (options.cache, options.codec, options.residual)
+        if kind not in self._capacities:
+            context = self._model.config.n_positions
+            shapes: Any = jax.eval_shape(lambda: options.fitted_cache(self._model.config, 1, context))
+            self._capacities[kind] = min(shapes.capacity, context)
+        return self._capacities[kind]
 
 
 def _parse(text: str) -> dict[str, Any]:

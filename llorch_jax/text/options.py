@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from llorch_jax.cache.base import KVCache
+from llorch_jax.cache.layouts import fit_cache
 from llorch_jax.checks import check_cache
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.overflow import Reencode, check_overflow
@@ -37,7 +38,7 @@ SAMPLING = ("top_k", "top_p", *SETTINGS, "mirostat_tau", "mirostat_eta")
 _CONSTRAINTS = ("constraint", "regex", "json_schema", "grammar", "choices")
 _BEAMS = ("num_beams", "num_beam_groups", "diversity_penalty", "length_penalty", "early_stopping")
 _DRAWING = ("temperature", "top_k", "sampling settings", "sampler")
-_ALWAYS = ("max_new_tokens", "seed", "cache layout", "stop_ids")
+_ALWAYS = ("max_new_tokens", "seed", "cache layout", "codec", "residual", "stop_ids")
 
 # What each method takes; docs/options.md shows this table.
 TAKES: dict[Method, tuple[str, ...]] = {
@@ -107,6 +108,10 @@ class GenerationOptions:
             get alone. Only the lowest 32 bits count.
         cache: layout of the KV cache, such as static, dynamic, rotating:WINDOW[+SINKS], paged, int8 or h2o:BUDGET. Or a
             `KVCache` with one row per prompt, whose tokens the prompts follow; it is donated.
+        codec: how the layout stores keys and values: float32, bfloat16, float16, int8 or int4; None as the layout's
+            name says, or float32.
+        residual: how many of the newest tokens a lossy codec keeps in float32 in addition; None for 32 with int8 and
+            int4, and for 0 with others.
         overflow: "error" refuses texts that would outgrow the context; "reencode", or a `Reencode`, goes on with the
             first and newest tokens.
         stop: texts before which the new text ends.
@@ -129,6 +134,8 @@ class GenerationOptions:
     sampler: Sampler | None = None
     seed: int | tuple[int, ...] = 0
     cache: str | type[KVCache] | KVCache = "static"
+    codec: str | None = None
+    residual: int | None = None
     overflow: str | Reencode = "error"
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
@@ -204,11 +211,23 @@ class GenerationOptions:
             isinstance(self.cache, type) and issubclass(self.cache, KVCache)
         ):
             raise CacheError(f"cache: expected the name of a layout or a KVCache, got a {type(self.cache).__name__}")
+        if isinstance(self.cache, KVCache) and not (self.codec is None and self.residual is None):
+            raise CacheError("codec and residual: expected none with a cache object, which has its own")
         if self.sampler is None:
             breakers = self.sampling.get("dry_breakers")
             make_sampler(self.temperature, **{**self.sampling, "dry_breakers": [] if _is_texts(breakers) else breakers})
         else:
             self._check_sampler()
+
+    def fitted_cache(self, config: GPT2Config, rows: int, tokens: int) -> KVCache:
+        """The cache object, or a new cache for so many rows of so many tokens.
+
+        Raises:
+            CacheError: the layout or the codec is impossible.
+        """
+        if isinstance(self.cache, KVCache):
+            return self.cache
+        return fit_cache(config, self.cache, rows, tokens, codec=self.codec, residual=self.residual)
 
     def sampler_for(self, model: Model) -> Sampler:
         """The sampler that these options describe, of which only ids come that the model's tokenizer knows."""

@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llorch_jax.cache.base import KVCache
-from llorch_jax.cache.layouts import fit_cache
 from llorch_jax.decoding.overflow import padded
 from llorch_jax.decoding.request import Request, prepare
 from llorch_jax.errors import OptionError, TokenError
@@ -77,9 +75,7 @@ def make_batch(
     tokens, lengths = padded(ids)
     keys = row_keys(options.seed, len(prompts), copies)
     needed = min(tokens.shape[1] + options.max_new_tokens - 1, model.config.n_positions)
-    cache = options.cache
-    if not isinstance(cache, KVCache):
-        cache = fit_cache(model.config, cache, len(ids), needed)
+    cache = options.fitted_cache(model.config, len(ids), needed)
     request = prepare(
         model.config,
         tokens,

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from llorch_jax.cache.base import KVCache
-from llorch_jax.cache.layouts import fit_cache
 from llorch_jax.decoding.beam import beam_search
 from llorch_jax.decoding.contrastive import contrastive_search
 from llorch_jax.decoding.overflow import padded
@@ -91,9 +90,8 @@ def _contrastive(model: Model, prompts: Sequence[Prompt], options: GenerationOpt
 
 def _cache(model: Model, options: GenerationOptions, ids: list[list[int]], width: int, new: int) -> KVCache:
     """A cache of a row per prompt; a paged one has pages for all branches, so it is made for these first."""
-    assert not isinstance(options.cache, KVCache)
     needed = min(max(map(len, ids)) + new, model.config.n_positions)
-    whole_cache = fit_cache(model.config, options.cache, len(ids) * width, needed)
+    whole_cache = options.fitted_cache(model.config, len(ids) * width, needed)
     return whole_cache.select(np.arange(len(ids), dtype=np.int32))
 
 
