@@ -32,8 +32,8 @@ class Guide(Protocol):
     complete: np.ndarray
     mask: np.ndarray
 
-    def push(self, tokens: np.ndarray) -> None:
-        """Goes on by one token int32 [B] in the rows that are not complete."""
+    def push(self, tokens: np.ndarray, going: np.ndarray) -> None:
+        """Goes on by one token int32 [B] in the rows that are `going` on, bool [B]; in the others it is filler."""
         ...
 
     def fill(self) -> None:
@@ -84,13 +84,14 @@ class _Segment:
 
     def run(self) -> Generator[Step, None, None]:
         """The steps."""
+        going = ~self._guide.complete & (self._request.remaining > 0)
         for left in range(self._request.max_new_tokens - 1, -1, -1):
             token = np.array(self.state.token)
             logprob = np.array(self.state.logprob)
             steps.check_chosen(token[:, None], logprob[:, None])
             top = None if self.state.top is None else jax.tree.map(np.array, self.state.top)
             remaining = np.array(self.state.remaining)
-            self._guide.push(token)
+            self._guide.push(token, going)
             going = ~self._guide.complete & (remaining > 0)
             again = left > 0 and bool(going.any())
             if again:

@@ -138,25 +138,27 @@ class HarnessModel:
         Raises:
             OptionError: a setting is unknown or impossible; nothing has run then.
         """
-        jobs: list[tuple[GenerationOptions, list[tuple[int, list[int]]]]] = []
+        jobs: list[tuple[GenerationOptions, list[tuple[int, list[int], int]]]] = []
         for number, request in enumerate(requests):
             context, settings = request.args
             ids = self._tokenizer.encode(context) or [self._first()]
-            ids, options = self._fitted(number, ids, options_of(settings, self.max_gen_toks))
+            options = options_of(settings, self.max_gen_toks)
+            ids, limit = self._fitted(number, ids, options.limits(1)[0])
             members = next((members for known, members in jobs if known == options), None)
             if members is None:
                 members = []
                 jobs.append((options, members))
-            members.append((number, ids))
+            members.append((number, ids, limit))
         results = [""] * len(requests)
         with _bar("generate_until", len(requests), disable_tqdm) as progress:
             for options, members in jobs:
                 members.sort(key=lambda member: -len(member[1]))
                 for start in range(0, len(members), self.batch_size):
                     batch = members[start : start + self.batch_size]
-                    numbers = tuple(number for number, _ in batch)
-                    seeded = dataclasses.replace(options, seed=numbers)
-                    outputs = continue_texts(self.model, [ids for _, ids in batch], seeded)
+                    numbers = tuple(number for number, _, _ in batch)
+                    limits = tuple(limit for _, _, limit in batch)
+                    own = dataclasses.replace(options, seed=numbers, max_new_tokens=limits)
+                    outputs = continue_texts(self.model, [ids for _, ids, _ in batch], own)
                     for number, out in zip(numbers, outputs, strict=True):
                         results[number] = out.text
                         self._remember("generate_until", requests[number].args, out.text)
@@ -172,9 +174,8 @@ class HarnessModel:
             raise TokenError(f"model {self.model.name}: expected a begin-of-text or end-of-text token, got none")
         return first
 
-    def _fitted(self, number: int, ids: list[int], options: GenerationOptions) -> tuple[list[int], GenerationOptions]:
-        """A context and options that fit the model's context together, by the rule that `generate_until` states."""
-        wanted = options.max_new_tokens
+    def _fitted(self, number: int, ids: list[int], wanted: int) -> tuple[list[int], int]:
+        """A context and a number of new tokens that fit the model's, by the rule that `generate_until` states."""
         room = self.max_length + 1 - wanted if wanted <= self.max_length // 2 else self.max_length
         if len(ids) > room:
             _log.warning("request %d: the first %d tokens of the context left out", number, len(ids) - room)
@@ -182,8 +183,7 @@ class HarnessModel:
         most = self.max_length + 1 - len(ids)
         if wanted > most:
             _log.warning("request %d: at most %d new tokens, as the context has no room for %d", number, most, wanted)
-            options = dataclasses.replace(options, max_new_tokens=most)
-        return ids, options
+        return ids, min(wanted, most)
 
     def _score(
         self, kind: str, count: int, parts: list[tuple[int, list[int], list[int]]], disable_tqdm: bool

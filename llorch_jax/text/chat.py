@@ -194,7 +194,8 @@ class Chat:
         return self._checked(new, max_new_tokens, seed)
 
     def _checked(self, new: list[int], most: int | None, seed: int) -> Generator[str, None, None]:
-        max_new_tokens = self.options.max_new_tokens if most is None else whole("max_new_tokens", most, CapacityError)
+        (limit,) = self.options.limits(1)
+        max_new_tokens = limit if most is None else whole("max_new_tokens", most, CapacityError)
         context = self.model.config.n_positions
         room = context - len(self.tokens) - len(new)
         if not self.tokens and not new:
@@ -240,8 +241,8 @@ class Chat:
 
     def _ending(self, limit: int) -> Ending:
         """When a reply of at most `limit` tokens ends."""
-        own = Ending.of(self.model, self.options)
-        return dataclasses.replace(own, stops=(*self.template.stops, *own.stops), limit=limit)
+        own = Ending.of(self.model, self.options, limit)
+        return dataclasses.replace(own, stops=(*self.template.stops, *own.stops))
 
     def _start(self, turn: Turn, limit: int, seed: int) -> Segment:
         """Begins to decode after the text; the cache reads what it does not hold yet."""

@@ -30,10 +30,10 @@ class Ending:
     whole_characters: bool = False
 
     @classmethod
-    def of(cls, model: Model, options: GenerationOptions) -> "Ending":
-        """By the model's own end-of-text ids and by these options."""
+    def of(cls, model: Model, options: GenerationOptions, limit: int) -> "Ending":
+        """By the model's own end-of-text ids and by these options, after at most `limit` new tokens."""
         ids = tuple(dict.fromkeys((*model.config.eos_ids, *options.stop_ids)))
-        return cls(ids, options.stop, options.max_new_tokens, options.constraint is not None)
+        return cls(ids, options.stop, limit, options.constraint is not None)
 
 
 class Transcript:

@@ -66,12 +66,12 @@ def continue_texts(model: Model, prompts: Sequence[Prompt], options: GenerationO
         return search_texts(model, prompts, options)
     watch = Stopwatch()
     batch = make_batch(model, prompts, options, options.method)
-    if options.constraint is not None or batch.ending.stops:
+    if options.constraint is not None or options.stop:
         return collect(_steps(model, batch, options), batch.rows, watch)
     state = jax.block_until_ready(start(model.params, model.config, batch.request))
     prefill_seconds = watch.lap()
     generated, _ = generate_from(model.params, model.config, batch.request, state)
-    return collect(steps_of(generated, batch.ending.ids), batch.rows, watch, prefill_seconds)
+    return collect(steps_of(generated, batch.eos_ids), batch.rows, watch, prefill_seconds)
 
 
 def stream_text(model: Model, prompt: str, options: GenerationOptions) -> Generator[Piece, None, None]:

@@ -107,8 +107,9 @@ class JobReader:
 
     def _check(self, job: Job) -> None:
         options, config = job.options, self._model.config
-        if isinstance(options.seed, tuple):
-            raise OptionError(f"seed: expected one whole number, got {len(options.seed)}")
+        for name in ("seed", "max_new_tokens"):
+            if isinstance(getattr(options, name), tuple):
+                raise OptionError(f"{name}: expected one whole number, got {getattr(options, name)!r:.80}")
         options.check_method(options.method)
         options.check_model(config)
         sampler: Any = options.sampler_for(self._model)
@@ -122,7 +123,7 @@ class JobReader:
     def _check_constraint(self, options: GenerationOptions) -> None:
         from llorch_jax.text.constrained.matching import compiler_of
 
-        eos_ids = Ending.of(self._model, options).ids
+        eos_ids = Ending.of(self._model, options, 1).ids
         compiler = compiler_of(tokenizer_of(self._model), self._model.config.vocab_size, eos_ids)
         assert isinstance(options.constraint, Constraint)
         compiler.matcher(options.constraint, eos_ids)
@@ -130,15 +131,16 @@ class JobReader:
     def _check_room(self, count: int, options: GenerationOptions) -> None:
         """Raises CapacityError if a prompt of `count` tokens and its new ones do not fit."""
         context = self._capacity(options)
+        (limit,) = options.limits(1)
         reencode = check_overflow(options.overflow)
         if reencode is not None:
             reencode.kept(np.zeros(context + 1, np.int32), context)
             return
         last = 1 if options.method == "contrastive search" else 0  # which feeds its last token as well
-        if count + options.max_new_tokens - 1 + last > context:
+        if count + limit - 1 + last > context:
             raise CapacityError(
-                f"prompt and max_new_tokens: expected both within the context of {context}, got {count} and "
-                f"{options.max_new_tokens} tokens"
+                f"prompt and max_new_tokens: expected both within the context of {context}, got {count} and {limit} "
+                "tokens"
             )
 
     def _capacity(self, options: GenerationOptions) -> int:

@@ -40,12 +40,14 @@ _BEAMS = ("num_beams", "num_beam_groups", "diversity_penalty", "length_penalty",
 _DRAWING = ("temperature", "top_k", "sampling settings", "sampler")
 _ALWAYS = ("max_new_tokens", "seed", "cache layout", "codec", "residual", "stop_ids")
 
+_SAMPLED = (*_ALWAYS, *_DRAWING, "max_new_tokens per prompt")
+
 # What each method takes; docs/options.md shows this table.
 TAKES: dict[Method, tuple[str, ...]] = {
-    "sampling": (*_ALWAYS, *_DRAWING, "cache object", "overflow", "stop", "top_logprobs"),
-    "constrained generation": (*_ALWAYS, *_DRAWING, "cache object", "overflow", "top_logprobs", "constraint"),
-    "generate_n": (*_ALWAYS, *_DRAWING, "overflow", "stop", "top_logprobs"),
-    "speculative decoding": (*_ALWAYS, *_DRAWING, "cache object", "stop"),
+    "sampling": (*_SAMPLED, "cache object", "overflow", "stop", "top_logprobs"),
+    "constrained generation": (*_SAMPLED, "cache object", "overflow", "top_logprobs", "constraint"),
+    "generate_n": (*_SAMPLED, "overflow", "stop", "top_logprobs"),
+    "speculative decoding": (*_SAMPLED, "cache object", "stop"),
     "beam search": (*_ALWAYS, *_BEAMS),
     "contrastive search": (*_ALWAYS, "top_k", "penalty_alpha", "stop"),
     "chat": (*_ALWAYS, *_DRAWING, "stop"),
@@ -98,7 +100,7 @@ class GenerationOptions:
     take these names with these defaults. What a method cannot do is refused by name; see docs/options.md.
 
     Attributes:
-        max_new_tokens: maximum number of new tokens of each prompt.
+        max_new_tokens: maximum number of new tokens of each prompt; one number, or one per prompt.
         temperature: 0 takes the most likely token; above 0, tokens are drawn.
         sampling: the other settings of `Sampling.create` by name, such as top_k, top_p and repetition_penalty, or
             mirostat_tau and mirostat_eta. At this level dry_breakers may hold texts as well as ids; without them
@@ -128,7 +130,7 @@ class GenerationOptions:
             None for none.
     """
 
-    max_new_tokens: int = 64
+    max_new_tokens: int | tuple[int, ...] = 64
     temperature: Any = 0.0
     sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     sampler: Sampler | None = None
@@ -167,8 +169,9 @@ class GenerationOptions:
             given["stop"] = check_stops(given["stop"])
         if "stop_ids" in given:
             given["stop_ids"] = _whole_numbers("stop_ids", given["stop_ids"])
-        if isinstance(given.get("seed"), Sequence) and not isinstance(given["seed"], str):
-            given["seed"] = _whole_numbers("seed", given["seed"])
+        for name in ("seed", "max_new_tokens"):
+            if isinstance(given.get(name), Sequence | np.ndarray) and not isinstance(given[name], str):
+                given[name] = _whole_numbers(name, given[name])
         options = cls(sampling=sampling, constraint=constraint, **given)
         options._check()
         return options
@@ -182,12 +185,26 @@ class GenerationOptions:
             return "contrastive search"
         return "sampling" if self.constraint is None else "constrained generation"
 
+    def limits(self, prompts: int) -> list[int]:
+        """The maximum number of new tokens of each of so many prompts.
+
+        Raises:
+            OptionError: there are several numbers, but not one per prompt.
+        """
+        if isinstance(self.max_new_tokens, tuple):
+            return per_prompt("max_new_tokens", self.max_new_tokens, prompts)
+        return [self.max_new_tokens] * prompts
+
     def check_method(self, method: Method) -> None:
         """Raises OptionError for the first option given that a method does not take."""
         for name, value in self._given().items():
             kind = "sampling settings" if name in SAMPLING and name != "top_k" else name
+            if name == "max_new_tokens" and isinstance(value, tuple):
+                kind = "max_new_tokens per prompt"
             if kind not in TAKES[method]:
                 shown = "cache" if name == "cache object" else name
+                if kind == "max_new_tokens per prompt":
+                    raise OptionError(f"{shown}: expected one number with {method}, got {_brief(value)}")
                 raise OptionError(f"{shown}: expected none with {method}, which cannot use it, got {_brief(value)}")
 
     def check_model(self, config: GPT2Config) -> None:
@@ -201,7 +218,8 @@ class GenerationOptions:
             check_cache(config, self.cache)
 
     def _check(self) -> None:
-        whole("max_new_tokens", self.max_new_tokens, CapacityError, most=_MOST_TOKENS)
+        for limit in self.max_new_tokens if isinstance(self.max_new_tokens, tuple) else (self.max_new_tokens,):
+            whole("max_new_tokens", limit, CapacityError, most=_MOST_TOKENS)
         whole("top_logprobs", self.top_logprobs, OptionError, least=0)
         check_overflow(self.overflow)
         for seed in self.seed if isinstance(self.seed, tuple) else (self.seed,):
@@ -292,6 +310,17 @@ def _nearest(name: str) -> str:
         return f"expected {_ELSEWHERE[name]}"
     near = difflib.get_close_matches(name, KNOWN, n=1)
     return f"did you mean {near[0]}?" if near else f"expected one of {', '.join(KNOWN)}"
+
+
+def per_prompt(name: str, values: Sequence[int], prompts: int) -> list[int]:
+    """The values of an option that is given for each prompt.
+
+    Raises:
+        OptionError: they are not as many as prompts.
+    """
+    if len(values) != prompts:
+        raise OptionError(f"{name}: expected one, or {prompts}, one per prompt, got {len(values)}")
+    return list(values)
 
 
 def _whole_numbers(name: str, values: Any) -> tuple[int, ...]:

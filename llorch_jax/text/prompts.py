@@ -9,11 +9,11 @@ import numpy as np
 
 from llorch_jax.decoding.overflow import padded
 from llorch_jax.decoding.request import Request, prepare
-from llorch_jax.errors import OptionError, TokenError
+from llorch_jax.errors import TokenError
 from llorch_jax.loading.checkpoint import Model
 from llorch_jax.text.collecting import Growing
 from llorch_jax.text.ending import Ending
-from llorch_jax.text.options import GenerationOptions, Method
+from llorch_jax.text.options import GenerationOptions, Method, per_prompt
 from llorch_jax.text.vocabulary import tokenizer_of
 
 Prompt = str | list[int]
@@ -24,14 +24,12 @@ class Batch:
     """Prompts that run together.
 
     Attributes:
-        prompt_ids: tokens of each row's prompt.
-        ending: when the new texts end.
-        request: for their tokens.
+        eos_ids: ids that end a text.
+        request: for the prompts' tokens.
         rows: what each row has got so far.
     """
 
-    prompt_ids: list[list[int]]
-    ending: Ending
+    eos_ids: tuple[int, ...]
     request: Request
     rows: list[Growing]
 
@@ -70,26 +68,27 @@ def make_batch(
     """
     options.check_method(method)
     options.check_model(model.config)
-    ending = Ending.of(model, options)
     ids = [row for row in encode_prompts(model, prompts) for _ in range(copies)]
+    limits = [limit for limit in options.limits(len(prompts)) for _ in range(copies)]
+    endings = [Ending.of(model, options, limit) for limit in limits]
     tokens, lengths = padded(ids)
     keys = row_keys(options.seed, len(prompts), copies)
-    needed = min(tokens.shape[1] + options.max_new_tokens - 1, model.config.n_positions)
-    cache = options.fitted_cache(model.config, len(ids), needed)
+    longest = max(len(row) + limit - 1 for row, limit in zip(ids, limits, strict=True))
+    cache = options.fitted_cache(model.config, len(ids), min(longest, model.config.n_positions))
     request = prepare(
         model.config,
         tokens,
-        options.max_new_tokens,
+        limits,
         cache,
         lengths,
         options.sampler_for(model),
         keys,
-        ending.ids,
+        endings[0].ids,
         options.overflow,
         top_logprobs=options.top_logprobs,
     )
-    rows = [Growing(tokenizer_of(model), ending, row) for row in ids]
-    return Batch(ids, ending, request, rows)
+    rows = [Growing(tokenizer_of(model), ending, row) for row, ending in zip(ids, endings, strict=True)]
+    return Batch(endings[0].ids, request, rows)
 
 
 def key_of_seed(seed: int) -> jax.Array:
@@ -109,8 +108,6 @@ def row_keys(seed: int | Sequence[int], prompts: int, copies: int = 1) -> jax.Ar
     fold = jax.vmap(jax.random.fold_in, (None, 0))
     if not isinstance(seed, Sequence):
         return fold(key_of_seed(seed), jnp.arange(prompts * copies))
-    if len(seed) != prompts:
-        raise OptionError(f"seed: expected one, or {prompts}, one per prompt, got {len(seed)}")
-    keys = jnp.stack([key_of_seed(each) for each in seed])
+    keys = jnp.stack([key_of_seed(each) for each in per_prompt("seed", seed, prompts)])
     numbers = jnp.asarray(np.arange(copies))
     return jax.vmap(fold, (0, None))(keys, numbers).reshape(-1)

@@ -97,7 +97,7 @@ def _draw(model: Model, prompts: list[str], options: GenerationOptions, copies: 
     prefill_seconds = watch.lap()
     state = begin(batch.request, jnp.repeat(logits, copies, axis=0), after.fork(copies))
     generated, _ = generate_from(model.params, model.config, batch.request, state)
-    return collect(steps_of(generated, batch.ending.ids), batch.rows, watch, prefill_seconds)
+    return collect(steps_of(generated, batch.eos_ids), batch.rows, watch, prefill_seconds)
 
 
 def _without_copies(request: Request, copies: int) -> Request:

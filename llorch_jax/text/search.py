@@ -38,13 +38,14 @@ def beams(model: Model, prompts: Sequence[Prompt], options: GenerationOptions, n
     options.check_model(model.config)
     width = whole("num_beams", options.num_beams, SearchError)
     ids = encode_prompts(model, prompts)
-    ending = Ending.of(model, options)
+    (limit,) = set(options.limits(len(prompts)))
+    ending = Ending.of(model, options, limit)
     tokens, lengths = padded(ids)
     found = beam_search(
         model.params,
         model.config,
         tokens,
-        options.max_new_tokens,
+        limit,
         num_beams=width,
         num_return=n,
         length_penalty=options.length_penalty,
@@ -52,7 +53,7 @@ def beams(model: Model, prompts: Sequence[Prompt], options: GenerationOptions, n
         num_groups=options.num_beam_groups,
         diversity=options.diversity_penalty,
         eos_id=ending.ids or None,
-        cache=_cache(model, options, ids, width, options.max_new_tokens - 1),
+        cache=_cache(model, options, ids, width, limit - 1),
         lengths=lengths,
         allowed=known_ids(tokenizer_of(model), model.config.vocab_size),
     )
@@ -68,17 +69,18 @@ def _contrastive(model: Model, prompts: Sequence[Prompt], options: GenerationOpt
     options.check_model(model.config)
     width = whole("top_k", options.sampling.get("top_k", CANDIDATES), SearchError)
     ids = encode_prompts(model, prompts)
-    ending = Ending.of(model, options)
+    (limit,) = set(options.limits(len(prompts)))
+    ending = Ending.of(model, options, limit)
     tokens, lengths = padded(ids)
     new, _ = contrastive_search(
         model.params,
         model.config,
         tokens,
-        options.max_new_tokens,
+        limit,
         top_k=width,
         alpha=options.penalty_alpha or 0.0,
         eos_id=ending.ids or None,
-        cache=_cache(model, options, ids, width, options.max_new_tokens),
+        cache=_cache(model, options, ids, width, limit),
         lengths=lengths,
         allowed=known_ids(tokenizer_of(model), model.config.vocab_size),
     )

@@ -54,7 +54,7 @@ def generate_speculative(
     jax.block_until_ready(state)
     prefill_seconds = watch.lap()
     generated, _, speculation = finish(model.params, model.config, batch.request, guesses, state)
-    outputs = collect(steps_of(generated, batch.ending.ids), batch.rows, watch, prefill_seconds)
+    outputs = collect(steps_of(generated, batch.eos_ids), batch.rows, watch, prefill_seconds)
     return outputs[0] if isinstance(prompt, str) else outputs, speculation
 
 

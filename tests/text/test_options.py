@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 import llorch_jax as lj
-from llorch_jax.text.options import KNOWN, TAKES, GenerationOptions
+from llorch_jax.text.options import KNOWN, SAMPLING, TAKES, GenerationOptions
 
 MODEL = tiny.random_model(n_layer=1, n_embd=16, n_head=1, num_kv_heads=1)
 RECITING = tiny.reciting_model("one two three")
@@ -67,22 +67,26 @@ def test_a_method_refuses_by_name_what_it_does_not_take(method, name):
 
 def test_the_page_shows_what_each_method_takes():
     lines = [line for line in PAGE.read_text(encoding="utf-8").split("\n") if line.startswith("|")]
-    head = [cell.strip() for cell in lines[0].strip("|").split("|")]
-    methods = head[2:]
-    assert methods == list(TAKES)
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2 : 2 + len(lines)]]
-    shown = {}
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert head[2:] == list(TAKES)
+    documented = set()
     for row in rows:
-        if len(row) == len(head):
-            for method, cell in zip(methods, row[2:], strict=True):
-                if cell == "yes":
-                    shown.setdefault(method, []).extend(re.findall(r"`([^`]+)`|(?<!`)\b(cache object)\b", row[0]))
-    for method, found in shown.items():
-        names = {name or other for name, other in found}
-        expected = {name for name in TAKES[method] if name not in ("sampling settings", "cache layout")}
-        assert expected <= names, (method, expected - names)
-        extra = names - expected - {"cache"}
-        assert extra <= (set(KNOWN) if "sampling settings" in TAKES[method] else set()), (method, extra)
+        assert len(row) == len(head)
+        names = re.findall(r"`([^`]+)`", row[0])
+        documented |= set(names)
+        if "object" in row[0]:
+            names = ["cache object"]
+        elif "layout" in row[0]:
+            names = ["cache layout"]
+        elif "one per prompt" in row[0]:
+            names = ["max_new_tokens per prompt"]
+        for method, cell in zip(head[2:], row[2:], strict=True):
+            for name in names:
+                if name in ("regex", "json_schema", "grammar", "choices"):
+                    name = "constraint"
+                kind = "sampling settings" if name in SAMPLING and name != "top_k" else name
+                assert (cell == "yes") == (kind in TAKES[method]), (name, method)
+    assert documented == set(KNOWN)
 
 
 def test_a_sampler_of_ones_own():
@@ -135,6 +139,51 @@ def test_default_breakers_of_dry_are_those_of_llama_cpp():
     assert set(np.asarray(none.more["dry_breakers"]).ravel().tolist()) - {-1} == set()
     with pytest.raises(lj.SamplerError, match="dry_breakers"):
         GenerationOptions.create(dry_multiplier=1.0, dry_breakers=["a", 5])
+
+
+def test_a_number_of_new_tokens_for_each_prompt():
+    prompts = ["Once", "A fox", "x"]
+    settings = {"temperature": 1.0, "top_k": 50}
+    for method in ({}, {"stop": "zq"}, {"regex": "[a-z]{50}"}):
+        if "regex" in method:
+            pytest.importorskip("llguidance")
+        outs = lj.generate(MODEL, prompts, [3, 60, 1], seed=[1, 2, 3], **settings, **method)
+        assert [len(out.token_ids) for out in outs] == [3, 50 if "regex" in method else 60, 1]
+        alone = lj.generate(MODEL, "Once", 3, seed=1, **settings, **method)
+        assert outs[0].token_ids == alone.token_ids
+    groups = lj.generate_n(MODEL, prompts, 2, [3, 5, 1], seed=1)
+    assert [[len(out.token_ids) for out in group] for group in groups] == [[3, 3], [5, 5], [1, 1]]
+    outs, _ = lj.generate_speculative(MODEL, prompts, [3, 5, 1])
+    assert [len(out.token_ids) for out in outs] == [3, 5, 1]
+    with pytest.raises(lj.OptionError, match="max_new_tokens: expected one, or 3, one per prompt, got 2"):
+        lj.generate(MODEL, prompts, [3, 5])
+    with pytest.raises(lj.OptionError, match="max_new_tokens: expected one number with beam search"):
+        lj.generate(MODEL, prompts, [3, 5, 1], num_beams=2)
+
+
+def test_a_pinned_capacity_compiles_nothing_for_other_lengths():
+    def run(count, new, **options):
+        return lj.generate(MODEL, "a" * count, new, cache="static:64", **options).token_ids
+
+    run(3, 4)
+    before = lj.compile_count()
+    for count, new in ((2, 20), (9, 1), (16, 33), (5, 50)):
+        assert run(count, new) == lj.generate(MODEL, "a" * count, new, cache="static:64").token_ids
+    assert lj.compile_count() - before <= 3  # one loop for each bucket of the number of new tokens
+    again = lj.compile_count()
+    for count, new in ((4, 24), (12, 40), (13, 7)):
+        run(count, new)
+    assert lj.compile_count() - again <= 1
+    with pytest.raises(lj.CapacityError, match="32"):
+        lj.generate(MODEL, "a" * 20, 20, cache="static:32")
+
+
+def test_a_codec_for_any_layout():
+    plain = lj.generate(MODEL, "Once", 6, cache="int8").token_ids
+    assert lj.generate(MODEL, "Once", 6, cache="static", codec="int8").token_ids == plain
+    assert len(lj.generate(MODEL, "Once", 6, cache="paged:8", codec="float16", num_beams=2).token_ids) == 6
+    with pytest.raises(lj.CacheError, match="codec"):
+        lj.generate(MODEL, "Once", 6, codec="int3")
 
 
 class TestSearches:

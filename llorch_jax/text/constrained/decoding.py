@@ -33,11 +33,10 @@ class Rows:
         if self.complete.any():
             raise ConstraintError("constraint: expected texts of one character or more, but stop_ids allow none")
 
-    def push(self, tokens: np.ndarray) -> None:
-        """Goes on by one token int32 [B] in the rows that are not complete."""
-        for row, token in enumerate(tokens.tolist()):
-            if self.complete[row]:
-                continue
+    def push(self, tokens: np.ndarray, going: np.ndarray) -> None:
+        """Goes on by one token int32 [B] in the rows that are `going` on, bool [B]."""
+        for row in np.flatnonzero(going).tolist():
+            token = int(tokens[row])
             matcher = self.matchers[row]
             self.complete[row] = token in self._eos_ids or (matcher is not None and not matcher.push(token))
 
@@ -55,5 +54,5 @@ def constrained_steps(model: Model, batch: Batch, constraints: Constraints) -> I
     Raises:
         ConstraintError: a constraint is invalid; at once, and not at the first step.
     """
-    rows = Rows(model, constraints, len(batch.rows), batch.ending.ids)
+    rows = Rows(model, constraints, len(batch.rows), batch.eos_ids)
     return guided_steps(model.params, model.config, batch.request, rows)
