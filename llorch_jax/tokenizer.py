@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import pre_tokenizers
 
+from llorch_jax import files
 from llorch_jax.errors import CheckpointError, TokenError
-
-END_OF_TEXT = "<|endoftext|>"
+from llorch_jax.tokenizer_files import END_OF_TEXT, MERGES, SETTINGS, VOCAB, WHOLE, read_directory, read_pair
 
 
 class Tokenizer:
@@ -29,47 +29,68 @@ class Tokenizer:
     Special tokens written out in a text become their ids, and `decode` writes them out again unless told to skip them:
     both are the defaults of transformers' GPT2TokenizerFast. With GPT-2's own kind of tokenizer (byte-level, no
     normalizer, no added prefix space) `decode(encode(text)) == text` for every text; no spaces are cleaned up.
+
+    An id of 0 or greater that the tokenizer lacks, as a model with a padded vocabulary has them, decodes to nothing.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, eos_token: str | None = None) -> None:
+        """A tokenizer over one of the `tokenizers` library.
+
+        Args:
+            backend: from the library.
+            eos_token: the token that ends a text, as it is written in one; None for `<|endoftext|>`, if there is one.
+
+        Raises:
+            TokenError: an added token cannot be told from one of the vocabulary that stands for other bytes.
+        """
         # A tokenizer.json may ask for truncation or padding, which belong to training batches, not to a prompt.
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        self._eos_token = END_OF_TEXT if eos_token is None else eos_token
         self._drops_text = _drops_text(backend)
-        self._special_ids = frozenset(id for id, token in backend.get_added_tokens_decoder().items() if token.special)
+        added = backend.get_added_tokens_decoder()
+        self._special_ids = frozenset(id for id, token in added.items() if token.special)
+        self._is_byte_level = _is_byte_level(backend)
+        self._bytes: dict[int, bytes] = {}  # of the ids that were decoded so far
+        if self._is_byte_level:
+            _check_added(backend, [token.content for token in added.values()])
+            # An added token stands for its own letters, which may be symbols of bytes as well.
+            self._bytes |= {id: token.content.encode() for id, token in added.items()}
 
     @classmethod
     def from_directory(cls, path: str | os.PathLike[str]) -> "Tokenizer | None":
         """The tokenizer of a model directory: its `tokenizer.json`, else its `vocab.json` with `merges.txt`.
 
-        The pair is read as GPT-2's byte-level BPE without a prefix space, `<|endoftext|>` being special where the
-        vocabulary has it.
+        The pair is read as GPT-2's byte-level BPE, `<|endoftext|>` being special where the vocabulary has it. The files
+        around it are read as transformers reads them: `tokenizer_config.json` (added and special tokens,
+        `add_prefix_space`, `add_bos_token`, `add_eos_token`, `split_special_tokens`), or without its list of added
+        tokens `special_tokens_map.json` and `added_tokens.json`.
 
         Returns:
-            The tokenizer, or None where the directory has none of these files.
+            The tokenizer, or None where the directory has neither.
 
         Raises:
-            CheckpointError: there is no such directory, one file of the pair is missing, or a file is corrupt.
+            CheckpointError: there is no such directory, one file of the pair is missing, a file is corrupt, the files
+                contradict each other, or they ask for another kind of tokenizer than GPT-2's.
         """
         folder = Path(path)
-        if not folder.is_dir():
-            raise CheckpointError(f"{folder}: expected a model directory, found none; check the path")
-        whole, vocab, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
-        if whole.exists():
-            return cls(_read_whole(whole))
-        if not vocab.exists() and not merges.exists():
+        with files.explaining(folder, CheckpointError):
+            if not folder.is_dir():
+                raise CheckpointError(f"{files.shown(folder)}: expected a model directory, found none; check the path")
+        found = read_directory(folder)
+        if found is None:
             return None
-        for present, missing in ((vocab, merges), (merges, vocab)):
-            if not missing.exists():
-                raise CheckpointError(f"{missing}: missing, but {present.name} needs it; copy both or tokenizer.json")
-        return cls(_read_pair(vocab, merges))
+        try:
+            return cls(*found)
+        except TokenError as error:
+            raise CheckpointError(f"{files.shown(folder)}: {error}") from None
 
     @classmethod
     def gpt2(cls) -> "Tokenizer":
         """GPT-2's own tokenizer: 50257 tokens, the last of them `<|endoftext|>`. It comes with the package."""
         folder = Path(__file__).parent / "assets" / "gpt2-bpe"
-        return cls(_read_pair(folder / "vocab.json", folder / "merges.txt"))
+        return cls(read_pair(folder / VOCAB, folder / MERGES))
 
     @property
     def vocab_size(self) -> int:
@@ -78,8 +99,12 @@ class Tokenizer:
 
     @property
     def eos_id(self) -> int | None:
-        """Id of `<|endoftext|>`, or None; a model that ends its texts otherwise says so in `config.eos_ids`."""
-        return self.token_to_id(END_OF_TEXT)
+        """Id of the token that ends a text, or None; where the model ends its texts, `config.eos_ids` says."""
+        return self._backend.token_to_id(self._eos_token)
+
+    def ids(self) -> np.ndarray:
+        """All ids that the tokenizer has tokens for, int32, ascending; there may be gaps."""
+        return np.sort(np.fromiter(self._backend.get_vocab().values(), np.int64)).astype(np.int32)
 
     def token_to_id(self, token: str) -> int | None:
         """Id of a token as the vocabulary spells it (byte-level: a space is `Ġ`), or None where it has no such token.
@@ -95,21 +120,27 @@ class Tokenizer:
         Raises:
             TokenError: there is no such id.
         """
-        return self._token("id", id)
+        token = self._backend.id_to_token(_check_id("id", id))
+        if token is None:
+            raise TokenError(f"id: expected the id of one of the tokenizer's {self.vocab_size} tokens, got {id}")
+        return token
 
     def num_bytes(self, id: int) -> int:
         """How many UTF-8 bytes of a text a token stands for, also where they are no whole character.
 
         Raises:
-            TokenError: there is no such id.
+            TokenError: `id` is no integer of 0 or greater.
         """
-        token = self._token("id", id)
-        if isinstance(self._backend.decoder, decoders.ByteLevel):
-            return len(_token_bytes(token))
-        return len(self.decode([id]).encode())
+        id = _check_id("id", id)
+        return len(self._bytes_of(id) if self._is_byte_level else self.decode([id]).encode())
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text; none are added, and special tokens written out in the text become their ids.
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a text; special tokens written out in the text become their ids.
+
+        Args:
+            text: any text.
+            add_special_tokens: put the tokens around it that the tokenizer's files ask for, such as one for the begin
+                of a text; most tokenizers of GPT-2s ask for none. What transformers does by default.
 
         Raises:
             TokenError: `text` is no string, holds lone surrogates, or has characters that the vocabulary lacks.
@@ -117,31 +148,33 @@ class Tokenizer:
         _check_text("text", text)
         try:
             ids = self._backend.encode(text, add_special_tokens=False).ids
+            whole = self._backend.encode(text, add_special_tokens=True).ids if add_special_tokens else ids
         except Exception as error:  # the library raises nothing narrower
             raise TokenError(f"text: expected text that the tokenizer can encode ({error})") from None
         if self._drops_text and (decoded := self.decode(ids)) != text:
             lost = "".join(sorted(set(text) - set(decoded)))
             raise TokenError(f"text: expected characters that the tokenizer's vocabulary covers, got {lost!r}")
-        return ids
+        return whole
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = False) -> str:
-        """Text of token ids, nothing cleaned up; bytes that are not UTF-8 become U+FFFD.
+        """Text of token ids, nothing cleaned up; bytes that are not UTF-8 become U+FFFD, unknown ids nothing.
 
         Args:
             ids: integers of shape [T], T >= 0: a sequence, or an array of any integer dtype.
             skip_special_tokens: leave special tokens out. The default is False, as transformers' is.
 
         Raises:
-            TokenError: `ids` are misshapen, not integers, or unknown to the vocabulary.
+            TokenError: `ids` are misshapen, not integers, or negative.
         """
-        known = _check_ids(ids)
-        for position, id in enumerate(known):  # the library would skip unknown ids without a word
-            self._token(f"ids[{position}]", id)
-        return self._backend.decode(known, skip_special_tokens=skip_special_tokens)
+        given = _check_ids(ids)
+        if not self._is_byte_level:
+            return self._backend.decode(given, skip_special_tokens=skip_special_tokens)
+        skipped = self._special_ids if skip_special_tokens else frozenset()
+        return b"".join(self._bytes_of(id) for id in given if id not in skipped).decode("utf-8", "replace")
 
     def stream(self, skip_special_tokens: bool = False) -> "StreamDecoder":
         """A decoder for ids that come one at a time; it yields what `decode` yields for all of them."""
-        kind = _ByteStream if isinstance(self._backend.decoder, decoders.ByteLevel) else _WindowStream
+        kind = _ByteStream if self._is_byte_level else _WindowStream
         return kind(self, skip_special_tokens)
 
     def to_json(self) -> str:
@@ -149,20 +182,27 @@ class Tokenizer:
         return self._backend.to_str()
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes `tokenizer.json`, which transformers reads too, into a directory, made where there is none."""
+        """Writes `tokenizer.json` and `tokenizer_config.json`, which transformers reads too, into a directory.
+
+        The directory is made where there is none.
+        """
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+        (folder / WHOLE).write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+        settings: dict[str, Any] = {"split_special_tokens": True} if self._backend.encode_special_tokens else {}
+        if isinstance(self._backend.pre_tokenizer, pre_tokenizers.ByteLevel):
+            settings["add_prefix_space"] = self._backend.pre_tokenizer.add_prefix_space
+        if self.eos_id is not None:
+            settings["eos_token"] = self._eos_token
+        (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
-    def _token(self, name: str, id: Any) -> str:
-        try:
-            index = -1 if isinstance(id, bool) else operator.index(id)
-        except TypeError:
-            index = -1
-        token = self._backend.id_to_token(index) if 0 <= index < 2**32 else None
-        if token is None:
-            raise TokenError(f"{name}: expected the id of one of the tokenizer's {self.vocab_size} tokens, got {id!r}")
-        return token
+    def _bytes_of(self, id: int) -> bytes:
+        """What an id of a byte-level tokenizer stands for; nothing where there is no such token."""
+        found = self._bytes.get(id)
+        if found is None:
+            token = self._backend.id_to_token(id)
+            found = self._bytes[id] = b"" if token is None else _token_bytes(token)
+        return found
 
 
 class StreamDecoder(abc.ABC):
@@ -180,17 +220,17 @@ class StreamDecoder(abc.ABC):
         """The text that this id makes certain, maybe none; a character still incomplete is held back.
 
         Raises:
-            TokenError: there is no such id; the decoder stays as it was.
+            TokenError: `id` is no integer of 0 or greater; the decoder stays as it was.
         """
-        token = self._tokenizer._token("id", id)
-        return "" if int(id) in self._skipped else self._push(int(id), token)
+        id = _check_id("id", id)
+        return "" if id in self._skipped else self._push(id)
 
     @abc.abstractmethod
     def flush(self) -> str:
         """The text held back, incomplete bytes as U+FFFD; the decoder is then ready for another sequence."""
 
     @abc.abstractmethod
-    def _push(self, id: int, token: str) -> str: ...
+    def _push(self, id: int) -> str: ...
 
 
 class _ByteStream(StreamDecoder):
@@ -203,12 +243,12 @@ class _ByteStream(StreamDecoder):
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)
 
-    def _push(self, id: int, token: str) -> str:
-        return self._utf8.decode(_token_bytes(token))
+    def _push(self, id: int) -> str:
+        return self._utf8.decode(self._tokenizer._bytes_of(id))
 
 
 class _WindowStream(StreamDecoder):
-    """For other tokenizers: decodes the newest ids again behind those already shown, and returns what came on top.
+    """For other tokenizers: decodes the newest ids again after those already shown, and returns what is new.
 
     The library's own `DecodeStream` works so too, but raises "Invalid prefix" where a byte token changes what the byte
     tokens before it decode to, and has no flush. Here nothing is shown while a run of byte tokens (`<0xE2>`) lasts.
@@ -226,7 +266,10 @@ class _WindowStream(StreamDecoder):
         self._ids, self._shown = [], 0
         return text
 
-    def _push(self, id: int, token: str) -> str:
+    def _push(self, id: int) -> str:
+        token = self._tokenizer._backend.id_to_token(id)
+        if token is None:
+            return ""
         self._ids.append(id)
         if self._BYTE_TOKEN.fullmatch(token):
             return ""
@@ -253,11 +296,39 @@ _BYTE_OF_SYMBOL = _byte_alphabet()
 
 
 def _token_bytes(token: str) -> bytes:
-    """What the library's byte-level decoder makes of a token; an added token with other symbols stands for itself."""
+    """The bytes of a token of the vocabulary; one with other symbols stands for itself, as in the library's decoder."""
     try:
         return bytes(_BYTE_OF_SYMBOL[symbol] for symbol in token)
     except KeyError:
         return token.encode()
+
+
+def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
+    """Whether the tokens are bytes, one symbol each, and decoding does nothing else to them."""
+    if backend.decoder is None:
+        return False
+    described = json.loads(backend.decoder.__getstate__())
+    steps = described["decoders"] if described["type"] == "Sequence" else [described]
+    return [step["type"] for step in steps] == ["ByteLevel"]
+
+
+def _check_added(backend: tokenizers.Tokenizer, contents: list[str]) -> None:
+    """Raises TokenError for an added token that the vocabulary spells alike but reads as other bytes.
+
+    Its id would stand for two texts: for its letters, where they are written in a text, and for the bytes whose symbols
+    the letters are, where merges of the vocabulary lead to it.
+    """
+    for content in contents:
+        if _token_bytes(content) == content.encode():
+            continue
+        model = json.loads(backend.to_str())["model"]  # seldom gets here: letters beyond ASCII, but no others
+        merges = model.get("merges", [])
+        spelled = {merge if isinstance(merge, str) else " ".join(merge) for merge in merges}
+        if len(content) == 1 or content in {each.replace(" ", "") for each in spelled}:
+            raise TokenError(
+                f"added token {content!r:.80}: expected one that the vocabulary does not spell alike, "
+                f"got the token of the bytes {_token_bytes(content)!r:.80}"
+            )
 
 
 def _drops_text(backend: tokenizers.Tokenizer) -> bool:
@@ -267,63 +338,6 @@ def _drops_text(backend: tokenizers.Tokenizer) -> bool:
     if not reversible or backend.normalizer is not None or getattr(backend.model, "unk_token", None) is not None:
         return False
     return any(backend.token_to_id(symbol) is None for symbol in _BYTE_OF_SYMBOL)
-
-
-def _read_whole(path: Path) -> tokenizers.Tokenizer:
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except BaseException as error:  # the library raises nothing narrower, and panics, which are no Exceptions
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise CheckpointError(
-            f"{path}: expected a tokenizer of the `tokenizers` library, got another file or a corrupt one ({error}); "
-            "download it again, or remove it where there are a vocab.json and a merges.txt"
-        ) from None
-
-
-def _read_pair(vocab_path: Path, merges_path: Path) -> tokenizers.Tokenizer:
-    """GPT-2's byte-level BPE over a vocabulary and its merges."""
-    vocab = _read_vocab(vocab_path)
-    backend = tokenizers.Tokenizer(models.BPE(vocab, _read_merges(merges_path, vocab)))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    if END_OF_TEXT in vocab:
-        backend.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, special=True, normalized=False)])
-    return backend
-
-
-def _read_vocab(path: Path) -> dict[str, int]:
-    # Checked here because the library skips, wraps around or merges ids that are no distinct 32-bit integers.
-    try:
-        vocab = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: expected JSON ({error}); download it again") from None
-    if not isinstance(vocab, dict) or not vocab:
-        raise CheckpointError(f"{path}: expected a JSON object of tokens and their ids, got {str(vocab)[:40]!r}")
-    seen: set[int] = set()
-    for token, id in vocab.items():
-        if type(id) is not int or not 0 <= id < 2**32 or id in seen:
-            raise CheckpointError(f"{path}: expected distinct ids of 0 or greater, got {id!r} for token {token!r}")
-        seen.add(id)
-    return vocab
-
-
-def _read_merges(path: Path, vocab: dict[str, int]) -> list[tuple[str, str]]:
-    # Checked here because the library panics, which is no Exception, at some merges that the vocabulary lacks.
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: expected UTF-8 text ({error}); download it again") from None
-    merges = []
-    for number, line in enumerate(lines, start=1):
-        if not line or line.startswith("#version"):
-            continue
-        left, _, right = line.partition(" ")
-        if any(token not in vocab for token in (left, right, left + right)):
-            expected = "expected two tokens of vocab.json whose concatenation is a third"
-            raise CheckpointError(f"{path}, line {number}: {expected}, got {line[:40]!r}; are both files of one model?")
-        merges.append((left, right))
-    return merges
 
 
 def _check_text(name: str, text: Any) -> str:
@@ -346,4 +360,17 @@ def _check_ids(ids: Any) -> list[int]:
         raise TokenError(f"ids: expected integers of shape [T], got shape {list(array.shape)}; decode each row")
     if array.size and not np.issubdtype(array.dtype, np.integer):
         raise TokenError(f"ids: expected integers, got dtype {array.dtype}")
-    return array.tolist()
+    given: list[int] = array.tolist()
+    for position, id in enumerate(given):
+        _check_id(f"ids[{position}]", id)
+    return given
+
+
+def _check_id(name: str, id: Any) -> int:
+    try:
+        index = -1 if isinstance(id, bool) else operator.index(id)
+    except TypeError:
+        index = -1
+    if not 0 <= index < 2**31:
+        raise TokenError(f"{name}: expected the id of a token, 0 or greater, got {id!r:.80}")
+    return index

@@ -154,19 +154,23 @@ def test_bad_text(text: object, message: str) -> None:
         GPT2.token_to_id(text)
 
 
-@pytest.mark.parametrize("id", [50257, -1, 2**32, 2**70, 1.0, "13", None, True])
+@pytest.mark.parametrize("id", [-1, 2**31, 2**32, 2**70, 1.0, "13", None, True])
 def test_bad_id(id: object) -> None:
     stream = GPT2.stream()
-    for call in (GPT2.id_to_token, stream.push):
-        with pytest.raises(TokenError, match=f"id: expected .*50257 tokens, got {id!r}"):
+    for call in (GPT2.id_to_token, GPT2.num_bytes, stream.push):
+        with pytest.raises(TokenError, match=f"id: expected the id of a token, 0 or greater, got {id!r}"):
             call(id)
+
+
+def test_an_id_without_a_token_has_no_name() -> None:
+    with pytest.raises(TokenError, match="id: expected the id of one of the tokenizer's 50257 tokens, got 50257"):
+        GPT2.id_to_token(50257)
 
 
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ([13, 50257], r"ids\[1\]: expected .*50257 tokens, got 50257"),
-        ([-1], r"ids\[0\]: expected .* got -1"),
+        ([13, -1], r"ids\[1\]: expected the id of a token, 0 or greater, got -1"),
         ([2**40], r"ids\[0\]: expected .* got 1099511627776"),
         ([2**70], "ids: expected integers, got dtype object"),
         ([1.0], "ids: expected integers, got dtype float64"),
@@ -220,8 +224,54 @@ def test_stream_survives_a_bad_id() -> None:
     stream = GPT2.stream()
     stream.push(first)
     with pytest.raises(TokenError):
-        stream.push(50257)
+        stream.push(-1)
     assert "".join(stream.push(id) for id in rest) == "🎈"
+
+
+@pytest.mark.parametrize("name", ["gpt2", *OTHERS])
+def test_ids_without_a_token_decode_to_nothing(name: str) -> None:
+    tokenizer = {"gpt2": GPT2, **OTHERS}[name]
+    unknown = [tokenizer.vocab_size, tokenizer.vocab_size + 50, 2**31 - 1]
+    for ids in ([0, 1], tokenizer.encode("ab") if name not in ("wordpiece",) else [1, 3]):
+        mixed = [unknown[0], ids[0], unknown[1], *ids[1:], unknown[2]]
+        assert tokenizer.decode(mixed) == tokenizer.decode(ids) == streamed(tokenizer, mixed)
+    assert tokenizer.num_bytes(unknown[0]) == 0
+    first, *rest = GPT2.encode("🎈")
+    assert GPT2.decode([first, 50257, *rest]) == streamed(GPT2, [first, 60000, *rest]) == "🎈"
+
+
+@pytest.mark.parametrize("name", ["gpt2", *OTHERS])
+def test_ids_are_those_that_have_a_token(name: str) -> None:
+    tokenizer = {"gpt2": GPT2, **OTHERS}[name]
+    ids = tokenizer.ids()
+    assert ids.dtype == np.int32
+    assert len(ids) == tokenizer.vocab_size
+    assert (np.diff(ids) > 0).all()
+    assert [tokenizer.token_to_id(tokenizer.id_to_token(int(id))) for id in ids[-9:]] == ids[-9:].tolist()
+
+
+@pytest.mark.parametrize("decoder", [decoders.ByteLevel(), decoders.Sequence([decoders.ByteLevel()])])
+def test_added_tokens_of_symbols_of_bytes_are_their_letters(decoder: object) -> None:
+    backend = tokenizers.Tokenizer.from_str(GPT2._backend.to_str())
+    backend.decoder = decoder
+    backend.add_tokens(["café", "Ġcafé", "Ċ¡", "nichts"])
+    tokenizer = Tokenizer(backend)
+    for text in ("a café b", "caféĠcafé", "Ċ¡ Ċ", "café", "das nichts nichtet", "é caf"):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text == streamed(tokenizer, ids)
+        assert sum(map(tokenizer.num_bytes, ids)) == len(text.encode())
+    assert tokenizer.num_bytes(tokenizer.token_to_id("café")) == 5
+
+
+@pytest.mark.parametrize("added", ["é", "Ġthe"])
+def test_an_added_token_that_the_vocabulary_spells_alike_is_refused(added: str, tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer.from_str(GPT2._backend.to_str())
+    backend.add_tokens([added])
+    with pytest.raises(TokenError, match=f"added token '{added}': expected one that the vocabulary does not spell"):
+        Tokenizer(backend)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(CheckpointError, match=f"added token '{added}'"):
+        Tokenizer.from_directory(tmp_path)
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -283,6 +333,7 @@ def test_save_then_load(name: str, tmp_path: Path) -> None:
     tokenizer.save(tmp_path / "new" / "folder")
     loaded = Tokenizer.from_directory(tmp_path / "new" / "folder")
     assert loaded._backend.to_str() == tokenizer._backend.to_str()
+    assert loaded.eos_id == tokenizer.eos_id
     assert type(loaded.stream()) is type(tokenizer.stream())
 
 

@@ -19,13 +19,14 @@ from safetensors import SafetensorError, safe_open
 from llorch_jax import files
 from llorch_jax.errors import CheckpointError
 from llorch_jax.loading.hf_format import EMBEDDING, HEAD, StoredTensor
+from llorch_jax.tokenizer_files import MERGES, SETTINGS, VOCAB, WHOLE
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # By these names a directory is known to hold a model.
-MODEL_FILES = (CONFIG, GENERATION_CONFIG, WEIGHTS, INDEX, "tokenizer.json", "vocab.json", "merges.txt")
+MODEL_FILES = (CONFIG, GENERATION_CONFIG, WEIGHTS, INDEX, WHOLE, SETTINGS, VOCAB, MERGES)
 DTYPES = {  # name -> NumPy's dtype
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(jnp.bfloat16),

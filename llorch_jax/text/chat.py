@@ -148,7 +148,7 @@ class Chat:
         self._begin()
 
     def _begin(self) -> None:
-        self.tokens: list[int] = self._tokenizer.encode(self.system) if self.system else []
+        self.tokens: list[int] = self._tokenizer.encode(self.system, add_special_tokens=True) if self.system else []
         self.turns: list[Turn] = []
         self.cache = self._empty()
 
@@ -169,7 +169,8 @@ class Chat:
             ChatError: there is nothing to go on from.
             CapacityError: the turn does not fit the context. The conversation is as it was.
         """
-        new = self._tokenizer.encode(self.template.before + words + self.template.after)
+        written = self.template.before + words + self.template.after
+        new = self._tokenizer.encode(written, add_special_tokens=not self.tokens)
         return self._checked(new, max_new_tokens, self._seed)
 
     def regenerate(self, max_new_tokens: int | None = None, *, seed: int | None = None) -> Generator[str, None, None]:

@@ -45,13 +45,15 @@ def prompt_list(prompt: str | Sequence[str]) -> list[str]:
 
 
 def encode_prompts(model: Model, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Token ids of each prompt, which may be ids already.
+    """Token ids of each prompt, which may be ids already; texts get what the tokenizer puts before them.
 
     Raises:
         TokenError: a prompt is empty or holds what the tokenizer has no token for.
     """
     tokenizer = tokenizer_of(model)
-    rows = [prompt if isinstance(prompt, list) else tokenizer.encode(prompt) for prompt in prompts]
+    rows = [
+        prompt if isinstance(prompt, list) else tokenizer.encode(prompt, add_special_tokens=True) for prompt in prompts
+    ]
     for number, row in enumerate(rows):
         if not row:
             raise TokenError(f"prompt {number}: expected at least one token, got an empty text")

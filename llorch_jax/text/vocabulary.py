@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from llorch_jax.errors import ModelError, TokenError
+from llorch_jax.errors import ModelError
 from llorch_jax.loading.checkpoint import Model
 from llorch_jax.sampling import breakers_of
 from llorch_jax.tokenizer import Tokenizer
@@ -43,7 +43,7 @@ def breaker_ids(tokenizer: Tokenizer, marks: Sequence[str] = DRY_BREAKERS) -> li
 
 
 def _known_ids(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray | None:
-    known = np.array([_knows(tokenizer, id) for id in range(vocab_size)])
+    known = np.isin(np.arange(vocab_size), tokenizer.ids())
     if known.all():
         return None
     bits = np.packbits(np.pad(known, (0, -vocab_size % 32)), bitorder="little")
@@ -51,22 +51,8 @@ def _known_ids(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray | None:
 
 
 def _texts(tokenizer: Tokenizer) -> dict[int, str]:
-    """The text of each token. Ids may have gaps, so the search ends when all tokens are found."""
-    texts: dict[int, str] = {}
-    id = 0
-    while len(texts) < tokenizer.vocab_size:
-        if _knows(tokenizer, id):
-            texts[id] = tokenizer.decode([id])
-        id += 1
-    return texts
-
-
-def _knows(tokenizer: Tokenizer, id: int) -> bool:
-    try:
-        tokenizer.id_to_token(id)
-    except TokenError:
-        return False
-    return True
+    """The text of each token."""
+    return {id: tokenizer.decode([id]) for id in tokenizer.ids().tolist()}
 
 
 def _once(tokenizer: Tokenizer, key: Any, make: Callable[[], Value]) -> Value:

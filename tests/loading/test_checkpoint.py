@@ -428,7 +428,7 @@ def test_impossible_sources_are_one_line(source, message):
     assert str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize("name", ["config.json", "generation_config.json", FILE])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", FILE, "tokenizer.json", "vocab.json"])
 @pytest.mark.parametrize("kind", ["folder", "pipe"])
 def test_whatever_is_no_regular_file_is_refused(tmp_path, name, kind):
     write(tmp_path)
@@ -442,8 +442,8 @@ def test_whatever_is_no_regular_file_is_refused(tmp_path, name, kind):
 
 def test_deep_json_is_one_line(tmp_path):
     write(tmp_path)
-    for name, content in (("config.json", '{"id2label":'),):
-        (tmp_path / "merges.txt").write_text("")
+    (tmp_path / "merges.txt").write_text("")
+    for name, content in (("vocab.json", "["), ("config.json", '{"id2label":')):
         (tmp_path / name).write_text(content * 100_000)
         with pytest.raises(CheckpointError, match=rf"{name}: expected JSON, got something else .nested too deeply"):
             load(tmp_path)

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from profiles import examples
@@ -42,6 +43,15 @@ class TestGenerate:
         tokens, _ = lj.generate_tokens(
             model.params, model.config, [model.tokenizer.encode("Once")], 20, sampler=sampler, key=key
         )
+        assert out.token_ids == tokens[0].tolist()
+
+    def test_begins_with_the_tokens_that_the_tokenizer_puts_before_a_text(self, model):
+        backend = tokenizers.Tokenizer.from_str(model.tokenizer.to_json())
+        first = [("<|endoftext|>", tiny.END_OF_TEXT)]
+        backend.post_processor = tokenizers.processors.TemplateProcessing("<|endoftext|> $A", None, first)
+        out = lj.generate(dataclasses.replace(model, tokenizer=lj.Tokenizer(backend)), "Once", max_new_tokens=20)
+        assert out.prompt_ids == [tiny.END_OF_TEXT, *model.tokenizer.encode("Once")]
+        tokens, _ = lj.generate_tokens(model.params, model.config, [out.prompt_ids], 20)
         assert out.token_ids == tokens[0].tolist()
 
     @pytest.mark.parametrize("settings", [{}, SAMPLED], ids=["greedy", "sampled"])
