@@ -233,6 +233,7 @@ def start(
     terminal = Terminal(chat, max_new_tokens, session)
     interrupts.take(signal.SIGTERM, signal.SIGHUP)
     with interrupts.mode(interrupts.Mode.KEEP), rescue.on_failure(terminal.unsaved):
+        lines.use_history()
         terminal.greet()
         if session is not None and session.exists():
             terminal.load(str(session))

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+_REACTION = 0.05  # seconds within which reading a line reacts to a signal
 _SAVING_PATIENCE = 2.0  # seconds for which an exit waits for a compiled program to be written to the cache
 
 
@@ -52,6 +53,7 @@ class _State:
     pending: int | None = None  # noted by the handler, in the main thread
     count = 0  # of SIGINTs since the mode was entered, kept by the watching thread
     hidden_cursor = False
+    reading: object | None = None  # set while a line is read, for each line another
 
 
 def install() -> None:
@@ -108,8 +110,12 @@ def pending() -> int | None:
 
 def read_line(prompt: str) -> str:
     """As `input`, but a signal raises `Interrupted`."""
-    check()
-    return input(prompt)
+    _State.reading = object()
+    try:
+        check()
+        return input(prompt)
+    finally:
+        _State.reading = None
 
 
 @contextmanager
@@ -146,13 +152,24 @@ def _any_frame(frame: FrameType | None, *names: str) -> bool:
 
 def _watch(reading: int) -> None:
     """Reads the numbers of signals from the pipe, and ends the process where the mode says so."""
-    while number := os.read(reading, 1):
-        if number[0] != signal.SIGINT:
+    while byte := os.read(reading, 1):
+        number = byte[0]
+        line = _State.reading
+        if line is not None:
+            _repeat(number, line)
+        if number != signal.SIGINT:
             continue
         _State.count += 1
         second = _State.mode is Mode.STEP and _State.count > 1
         if _State.mode is Mode.LEAVE or second:
             _leave(128 + signal.SIGINT)
+
+
+def _repeat(number: int, line: object) -> None:
+    """Sends a signal again while the main thread reads the same line: it came just before the thread went to sleep."""
+    time.sleep(_REACTION)
+    if _State.reading is line:
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 def _leave(code: int) -> None:
