@@ -69,7 +69,7 @@ def validate(source: str, reference: Path) -> bool:
 def convert(source: str, directory: Path, dtype: str, overwrite: bool) -> None:
     """Writes a model; an interrupt removes what is half-written."""
     with waiting("converting"), interrupts.mode(interrupts.Mode.RAISE):
-        checkpoint.convert(source, directory, dtype=dtype)
+        checkpoint.convert(source, directory, dtype=dtype, overwrite=overwrite)
     print(f"wrote {directory}")
 
 

@@ -162,12 +162,20 @@ def with_settings(*panels: str) -> Callable[[Callable[..., None]], Callable[...,
 
 _OTHERS = ("max_new_tokens", "top_logprobs", "batch_size", "cache", "overflow", "dtype", "stride", "weights")
 
+# Advice that is for Python.
+_PHRASES = {
+    "use Greedy() for the most likely token": "0 takes the most likely token",
+    "pass overwrite=True": "give --overwrite",
+}
+
 
 def explain(error: Exception) -> str:
     """An error's message with the names of options in place of those of settings."""
     options = {name: "--" + name.replace("_", "-") for name in _OTHERS}
     options |= {setting.name: setting.option for panel in PANELS.values() for setting in panel}
     text = str(error)
+    for phrase, other in _PHRASES.items():
+        text = text.replace(phrase, other)
     for name in sorted(options, key=len, reverse=True):
         # A word of everyday language is the name of a setting only where the message begins with it.
         pattern = rf"(?<![-\w/.]){name}(?![-\w/.])" if "_" in name else rf"^{name}(?=[:,])"

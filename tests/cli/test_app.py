@@ -174,6 +174,8 @@ class TestOtherCommands:
         assert run("convert", folder, tmp_path / "new") == (0, f"wrote {tmp_path / 'new'}\n", "")
         generated = [run("generate", PROMPT, "-m", source, "-n", 12) for source in (folder, tmp_path / "new")]
         assert generated[0] == generated[1]
+        check_error(run("convert", folder, tmp_path / "new", "--dtype", "bfloat16"), "give --overwrite to replace it")
+        assert run("convert", folder, tmp_path / "new", "--dtype", "float32", "--overwrite")[0] == 0
         assert run("convert", folder, tmp_path / "half", "--dtype", "bfloat16")[0] == 0
         sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("half", "new")]
         assert sizes[0] < 0.6 * sizes[1]
@@ -234,7 +236,7 @@ class TestErrors:
             (["-n", "2147483649", "--overflow", "reencode"], "error: --max-new-tokens: .* got 2147483649"),
             (["--beams", "2", "--temperature", "1"], "error: --temperature: expected none with beam search"),
             (["--choice", "a", "--stop", "b"], "error: --stop: expected none"),
-            (["--temperature", "-1"], r"error: --temperature: .* got -1\.0"),
+            (["--temperature", "-1"], r"error: --temperature: .*\(0 takes the most likely token\), got -1\.0"),
             (["--temperature", "0", "--top-k", "-1"], "error: --top-k: .* got -1"),
             (["--top-p", "1.5"], r"error: --top-p: .* got 1\.5"),
             (["--logit-bias", "x=1"], "error: --logit-bias: expected ID=X, .* got x=1"),

@@ -17,15 +17,21 @@ COMMANDS = {
     "score": ["score", "Once upon a time " * 100],
     "chat": ["chat", "--raw", "-n", "500"],
 }
+BEGINS = {"stream": "Once", "chat": r"\n> "}  # what is printed first
 LONGEST = 20.0  # seconds until the process has ended; a step of the demo model takes milliseconds
 
 
-def interrupt_once(kind, delay):
-    """Starts a command, presses Ctrl-C after `delay` seconds in which its handler is there, and says what happened."""
+def interrupt_once(kind, delay, late):
+    """Starts a command, presses Ctrl-C, and says what happened and how long it took.
+
+    The key is pressed `delay` seconds after the handler is there or, where it should be `late`, after the first output.
+    """
     with pseudo_terminal.Terminal(*COMMANDS[kind]) as terminal:
         if kind == "chat":
             terminal.send("Once upon a time\n")  # waits in the terminal until the chat reads it
         terminal.wait_for_handler()
+        if late and kind in BEGINS:
+            terminal.until(BEGINS[kind])
         terminal.drain(delay)
         if terminal.process.poll() is not None:
             return "ended before", 0.0
@@ -62,11 +68,14 @@ def test_interrupts_at_random_moments_end_with_130_or_end_the_reply():
     found = collections.Counter()
     slowest = 0.0
     for number in range(count):
-        kind = "stream" if number % 2 else list(COMMANDS)[number // 2 % len(COMMANDS)]
-        outcome, seconds = interrupt_once(kind, draws.uniform(0, 3.0))
+        kind = ("stream", "chat", "stream", "chat", "at once", "score")[number % 6]
+        late = draws.random() < 0.6
+        outcome, seconds = interrupt_once(kind, draws.uniform(0, 0.5 if late else 3.0), late)
         found[kind, outcome] += 1
         if outcome == "130":
             slowest = max(slowest, seconds)
+        if number % 50 == 49:
+            print(number + 1, dict(found), f"{slowest:.2f} s", flush=True)
     print(f"{count} interrupts: {dict(found)}; the slowest took {slowest:.2f} s")
     allowed = {"130", "ended before", "went on"}
     assert {outcome for _, outcome in found} <= allowed, found
