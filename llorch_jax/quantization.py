@@ -18,20 +18,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llorch_jax.config import GPT2Config
 from llorch_jax.errors import QuantizationError
 from llorch_jax.linear import QuantizedMatrix
-from llorch_jax.params import Params
+from llorch_jax.params import Params, param_shapes
 from llorch_jax.tracing import is_concrete
 
-FLOATS = {  # name -> NumPy's dtype
+DTYPES = {  # name -> NumPy's dtype
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(jnp.bfloat16),
     "float16": np.dtype(np.float16),
 }
 _GROUPS: dict[str, tuple[int | None, ...]] = {"int8": (None, 32, 64, 128), "int4": (32, 64)}  # the default first
-WEIGHTS = (*FLOATS, *_GROUPS)
+WEIGHTS = (*DTYPES, *_GROUPS)
 DIVISORS = np.arange(6.5, 9.75, 0.25).astype(np.float32)
-_BLOCK = 2**22  # elements that are rounded at once while a file is read
+_BLOCK = 2**20  # elements that are rounded at once while a file is read
 
 Storage = np.dtype | tuple[int, int | None]  # of one array: its dtype, or bits and group size
 
@@ -68,8 +69,8 @@ class WeightFormat(NamedTuple):
 
     def storage(self, path: tuple[Any, ...], leaf: Any) -> Storage | None:
         """How one array is stored, given its path in `Params` and something of its shape; None leaves it as it is."""
-        if self.name in FLOATS:
-            return FLOATS[self.name]
+        if self.name in DTYPES:
+            return DTYPES[self.name]
         field = path[0].name
         if field == "wpe" or len(leaf.shape) != 2:
             return None
@@ -113,6 +114,20 @@ def quantize(params: Params, weights: str, group_size: int | None = None) -> Par
     return jax.tree_util.tree_map_with_path(stored, params)
 
 
+def quantized_shapes(config: GPT2Config, weights: str, group_size: int | None = None) -> Params:
+    """What `quantize` makes of a model's parameters, as `jax.ShapeDtypeStruct`s; nothing is allocated.
+
+    Args:
+        config: the model's hyperparameters.
+        weights: as for `quantize`.
+        group_size: likewise.
+
+    Raises:
+        QuantizationError: there is no such format or group size.
+    """
+    return jax.eval_shape(lambda params: quantize(params, weights, group_size), param_shapes(config))
+
+
 def check_float(params: Params, advice: str) -> None:
     """Raises QuantizationError where a matrix is quantized."""
     leaves = jax.tree.leaves_with_path(params, is_leaf=lambda leaf: isinstance(leaf, QuantizedMatrix))
@@ -140,7 +155,7 @@ def quantize_matrix(weight: Any, bits: int, group_size: int | None, *, name: str
 
 
 def quantize_by_rows(
-    shape: tuple[int, int], rows: Callable[[int, int], np.ndarray], bits: int, group_size: int | None, *, name: str
+    shape: tuple[int, ...], rows: Callable[[int, int], np.ndarray], bits: int, group_size: int | None, *, name: str
 ) -> QuantizedMatrix:
     """`quantize_matrix` of a matrix that is read some rows at a time, so that it is never whole in memory.
 

@@ -9,7 +9,7 @@ from cache_cases import CONFIGS, make_params
 import llorch_jax as lj
 from llorch_jax.linear import QuantizedMatrix
 from llorch_jax.params import nbytes
-from llorch_jax.quantization import DIVISORS, quantize_by_rows, quantize_matrix
+from llorch_jax.quantization import DIVISORS, quantize_by_rows, quantize_matrix, quantized_shapes
 
 TINY = CONFIGS[0]
 FORMATS = [(8, None), (8, 32), (8, 64), (8, 128), (4, 32), (4, 64)]
@@ -187,15 +187,14 @@ class TestModels:
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(a.dtype)), cast, back)
 
     def test_shapes_can_be_planned_without_arrays(self):
-        shapes = jax.eval_shape(lambda params: lj.quantize(params, "int4"), lj.param_shapes(TINY))
+        shapes = quantized_shapes(TINY, "int4")
         quantized = lj.quantize(make_params(TINY), "int4")
         assert jax.tree.structure(shapes) == jax.tree.structure(quantized)
         assert nbytes(shapes) == nbytes(quantized)
 
     def test_gpt2_small_in_bytes(self):
         def size(weights, group_size=None):
-            plan = jax.eval_shape(lambda p: lj.quantize(p, weights, group_size), lj.param_shapes(lj.GPT2Config()))
-            return nbytes(plan)
+            return nbytes(quantized_shapes(lj.GPT2Config(), weights, group_size))
 
         # By hand: V D + 12 L D^2 matrix elements, 4 D P bytes of positions, 13 L D + 2 D float32 biases and norms.
         embedding = 50257 * 768

@@ -51,7 +51,7 @@ class HarnessModel:
         batch_size: int | str | None = None,
         max_batch_size: int | str | None = None,
         device: str | None = None,
-        dtype: str = "float32",
+        weights: str = "float32",
         revision: str | None = None,
         **unknown: Any,
     ) -> None:
@@ -63,7 +63,7 @@ class HarnessModel:
             batch_size: maximum number of requests that run at once; None and "auto" for 8.
             max_batch_size: what "auto" may choose at most.
             device: "cpu" or None.
-            dtype: of the parameters; see `load`.
+            weights: how they are kept in memory; see `load`.
             revision: of a hub repository; see `load`.
             unknown: anything else is refused by name.
 
@@ -72,14 +72,14 @@ class HarnessModel:
         """
         super().__init__()
         if unknown:
-            known = "pretrained, max_gen_toks, batch_size, max_batch_size, device, dtype, revision"
+            known = "pretrained, max_gen_toks, batch_size, max_batch_size, device, weights, revision"
             raise OptionError(f"model_args: expected {known}; got {', '.join(unknown)}")
         if device not in (None, "cpu"):
             raise OptionError(f"device: expected cpu, got {device!r:.80}")
         self.max_gen_toks = _count("max_gen_toks", max_gen_toks)
         self.batch_size = _batch_size(batch_size, max_batch_size)
         if not isinstance(pretrained, Model):
-            pretrained = load(pretrained, dtype=dtype, revision=revision)
+            pretrained = load(pretrained, weights=weights, revision=revision)
         self.model = pretrained
         self._tokenizer = tokenizer_of(self.model)
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,41 +11,32 @@ import numpy as np
 
 from llorch_jax import files
 from llorch_jax.config import GPT2Config
-from llorch_jax.errors import CheckpointError, ConfigError
+from llorch_jax.errors import CheckpointError
 from llorch_jax.loading import hub
 from llorch_jax.loading.hf_format import (
-    ARCHITECTURES,
-    EMBEDDING,
     HEAD,
     StoredTensor,
     family_of,
     hf_fields,
     stored_tensors,
 )
+from llorch_jax.loading.reading import Progress, load_config, load_params
 from llorch_jax.loading.safetensors_files import (
     CONFIG,
-    DTYPES,
     GENERATION_CONFIG,
     WEIGHTS,
-    Entry,
     cast,
-    check_blocks,
     check_replaceable,
-    check_tensors,
-    check_tied,
-    find_tensors,
-    read_json,
-    read_tensor,
     replacing_files,
     write_tensors,
 )
 from llorch_jax.params import Params
+from llorch_jax.quantization import DTYPES, WeightFormat, check_float
 from llorch_jax.tokenizer import Tokenizer
 
 DEMO = "demo"
 
 PathLike = str | os.PathLike[str]
-Progress = Callable[[int, int], Any]  # is shown (bytes read so far, bytes in all)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,87 +59,35 @@ class Model:
 
 
 def load(
-    source: PathLike, *, dtype: Any = "float32", revision: str | None = None, progress: Progress | None = None
+    source: PathLike,
+    *,
+    weights: Any = "float32",
+    group_size: int | None = None,
+    revision: str | None = None,
+    progress: Progress | None = None,
 ) -> Model:
     """Loads a model.
 
     Args:
         source: "demo", the model that comes with this package; or a directory with `config.json` and
             `model.safetensors`; or a hub id such as "openai-community/gpt2", fetched once into the hub's cache.
-        dtype: of the parameters in memory: float32, bfloat16 or float16. Computation is in float32.
+        weights: how they are kept in memory: "float32", "bfloat16", "float16", "int8" or "int4"; see `quantize`.
+            Computation is in float32.
+        group_size: columns that share a scale, for int8 and int4; None takes the format's own.
         revision: branch, tag or commit of a hub repository.
         progress: is called with the bytes read so far and the bytes to read, now and then.
 
     Raises:
         CheckpointError: there is no such model, or its files are missing, corrupt or do not fit each other.
         ConfigError: `config.json` describes a model that this package does not run.
+        QuantizationError: there is no such format of weights, or the weights do not fit it.
     """
-    dtype = _check_dtype(dtype)  # before a download, not after it
+    WeightFormat.of(weights, group_size)  # checked before a download, not after it
     name, directory = locate(source, revision)
     config = load_config(directory)
     tokenizer = Tokenizer.from_directory(directory)
-    return Model(config, load_params(directory, config, dtype, progress=progress), tokenizer, name, directory)
-
-
-def load_config(directory: PathLike) -> GPT2Config:
-    """The configuration in a directory's `config.json`.
-
-    The ids in its `generation_config.json`, where it has one, come before those of `config.json`, as in transformers.
-    Of that file nothing else is read: the settings of sampling are those that are passed to `generate`.
-
-    Raises:
-        CheckpointError: a file is missing or not JSON.
-        ConfigError: it describes a model that this package does not run.
-    """
-    path = Path(directory) / CONFIG
-    fields = _read_config(path)
-    generation = Path(directory) / GENERATION_CONFIG
-    ids = read_json(generation) if files.exists(generation, CheckpointError) else {}
-    ids = {name: ids[name] for name in ("bos_token_id", "eos_token_id") if ids.get(name) is not None}
-    try:
-        return GPT2Config.from_hf_dict({**fields, **ids})
-    except ConfigError as error:
-        blamed = generation if str(error).partition(":")[0] in ids else path
-        raise ConfigError(f"{blamed}: {error}") from None
-
-
-def load_params(
-    directory: PathLike, config: GPT2Config, dtype: Any = "float32", *, progress: Progress | None = None
-) -> Params:
-    """The parameters in a directory's safetensors files, whose layout its `config.json` names.
-
-    Names, shapes and dtypes of all tensors are checked before any is read. They are read one at a time, the largest
-    first, so that the memory used never exceeds that of the parameters by much.
-
-    Args:
-        directory: holds `config.json` and `model.safetensors`, or `model.safetensors.index.json` and its shards.
-        config: the model's hyperparameters.
-        dtype: of the parameters in memory: float32, bfloat16 or float16.
-        progress: is called with the bytes read so far and the bytes to read.
-
-    Raises:
-        CheckpointError: a file or tensor is missing, surplus, misshapen, corrupt, not in floating point, or holds NaN
-            or infinity.
-    """
-    dtype = _check_dtype(dtype)
-    directory = Path(directory)
-    family = _read_family(directory)
-    entries = find_tensors(directory)
-    check_blocks(directory, config.n_layer, entries)
-    tree = stored_tensors(config, family)
-    tensors: list[StoredTensor] = jax.tree.leaves(tree)
-    head = entries.pop(HEAD, None) if config.tie_word_embeddings else None
-    check_tensors(directory, tensors, entries)
-    if head is not None:
-        check_tied(head, entries[EMBEDDING])
-    params: dict[str, jax.Array] = {}
-    done, total = 0, sum(entry.nbytes for entry in entries.values())
-    for tensor in sorted(tensors, key=lambda tensor: entries[tensor.name].nbytes, reverse=True):
-        params[tensor.name] = _load_param(tensor, entries[tensor.name], DTYPES[dtype])
-        done += entries[tensor.name].nbytes
-        if progress is not None:
-            progress(done, total)
-    return jax.tree.map(lambda tensor: params[tensor.name], tree)
+    params = load_params(directory, config, weights, group_size, progress=progress)
+    return Model(config, params, tokenizer, name, directory)
 
 
 def save_model(
@@ -180,6 +118,7 @@ def save_model(
     Raises:
         CheckpointError: the directory holds a model already, parameters and configuration do not fit, a value is not
             finite or does not fit the dtype, or the directory cannot be written.
+        QuantizationError: the parameters are quantized.
     """
     dtype = _check_dtype(dtype)
     check_replaceable(Path(directory), overwrite)
@@ -225,8 +164,9 @@ def convert(
         CheckpointError: as `load` and `save_model`.
         ConfigError: as `load`.
     """
-    check_replaceable(Path(directory), overwrite)  # before a model is loaded, not after
-    model = load(source, dtype=dtype, revision=revision, progress=progress)
+    dtype = _check_dtype(dtype)  # before a model is loaded, not after
+    check_replaceable(Path(directory), overwrite)
+    model = load(source, weights=dtype, revision=revision, progress=progress)
     save_model(directory, model.config, model.params, model.tokenizer, dtype, overwrite=overwrite)
 
 
@@ -254,20 +194,6 @@ def locate(source: PathLike, revision: str | None = None) -> tuple[str, Path]:
     raise CheckpointError(f"{expected}; {files.shown(source)!r} is {found}")
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    if not files.exists(path, CheckpointError):
-        raise CheckpointError(f"{path}: missing; expected a model directory, with {CONFIG} and weights; check the path")
-    return read_json(path)
-
-
-def _read_family(directory: Path) -> str:
-    path = directory / CONFIG
-    family = _read_config(path).get("model_type", "gpt2")
-    if family not in list(ARCHITECTURES):
-        raise ConfigError(f"{path}: model_type: expected one of {', '.join(ARCHITECTURES)}; got {family!r:.80}")
-    return family
-
-
 def _write_json(path: Path, fields: dict[str, Any]) -> None:
     path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
@@ -282,14 +208,9 @@ def _check_dtype(dtype: Any) -> str:
     return name
 
 
-def _load_param(tensor: StoredTensor, entry: Entry, dtype: np.dtype) -> jax.Array:
-    array = cast(read_tensor(entry), dtype, f"{tensor.name} in {entry.path.name}")
-    # XLA copies a transposed view faster than NumPy does. Waiting bounds memory to one tensor in flight.
-    return jax.device_put(tensor.to_param(array)).block_until_ready()
-
-
 def _match_params(config: GPT2Config, tree: Params, params: Params) -> dict[str, tuple[StoredTensor, jax.Array]]:
     """Each stored tensor's parameter, by name."""
+    check_float(params, "Hugging Face's layout has no such weights; save the model's float weights")
     expected, given = jax.tree.leaves_with_path(tree), jax.tree.leaves_with_path(params)
     if [path for path, _ in expected] != [path for path, _ in given]:
         raise CheckpointError(
@@ -298,7 +219,7 @@ def _match_params(config: GPT2Config, tree: Params, params: Params) -> dict[str,
         )
     matched = {}
     for (_, tensor), (_, param) in zip(expected, given, strict=True):
-        shape = tensor.shape[::-1] if tensor.transposed else tensor.shape
+        shape = tensor.param_shape
         if param.shape != shape:
             raise CheckpointError(
                 f"params: expected shape {list(shape)} for {tensor.name}, got {list(param.shape)}; "

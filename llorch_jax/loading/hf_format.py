@@ -42,6 +42,11 @@ class StoredTensor:
         return _with_heads(stored, tuple(np.argsort(self.heads)), self._out_axis)
 
     @property
+    def param_shape(self) -> tuple[int, ...]:
+        """The shape of the parameter."""
+        return self.shape[::-1] if self.transposed else self.shape
+
+    @property
     def _out_axis(self) -> int:
         return len(self.shape) - 1 if self.transposed else 0
 

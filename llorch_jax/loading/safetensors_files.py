@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from llorch_jax import files
 from llorch_jax.errors import CheckpointError
 from llorch_jax.loading.hf_format import EMBEDDING, HEAD, StoredTensor
+from llorch_jax.quantization import DTYPES
 from llorch_jax.tokenizer_files import MERGES, SETTINGS, VOCAB, WHOLE
 
 CONFIG = "config.json"
@@ -27,11 +27,6 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # By these names a directory is known to hold a model.
 MODEL_FILES = (CONFIG, GENERATION_CONFIG, WEIGHTS, INDEX, WHOLE, SETTINGS, VOCAB, MERGES)
-DTYPES = {  # name -> NumPy's dtype
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(jnp.bfloat16),
-    "float16": np.dtype(np.float16),
-}
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # in a safetensors header
 _EXPONENTS = {  # the exponent bits of 16-bit dtypes, shifted left by one so that the sign is out of the way
     "bfloat16": np.uint16(0xFF00),
@@ -141,16 +136,20 @@ def check_tied(head: Entry, embedding: Entry) -> None:
     )
 
 
-def read_tensor(entry: Entry) -> np.ndarray:
+def read_tensor(entry: Entry, rows: slice = slice(None)) -> np.ndarray:
     """A tensor's values, copied out of the mapped file.
 
-    The file is mapped anew for each tensor: pages of a mapping count as the process's memory until it is unmapped.
+    The file is mapped anew for each call: pages of a mapping count as the process's memory until it is unmapped.
+
+    Args:
+        entry: where the tensor is.
+        rows: which part of its first axis is wanted.
 
     Raises:
         CheckpointError: the file can no longer be read.
     """
     with _opened(entry.path) as file:
-        return file.get_tensor(entry.key)
+        return file.get_tensor(entry.key) if rows == slice(None) else file.get_slice(entry.key)[rows]
 
 
 def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:

@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from llorch_jax.errors import CheckpointError
 from llorch_jax.loading.checkpoint import load
-from llorch_jax.loading.safetensors_files import DTYPES, cast, find_tensors, replacing_files, write_tensors
+from llorch_jax.loading.safetensors_files import cast, find_tensors, replacing_files, write_tensors
+from llorch_jax.quantization import DTYPES
 
 CONFIG = {"vocab_size": 11, "n_positions": 7, "n_embd": 24, "n_layer": 2, "n_head": 4}
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"

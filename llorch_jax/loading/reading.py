@@ -1,0 +1,136 @@
+"""What a model directory in Hugging Face's layout holds: its configuration, and its weights in any format."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from llorch_jax import files
+from llorch_jax.config import GPT2Config
+from llorch_jax.errors import CheckpointError, ConfigError
+from llorch_jax.linear import Matrix
+from llorch_jax.loading.hf_format import ARCHITECTURES, EMBEDDING, HEAD, StoredTensor, stored_tensors
+from llorch_jax.loading.safetensors_files import (
+    CONFIG,
+    GENERATION_CONFIG,
+    Entry,
+    cast,
+    check_blocks,
+    check_tensors,
+    check_tied,
+    find_tensors,
+    read_json,
+    read_tensor,
+)
+from llorch_jax.params import Params
+from llorch_jax.quantization import DTYPES, Storage, WeightFormat, quantize_by_rows
+
+PathLike = str | os.PathLike[str]
+Progress = Callable[[int, int], Any]  # is shown (bytes read so far, bytes in all)
+_FLOAT32 = DTYPES["float32"]
+
+
+def load_config(directory: PathLike) -> GPT2Config:
+    """The configuration in a directory's `config.json`.
+
+    The ids in its `generation_config.json`, where it has one, come before those of `config.json`, as in transformers.
+    Of that file nothing else is read: the settings of sampling are those that are passed to `generate`.
+
+    Raises:
+        CheckpointError: a file is missing or not JSON.
+        ConfigError: it describes a model that this package does not run.
+    """
+    path = Path(directory) / CONFIG
+    fields = _read_config(path)
+    generation = Path(directory) / GENERATION_CONFIG
+    ids = read_json(generation) if files.exists(generation, CheckpointError) else {}
+    ids = {name: ids[name] for name in ("bos_token_id", "eos_token_id") if ids.get(name) is not None}
+    try:
+        return GPT2Config.from_hf_dict({**fields, **ids})
+    except ConfigError as error:
+        blamed = generation if str(error).partition(":")[0] in ids else path
+        raise ConfigError(f"{blamed}: {error}") from None
+
+
+def load_params(
+    directory: PathLike,
+    config: GPT2Config,
+    weights: Any = "float32",
+    group_size: int | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Params:
+    """The parameters in a directory's safetensors files, whose layout its `config.json` names.
+
+    Names, shapes and dtypes of all tensors are checked before any is read. They are read one at a time, the largest
+    first, so that the memory used never exceeds that of the parameters by much.
+
+    Args:
+        directory: holds `config.json` and `model.safetensors`, or `model.safetensors.index.json` and its shards.
+        config: the model's hyperparameters.
+        weights: how they are kept in memory, as for `load`.
+        group_size: likewise.
+        progress: is called with the bytes read so far and the bytes to read.
+
+    Raises:
+        CheckpointError: a file or tensor is missing, surplus, misshapen, corrupt, not in floating point, or holds NaN
+            or infinity.
+        QuantizationError: there is no such format of weights, or a value is too large for it.
+    """
+    form = WeightFormat.of(weights, group_size)
+    directory = Path(directory)
+    family = _read_family(directory)
+    entries = find_tensors(directory)
+    check_blocks(directory, config.n_layer, entries)
+    tree = stored_tensors(config, family)
+    stored: list[tuple[Any, StoredTensor]] = jax.tree.leaves_with_path(tree)
+    head = entries.pop(HEAD, None) if config.tie_word_embeddings else None
+    check_tensors(directory, [tensor for _, tensor in stored], entries)
+    if head is not None:
+        check_tied(head, entries[EMBEDDING])
+    params: dict[str, Matrix] = {}
+    done = 0
+    total = sum(entry.nbytes for entry in entries.values())
+    for path, tensor in sorted(stored, key=lambda each: entries[each[1].name].nbytes, reverse=True):
+        entry = entries[tensor.name]
+        params[tensor.name] = _load_param(tensor, entry, form.storage(path, tensor))
+        done += entry.nbytes
+        if progress is not None:
+            progress(done, total)
+    return jax.tree.map(lambda tensor: params[tensor.name], tree)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not files.exists(path, CheckpointError):
+        raise CheckpointError(f"{path}: missing; expected a model directory, with {CONFIG} and weights; check the path")
+    return read_json(path)
+
+
+def _read_family(directory: Path) -> str:
+    path = directory / CONFIG
+    family = _read_config(path).get("model_type", "gpt2")
+    if family not in list(ARCHITECTURES):
+        raise ConfigError(f"{path}: model_type: expected one of {', '.join(ARCHITECTURES)}; got {family!r:.80}")
+    return family
+
+
+def _load_param(tensor: StoredTensor, entry: Entry, storage: Storage | None) -> Matrix:
+    where = f"{tensor.name} in {entry.path.name}"
+    if isinstance(storage, tuple):
+        return quantize_by_rows(tensor.param_shape, _rows(tensor, entry, where), *storage, name=where)
+    array = cast(read_tensor(entry), storage or _FLOAT32, where)
+    # XLA copies a transposed view faster than NumPy does. Waiting bounds memory to one tensor in flight.
+    return jax.device_put(tensor.to_param(array)).block_until_ready()
+
+
+def _rows(tensor: StoredTensor, entry: Entry, where: str) -> Callable[[int, int], np.ndarray]:
+    """Gives rows of a parameter in float32; only these are read where the file has them in one piece."""
+    if tensor.transposed or tensor.heads:
+        param = tensor.to_param(cast(read_tensor(entry), _FLOAT32, where))
+        return lambda start, stop: param[start:stop]
+    return lambda start, stop: cast(
+        read_tensor(entry, slice(start, stop)), _FLOAT32, f"{where}, in the rows from {start}"
+    )
