@@ -11,21 +11,20 @@ from llorch_jax.text.generation import stream
 from llorch_jax.text.results import Piece
 
 
-async def astream(model: Model, prompt: str, max_new_tokens: int = 64, **settings: Any) -> AsyncIterator[Piece]:
-    """`stream` as an asynchronous generator: the same pieces, arguments and errors, the latter at the first piece.
+async def astream(model: Model, prompt: str, max_new_tokens: int = 64, **options: Any) -> AsyncIterator[Piece]:
+    """`stream` as an asynchronous generator: the same pieces, arguments and errors, which come with the first piece.
 
-    The model runs in a thread of its own, and the event loop goes on meanwhile. Closing the generator, or cancelling
-    the task that reads it, stops the work and frees the cache after the steps that are under way (`streaming.LONGEST`
-    at most, twice).
+    The model runs in a thread of its own, so that the event loop is free. Closing the generator, or cancelling the task
+    that reads it, stops the work and frees the cache after the steps under way, at most twice `streaming.LONGEST`.
     """
     thread = ThreadPoolExecutor(1, thread_name_prefix="llorch_jax")
     run = partial(asyncio.get_running_loop().run_in_executor, thread)
     try:
-        pieces = await run(partial(stream, model, prompt, max_new_tokens, **settings))
+        pieces = await run(partial(stream, model, prompt, max_new_tokens, **options))
         try:
             while (piece := await run(next, pieces, None)) is not None:
                 yield piece
         finally:
-            thread.submit(pieces.close)  # in its turn: a cancelled step may still be running there
+            thread.submit(pieces.close)  # in the same thread, where a cancelled step may still be running
     finally:
         thread.shutdown(wait=False)

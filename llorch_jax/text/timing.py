@@ -12,10 +12,10 @@ class Timings:
     """Seconds of one generation.
 
     Attributes:
-        compile: tracing and compiling; 0 where all programs were there.
+        compile: tracing and compiling; 0 if all programs were compiled before.
         prefill: from the start to the first token, without compiling.
         decode: from the first token to the last, without compiling.
-        new_tokens: generated per row, at most.
+        new_tokens: number of new tokens of the longest row.
     """
 
     compile: float
@@ -25,7 +25,7 @@ class Timings:
 
     @property
     def ms_per_token(self) -> float:
-        """Milliseconds per decode step; 0 where only the prefill's token was generated."""
+        """Milliseconds per decode step; 0 if only the prefill's token was generated."""
         return 1000 * self.decode / (self.new_tokens - 1) if self.new_tokens > 1 else 0.0
 
 
@@ -33,20 +33,22 @@ class Stopwatch:
     """Splits the time since its start, or since the last `lap`, into compiling and the rest."""
 
     def __init__(self) -> None:
-        self._compiled, self._time = compile_seconds(), time.perf_counter()
+        self._compiled = compile_seconds()
+        self._time = time.perf_counter()
         self.compile = 0.0
 
     def lap(self) -> float:
         """Seconds since the last lap without compiling, which is added to `compile`."""
-        compiled, now = compile_seconds(), time.perf_counter()
-        compiling, elapsed = compiled - self._compiled, now - self._time
-        self._compiled, self._time = compiled, now
+        compiling = compile_seconds() - self._compiled
+        elapsed = time.perf_counter() - self._time
+        self.skip()
         self.compile += compiling
         return max(0.0, elapsed - compiling)
 
     def skip(self) -> None:
-        """Leaves out the time since the last lap, with what was compiled in it."""
-        self._compiled, self._time = compile_seconds(), time.perf_counter()
+        """Leaves out the time since the last lap, compiling included."""
+        self._compiled = compile_seconds()
+        self._time = time.perf_counter()
 
 
 _PHASES = ("jaxpr_trace_duration", "jaxpr_to_mlir_module_duration", "backend_compile_duration")

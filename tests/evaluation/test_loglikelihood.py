@@ -1,12 +1,15 @@
 """Log-likelihoods of continuations equal those of each text alone, and tokens are split as evaluation harnesses do."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 import tiny
 
 import llorch_jax as lj
-from llorch_jax.evaluation.loglikelihood import encode_pair, score_continuations
+from llorch_jax.evaluation.loglikelihood import encode_pair, score_continuations, score_pairs
+from llorch_jax.text.vocabulary import known_ids
 
 SMALL = {"n_layer": 1, "n_embd": 16, "n_head": 1, "num_kv_heads": 1}  # compiles in no time
 GPT2 = lj.Tokenizer.gpt2()
@@ -52,6 +55,20 @@ def test_what_greedy_decoding_writes_is_greedy(model):
     found = score_continuations(model.params, model.config, prefix, [ids, *others])
     assert [greedy for _, greedy in found] == [True, True, True, False, False]
     assert [len(logprobs) for logprobs, _ in found] == [5, 3, 1, 5, 5]
+
+
+def test_greedy_decoding_writes_no_ids_that_the_tokenizer_lacks():
+    wide = tiny.random_model(vocab_size=320, **SMALL)
+    weights = wide.params.wte
+    wide = dataclasses.replace(wide, params=wide.params.replace(wte=weights.at[257:].set(50 * weights[:63])))
+    prefix = wide.tokenizer.encode("Once")
+    tokens, _ = lj.generate_tokens(wide.params, wide.config, [prefix], 4)
+    assert np.max(tokens) > 256
+    ids = lj.generate(wide, "Once", 4).token_ids
+    pairs = [(prefix, ids), (prefix, [*ids[:3], (ids[3] + 1) % 256])]
+    allowed = known_ids(wide.tokenizer, 320)
+    assert [greedy for _, greedy in score_pairs(wide.params, wide.config, pairs, allowed=allowed)] == [True, False]
+    assert [greedy for _, greedy in score_pairs(wide.params, wide.config, pairs)] == [False, False]
 
 
 def test_an_empty_prefix_stands_for_begin_of_text(model):

@@ -44,6 +44,13 @@ def test_several_prompts_have_the_samples_of_each_alone(model, batch):
     assert [out.token_ids for group in together for out in group] == [out.token_ids for out in repeated]
 
 
+def test_alternatives_of_samples_are_those_of_a_batch(model):
+    found = lj.generate_n(model, "Once", 2, 4, top_logprobs=2, **SAMPLED)
+    batch = lj.generate(model, ["Once"] * 2, 4, top_logprobs=2, **SAMPLED)
+    ids = [[[id for id, _ in step] for step in out.top_logprobs] for out in (*found, *batch)]
+    assert ids[:2] == ids[2:]
+
+
 def test_the_prompt_is_prefilled_once(model, monkeypatch):
     rows = []
     real = samples.first_logits

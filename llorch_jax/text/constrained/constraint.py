@@ -12,9 +12,9 @@ Kind = Literal["regex", "json_schema", "grammar", "choices"]
 
 @dataclasses.dataclass(frozen=True)
 class Constraint:
-    """What a whole text must match; made by one of the class methods, and equal where it says the same.
+    """What a whole text must match. Make one with a class method; equal descriptions are equal.
 
-    Whether it is valid shows when a model first uses it.
+    Whether it is valid is checked when a model first uses it.
 
     Attributes:
         kind: which class method made it.
@@ -61,7 +61,7 @@ class Constraint:
     def choices(cls, texts: Sequence[str]) -> "Constraint":
         """One of these texts."""
         if isinstance(texts, str) or not isinstance(texts, Sequence) or not texts:
-            raise ConstraintError(f"choices: expected one text or more, got {texts!r}")
+            raise ConstraintError(f"choices: expected one text or more, got {texts!r:.80}")
         for text in texts:
             if not _text("choices", text, "texts"):
                 raise ConstraintError("choices: expected texts of one character or more, got ''")
@@ -102,18 +102,18 @@ def per_row(constraints: Constraints, batch: int) -> list[Constraint | None]:
     if isinstance(constraints, Constraint):
         return [constraints] * batch
     if isinstance(constraints, str) or not isinstance(constraints, Sequence):
-        raise ConstraintError(f"constraint: expected a Constraint or a list of them, got {constraints!r}")
+        raise ConstraintError(f"constraint: expected a Constraint or a list of them, got {constraints!r:.80}")
     if len(constraints) != batch:
         raise ConstraintError(f"constraint: expected one per prompt, {batch}, got {len(constraints)}")
     for row, each in enumerate(constraints):
         if each is not None and not isinstance(each, Constraint):
-            raise ConstraintError(f"constraint {row}: expected a Constraint or None, got {each!r}")
+            raise ConstraintError(f"constraint {row}: expected a Constraint or None, got {each!r:.80}")
     return list(constraints)
 
 
 def _text(name: str, value: Any, expected: str = "a str") -> str:
     if not isinstance(value, str):
-        raise ConstraintError(f"{name}: expected {expected}, got {value!r}")
+        raise ConstraintError(f"{name}: expected {expected}, got {value!r:.80}")
     try:
         value.encode()
     except UnicodeEncodeError as error:

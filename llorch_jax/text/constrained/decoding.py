@@ -15,10 +15,10 @@ from llorch_jax.text.vocabulary import tokenizer_of
 
 
 class Rows:
-    """The host's books on a batch: what may follow in each row, and which rows are complete.
+    """What may follow in each row of a batch, and which rows are complete: a `Guide` of constraints.
 
     Attributes:
-        complete: bool [B], rows that an id ended, or whose constraint allows nothing more.
+        complete: bool [B], rows that an id has ended, or whose constraint allows nothing more.
         mask: int32 [B, W], a new array for every step, as the one before may still be read.
     """
 
@@ -28,24 +28,26 @@ class Rows:
             None if each is None else compiler.matcher(each, eos_ids) for each in per_row(constraints, batch)
         ]
         self.complete = np.zeros(batch, bool)
-        self._eos_ids, self._words = eos_ids, compiler.words
+        self._eos_ids = eos_ids
+        self._words = compiler.words
         self.fill()
         if self.complete.any():
             raise ConstraintError("constraint: expected texts of one character or more, but stop_ids allow none")
 
     def push(self, tokens: np.ndarray, going: np.ndarray) -> None:
-        """Goes on by one token int32 [B] in the rows that are `going` on, bool [B]."""
+        """Takes one token int32 [B] in the rows that are `going` on, bool [B]."""
         for row in np.flatnonzero(going).tolist():
             token = int(tokens[row])
             matcher = self.matchers[row]
             self.complete[row] = token in self._eos_ids or (matcher is not None and not matcher.push(token))
 
     def fill(self) -> None:
-        """Finds out what may follow; this may also show that a row is complete."""
+        """Makes the mask of the next step; this may also show that a row is complete."""
         self.mask = np.full((len(self.matchers), self._words), -1, np.int32)
         for row, matcher in enumerate(self.matchers):
             if matcher is not None and not self.complete[row] and not matcher.fill(self.mask, row):
-                self.complete[row], self.mask[row] = True, -1
+                self.complete[row] = True
+                self.mask[row] = -1
 
 
 def constrained_steps(model: Model, batch: Batch, constraints: Constraints) -> Iterator[Step]:

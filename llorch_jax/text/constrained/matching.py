@@ -17,6 +17,12 @@ from llorch_jax.tokenizer import Tokenizer
 
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _KEPT = 64  # compiled constraints per tokenizer
+_LONGEST = 300  # characters of an error message
+_REASONS = {  # why llguidance's matcher stops
+    "NoExtension": "expected one that some text matches",
+    "LexerTooComplex": "expected one within llguidance's limits",
+    "ParserTooComplex": "expected one within llguidance's limits",
+}
 _compilers: "weakref.WeakKeyDictionary[Tokenizer, dict[tuple[int, int], Compiler]]" = weakref.WeakKeyDictionary()
 
 
@@ -24,11 +30,13 @@ class Matcher:
     """Follows one text through its grammar, token by token; made by `Compiler.matcher`."""
 
     def __init__(self, inner: Any, numpy_helpers: Any, eos_ids: tuple[int, ...], hidden_ids: tuple[int, ...]) -> None:
-        self._inner, self._helpers = inner, numpy_helpers
-        self._eos_ids, self._hidden = list(eos_ids), [*hidden_ids, *eos_ids]
+        self._inner = inner
+        self._helpers = numpy_helpers
+        self._eos_ids = list(eos_ids)
+        self._hidden = [*hidden_ids, *eos_ids]
 
     def push(self, token: int) -> bool:
-        """Goes on by an allowed token that does not end the text; whether another may follow.
+        """Takes an allowed token that does not end the text, and returns whether another may follow.
 
         Raises:
             ConstraintError: the grammar does not allow it, or is beyond llguidance's limits.
@@ -38,17 +46,18 @@ class Matcher:
         return not self._inner.is_stopped()
 
     def fill(self, mask: np.ndarray, row: int) -> bool:
-        """Writes the bits of the allowed tokens into a row of int32 [B, W]; whether the text may go on.
+        """Writes the bits of the allowed tokens into a row of int32 [B, W], and returns whether the text may go on.
 
-        Where it may not, it is complete, and what was written is of no use.
+        If it may not, it is complete, and the bits mean nothing.
 
         Raises:
             ConstraintError: no token of the vocabulary goes on, or the grammar is beyond llguidance's limits.
         """
         self._helpers.fill_next_token_bitmask(self._inner, mask, row)
         self._check()
-        # Ids that end a row do so wherever they come, so that they must come nowhere but where the grammar may end.
-        bits, complete = mask[row].view(np.uint8), self._inner.is_accepting()
+        # An id that ends a row does so wherever it comes, so it is allowed only where the grammar may end.
+        bits = mask[row].view(np.uint8)
+        complete = self._inner.is_accepting()
         for id in self._hidden:
             bits[id // 8] &= ~np.uint8(1 << id % 8)
         goes_on = bool(bits.any())
@@ -60,14 +69,14 @@ class Matcher:
 
     def _check(self) -> None:
         if self._inner.is_error():
-            raise ConstraintError(f"constraint: {_one_line(self._inner.get_error())}")
+            raise ConstraintError(f"constraint: {_reason(self._inner.get_error())}")
 
 
 class Compiler:
     """Compiles constraints for one vocabulary; made by `compiler_of`.
 
     Attributes:
-        words: int32 numbers W of a row of a mask.
+        words: number W of int32 words in a row of a mask.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_id: int) -> None:
@@ -75,16 +84,18 @@ class Compiler:
             raise ConstraintError(
                 f"vocab_size: expected at least the {tokenizer.vocab_size} tokens of the tokenizer, got {vocab_size}"
             )
-        self._library, self._helpers = _library("llguidance"), _library("llguidance.numpy")
+        self._library = _library("llguidance")
+        self._helpers = _library("llguidance.numpy")
         try:
             self._tokenizer = self._library.LLTokenizer(tokenizer.to_json(), n_vocab=vocab_size, eos_token=eos_id)
         except ValueError as error:
-            raise ConstraintError(f"tokenizer: expected one that llguidance can read ({_one_line(error)})") from None
-        self.words, self._eos_id = (vocab_size + 31) // 32, eos_id
+            raise ConstraintError(f"tokenizer: expected one that llguidance can read ({_reason(error)})") from None
+        self.words = (vocab_size + 31) // 32
+        self._eos_id = eos_id
         self._prototype = functools.lru_cache(_KEPT)(self._compile)
 
     def matcher(self, constraint: Constraint, eos_ids: tuple[int, ...]) -> Matcher:
-        """A matcher for one text that `eos_ids` end; a constraint is compiled once.
+        """A matcher for one text, which `eos_ids` end; each constraint is compiled once.
 
         Raises:
             ConstraintError: the constraint is invalid, or matches nothing but the empty text.
@@ -92,16 +103,16 @@ class Compiler:
         return Matcher(self._prototype(constraint).deep_copy(), self._helpers, eos_ids, (self._eos_id,))
 
     def _compile(self, constraint: Constraint) -> Any:
-        """A matcher of llguidance in its first state, its first mask computed: that costs more than later ones."""
+        """A matcher of llguidance in its first state, with its first mask, which costs more than later ones."""
         try:
             matcher = self._library.LLMatcher(self._tokenizer, self._grammar(constraint), log_level=0)
         except ValueError as error:
-            raise ConstraintError(f"{constraint.kind}: {_one_line(error)}") from None
+            raise ConstraintError(f"{constraint.kind}: {_reason(error)}") from None
         if not matcher.is_error():
             mask = np.zeros((1, self.words), np.int32)
             self._helpers.fill_next_token_bitmask(matcher, mask)
         if matcher.is_error():
-            raise ConstraintError(f"{constraint.kind}: {_one_line(matcher.get_error())}")
+            raise ConstraintError(f"{constraint.kind}: {_reason(matcher.get_error())}, got {constraint.source[:60]!r}")
         ends = mask[0, self._eos_id // 32] >> self._eos_id % 32 & 1
         if np.bitwise_count(mask).sum() == ends:
             raise ConstraintError(
@@ -144,5 +155,10 @@ def _library(name: str) -> Any:
         ) from None
 
 
-def _one_line(message: Any) -> str:
-    return " ".join(str(message).split())
+def _reason(message: Any) -> str:
+    """One line of an error of llguidance, without the state of its parser and the grammar that it appends."""
+    line = " ".join(str(message).partition("<state>")[0].split())
+    for reason, meaning in _REASONS.items():
+        if line.startswith(reason):
+            return meaning
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..."

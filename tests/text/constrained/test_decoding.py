@@ -232,6 +232,13 @@ def test_other_rows_growing_caches_and_reencoding_change_nothing():
         ({"regex": b"a"}, "regex: expected a str"),
         ({"regex": "\ud800"}, "UTF-8"),
         ({"regex": ""}, "regex: expected one that some text"),
+        ({"regex": r"[^\s\S]"}, r"regex: expected one that some text matches, got"),
+        ({"grammar": 'root ::= root "a"'}, "grammar: expected one that some text matches, got 'root"),
+        ({"json_schema": {"$ref": "#"}}, "json_schema: expected one that some text matches, got"),
+        (
+            {"json_schema": {"type": "string", "minLength": 5, "maxLength": 2}},
+            "json_schema: Unsatisfiable schema: minL",
+        ),
         ({"json_schema": "{'a': 1}"}, "json_schema: expected the JSON of an object"),
         ({"json_schema": {"type": "text"}}, "json_schema: Invalid type: text"),
         ({"json_schema": {"type": "array", "uniqueItems": True}}, 'json_schema: .*"uniqueItems"'),
@@ -252,6 +259,8 @@ def test_bad_constraints_are_named(settings, message):
         with pytest.raises(lj.ConstraintError, match=message) as error:
             run(RECITING, "o", 5, **settings)
         assert "\n" not in str(error.value)
+        assert "<state>" not in str(error.value)
+        assert len(str(error.value)) < 350
 
 
 def test_stop_strings_are_refused():
