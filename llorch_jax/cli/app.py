@@ -246,3 +246,22 @@ def convert_command(
     from llorch_jax.cli import models
 
     models.convert(model, directory, dtype, overwrite)
+
+
+@app.command(name="bench")
+@with_settings("Cache")
+def bench_command(
+    settings: dict[str, Any],
+    model: ModelArgument = "demo",
+    cache: CacheOption = "static",
+    batch: Annotated[int, option("--batch", metavar="N", help="Number of rows.")] = 1,
+    prompt_tokens: Annotated[int, option("--prompt-tokens", metavar="N", help="Tokens of each row's prompt.")] = 64,
+    new_tokens: Annotated[int, option("--new-tokens", metavar="N", help="New tokens of each row, 2 or more.")] = 64,
+    repeats: Annotated[int, option("--repeats", metavar="N", help="Number of measurements.")] = 5,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how long a prefill and a decode step of a model take on this machine."""
+    from llorch_jax.cli import models
+
+    numbers = {"batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
+    models.bench(model, {**settings, **numbers, "cache": cache}, as_json)

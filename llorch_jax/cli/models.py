@@ -1,7 +1,9 @@
-"""What `llorch-jax score`, `inspect`, `validate` and `convert` do."""
+"""What `llorch-jax score`, `inspect`, `validate`, `convert` and `bench` do."""
 
 import dataclasses
 import json
+import os
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from llorch_jax.cli.loading import load_model
 from llorch_jax.cli.terminal import show_bytes, waiting
 from llorch_jax.cli.values import text_or_stdin
 from llorch_jax.evaluation.perplexity import score
+from llorch_jax.evaluation.speed import measure_speed
 from llorch_jax.evaluation.validation import Verdict, compare, intermediates, load_reference
 from llorch_jax.loading import checkpoint
 from llorch_jax.params import count_params, nbytes, param_shapes
@@ -71,6 +74,26 @@ def convert(source: str, directory: Path, dtype: str, overwrite: bool) -> None:
     with waiting("converting"), interrupts.mode(interrupts.Mode.RAISE):
         checkpoint.convert(source, directory, dtype=dtype, overwrite=overwrite)
     print(f"wrote {directory}")
+
+
+def bench(source: str, settings: dict[str, Any], as_json: bool) -> None:
+    """Prints the medians and ranges of `measure_speed`."""
+    model, _ = load_model(source)
+    with waiting("compiling and measuring"):
+        speed = measure_speed(model, **settings)
+    if as_json:
+        rates = {name: getattr(speed, name) for name in ("prefill_tokens_per_second", "decode_tokens_per_second")}
+        print(json.dumps({**dataclasses.asdict(speed), **rates}))
+        return
+    table = Table("work", "median", "range", "tokens per second")
+    for work, seconds, rate in (
+        (f"prefill, {speed.batch} x {speed.prompt_tokens} tokens", speed.prefill, speed.prefill_tokens_per_second),
+        (f"decode step, {speed.batch} x 1 token", speed.step, speed.decode_tokens_per_second),
+    ):
+        median = f"{1000 * statistics.median(seconds):.2f} ms"
+        table.add_row(work, median, f"{1000 * min(seconds):.2f} to {1000 * max(seconds):.2f} ms", f"{rate:,.0f}")
+    Console().print(table)
+    print(f"compiled in {speed.compile:.2f} s; {len(speed.step)} measurements on {os.cpu_count()} cores")
 
 
 def _verdict_table(verdicts: list[Verdict]) -> Table:

@@ -160,7 +160,20 @@ def with_settings(*panels: str) -> Callable[[Callable[..., None]], Callable[...,
     return decorate
 
 
-_OTHERS = ("max_new_tokens", "top_logprobs", "batch_size", "cache", "overflow", "dtype", "stride", "weights")
+_OTHERS = (
+    "max_new_tokens",
+    "prompt_tokens",
+    "new_tokens",
+    "batch",
+    "repeats",
+    "top_logprobs",
+    "batch_size",
+    "cache",
+    "overflow",
+    "dtype",
+    "stride",
+    "weights",
+)
 
 # Advice that is for Python.
 _PHRASES = {

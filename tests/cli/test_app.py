@@ -170,6 +170,18 @@ class TestOtherCommands:
         cache = lj.StaticCache.init(model.config).memory_usage()
         assert f"static cache: {cache:,} bytes per sequence of up to 64 tokens" in out
 
+    def test_bench(self, run, folder):
+        arguments = ["bench", folder, "--prompt-tokens", 8, "--new-tokens", 4, "--repeats", 2, "--batch", 2]
+        code, out, err = run(*arguments)
+        assert (code, err) == (0, "")
+        number = r"[\d,]+\.\d\d"
+        assert re.search(rf"prefill, 2 x 8 tokens *│ {number} ms *│ {number} to {number} ms *│ [\d,]+", out)
+        assert re.search(r"decode step, 2 x 1 token *│", out)
+        assert "2 measurements on" in out
+        fields = json.loads(run(*arguments, "--json")[1])
+        assert len(fields["step"]) == 2
+        check_error(run("bench", folder, "--new-tokens", 1), "error: --new-tokens: expected a whole number in 2")
+
     def test_convert(self, run, folder, tmp_path):
         assert run("convert", folder, tmp_path / "new") == (0, f"wrote {tmp_path / 'new'}\n", "")
         generated = [run("generate", PROMPT, "-m", source, "-n", 12) for source in (folder, tmp_path / "new")]
