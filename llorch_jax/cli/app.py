@@ -87,7 +87,7 @@ def main(
 
 
 @app.command(name="generate")
-@with_settings("Cache", "Sampling", "Penalties", "Length and ending", "Constraints", "Search and speculation")
+@with_settings("Model", "Cache", "Sampling", "Penalties", "Length and ending", "Constraints", "Search and speculation")
 def generate_command(
     settings: dict[str, Any],
     prompt: Annotated[
@@ -165,7 +165,7 @@ def generate_command(
 
 
 @app.command(name="chat")
-@with_settings("Cache", "Sampling", "Penalties", "Length and ending")
+@with_settings("Model", "Cache", "Sampling", "Penalties", "Length and ending")
 def chat_command(
     settings: dict[str, Any],
     model: ModelOption = "demo",
@@ -196,7 +196,9 @@ def chat_command(
 
 
 @app.command(name="score")
+@with_settings("Model")
 def score_command(
+    settings: dict[str, Any],
     text: TextArgument,
     model: ModelOption = "demo",
     stride: Annotated[
@@ -207,11 +209,11 @@ def score_command(
     """Show how likely a model finds a text: perplexity and bits per byte."""
     from llorch_jax.cli import models
 
-    models.show_score(model, text, stride, as_json)
+    models.show_score(model, text, settings, stride, as_json)
 
 
 @app.command(name="inspect")
-@with_settings("Cache")
+@with_settings("Model", "Cache")
 def inspect_command(settings: dict[str, Any], model: ModelArgument = "demo", cache: CacheOption = "static") -> None:
     """Show a model's configuration and the bytes of its parameters and cache, without loading the weights."""
     from llorch_jax.cli import models
@@ -220,7 +222,9 @@ def inspect_command(settings: dict[str, Any], model: ModelArgument = "demo", cac
 
 
 @app.command(name="validate")
+@with_settings("Model")
 def validate_command(
+    settings: dict[str, Any],
     model: ModelArgument,
     reference: Annotated[
         Path, option("--reference", "-r", metavar="FILE", help=".npz file with the reference arrays.")
@@ -229,7 +233,7 @@ def validate_command(
     """Compare a model with reference arrays at twelve points; the exit code is 1 where one differs."""
     from llorch_jax.cli import models
 
-    if not models.validate(model, reference):
+    if not models.validate(model, reference, settings):
         raise typer.Exit(1)
 
 
@@ -249,7 +253,7 @@ def convert_command(
 
 
 @app.command(name="bench")
-@with_settings("Cache")
+@with_settings("Model", "Cache")
 def bench_command(
     settings: dict[str, Any],
     model: ModelArgument = "demo",

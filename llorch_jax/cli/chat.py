@@ -227,7 +227,7 @@ def start(
     Raises:
         LlorchError: a setting is impossible, or the session's file cannot be read or written.
     """
-    model, _ = load_model(source)
+    model, _ = load_model(source, settings)
     template = RAW if roles is None else Template(f"\n{roles[0]}: ", f"\n{roles[1]}:", (f"\n{roles[0]}:",))
     chat = Chat(model, template, system=system, **resolve(settings, model.tokenizer))
     terminal = Terminal(chat, max_new_tokens, session)

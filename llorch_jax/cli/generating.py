@@ -26,7 +26,7 @@ def is_search(settings: dict[str, Any]) -> bool:
 def one(source: str, prompt: str, settings: dict[str, Any], streamed: bool, as_json: bool, timings: bool) -> None:
     """Continues one prompt on standard output: as it comes, at once, or as JSON."""
     text = text_or_stdin(prompt)
-    model, load_seconds = load_model(source)
+    model, load_seconds = load_model(source, settings)
     settings = resolve(settings, model.tokenizer)
     if streamed and not as_json and not is_search(settings):
         spent = _streamed(model, text, settings)
@@ -58,7 +58,7 @@ def from_file(
     source: str, file: Path, target: Path, batch_size: int, overwrite: bool, settings: dict[str, Any]
 ) -> None:
     """Continues the prompts of a file; see `generate_file`."""
-    model, _ = load_model(source)
+    model, _ = load_model(source, settings)
     with bar("prompts") as progress:
         count = generate_file(
             model,
@@ -83,9 +83,9 @@ def speculate(
 ) -> None:
     """Prints the text at the end, and on standard error what the guesses were good for."""
     text = text_or_stdin(prompt)
-    model, load_seconds = load_model(source)
+    model, load_seconds = load_model(source, settings)
     settings = resolve(settings, model.tokenizer)
-    guesses: Any = load_model(draft)[0] if draft else speculative
+    guesses: Any = load_model(draft, {})[0] if draft else speculative
     with waiting("compiling and generating"):
         out, stats = generate_speculative(model, text, draft=guesses, **settings)
     print(_as_json(text, out) if as_json else text + out.text)

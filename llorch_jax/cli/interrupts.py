@@ -14,6 +14,7 @@ library, so that it is in place before JAX is imported.
 
 import enum
 import os
+import select
 import signal
 import sys
 import threading
@@ -23,6 +24,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 _REACTION = 0.05  # seconds within which reading a line reacts to a signal
+_STEP_PATIENCE = 1.0  # seconds for which a step may go on after a signal
 _SAVING_PATIENCE = 2.0  # seconds for which an exit waits for a compiled program to be written to the cache
 
 
@@ -30,7 +32,7 @@ class Mode(enum.Enum):
     """What SIGINT does."""
 
     LEAVE = "it ends the process at once"
-    STEP = "it ends the work at the next `check`; a second one ends the process at once"
+    STEP = "it ends the work at the next `check`, or the process where that takes long or at a second one"
     KEEP = "it ends the work at the next `check`, however often it comes: there is something to lose"
     RAISE = "it raises `Interrupted` where the main thread is, so that temporary files are removed"
 
@@ -137,7 +139,7 @@ def _note(number: int, frame: FrameType | None) -> None:
         check()
     # The garbage collector's callbacks and finalizers would swallow the exception.
     if _State.mode is Mode.RAISE and not _any_frame(frame, "_xla_gc_callback", "__del__"):
-        _State.mode = Mode.STEP  # the next one does not interrupt the removal of files, but ends the process
+        _State.mode = Mode.KEEP  # the next one does not interrupt the removal of files
         check()
 
 
@@ -152,17 +154,24 @@ def _any_frame(frame: FrameType | None, *names: str) -> bool:
 
 def _watch(reading: int) -> None:
     """Reads the numbers of signals from the pipe, and ends the process where the mode says so."""
-    while byte := os.read(reading, 1):
-        number = byte[0]
+    deadline: float | None = None
+    while True:
+        timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+        if not select.select([reading], [], [], timeout)[0]:  # a step takes long: perhaps it is being compiled
+            if _State.mode is Mode.STEP:
+                _leave(128 + signal.SIGINT)
+            deadline = None
+            continue
+        number = os.read(reading, 1)[0]
         line = _State.reading
         if line is not None:
             _repeat(number, line)
         if number != signal.SIGINT:
             continue
         _State.count += 1
-        second = _State.mode is Mode.STEP and _State.count > 1
-        if _State.mode is Mode.LEAVE or second:
+        if _State.mode is Mode.LEAVE or (_State.mode is Mode.STEP and _State.count > 1):
             _leave(128 + signal.SIGINT)
+        deadline = time.monotonic() + _STEP_PATIENCE
 
 
 def _repeat(number: int, line: object) -> None:

@@ -21,12 +21,13 @@ from llorch_jax.evaluation.speed import measure_speed
 from llorch_jax.evaluation.validation import Verdict, compare, intermediates, load_reference
 from llorch_jax.loading import checkpoint
 from llorch_jax.params import count_params, nbytes, param_shapes
+from llorch_jax.quantization import quantized_shapes
 
 
-def show_score(source: str, text: str, stride: int | None, as_json: bool) -> None:
+def show_score(source: str, text: str, settings: dict[str, Any], stride: int | None, as_json: bool) -> None:
     """Prints perplexity, bits per byte and the log-probability of a text."""
     given = text_or_stdin(text)
-    model, _ = load_model(source)
+    model, _ = load_model(source, settings)
     with waiting("compiling and scoring"):
         result = score(model, given, stride=stride)
     summary = {"perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte, "logprob": result.total}
@@ -37,15 +38,17 @@ def show_score(source: str, text: str, stride: int | None, as_json: bool) -> Non
 
 
 def inspect(source: str, cache: str, settings: dict[str, Any]) -> None:
-    """Prints a model's configuration and the bytes of its parameters and cache; `settings` are codec and residual."""
+    """Prints a model's configuration and the bytes of its parameters and cache, as the settings store them."""
+    weights = settings.pop("weights", "float32")
+    group_size = settings.pop("group_size", None)
     _, directory = checkpoint.locate(source)
     config = checkpoint.load_config(directory)
     table = Table("setting", "value", title=escape(source))
     for field in dataclasses.fields(config):
         table.add_row(field.name, str(getattr(config, field.name)))
     Console().print(table)
-    shapes = param_shapes(config)
-    print(f"parameters: {count_params(shapes):,}; {show_bytes(nbytes(shapes))} in float32")
+    stored_bytes = show_bytes(nbytes(quantized_shapes(config, weights, group_size)))
+    print(f"parameters: {count_params(param_shapes(config)):,}; {stored_bytes} in {weights}")
     plan = plan_memory(config, cache, **settings)
     stored = f" of {settings['codec']}" if "codec" in settings else ""
     print(f"{cache} cache{stored}: {show_bytes(plan.total)} per sequence of up to {config.n_positions} tokens")
@@ -54,10 +57,10 @@ def inspect(source: str, cache: str, settings: dict[str, Any]) -> None:
     print(f"  {show_bytes(plan.per_token)} per token in {config.cache_layers} layers")
 
 
-def validate(source: str, reference: Path) -> bool:
+def validate(source: str, reference: Path, settings: dict[str, Any]) -> bool:
     """Prints one line per validation point; whether all passed."""
     arrays, temperature = load_reference(reference)
-    model, _ = load_model(source)
+    model, _ = load_model(source, settings)
     greedy = arrays.get("12_greedy")
     new_tokens = greedy.shape[-1] if greedy is not None and greedy.size and greedy.ndim else 1
     with waiting("compiling and running"):
@@ -78,7 +81,7 @@ def convert(source: str, directory: Path, dtype: str, overwrite: bool) -> None:
 
 def bench(source: str, settings: dict[str, Any], as_json: bool) -> None:
     """Prints the medians and ranges of `measure_speed`."""
-    model, _ = load_model(source)
+    model, _ = load_model(source, settings)
     with waiting("compiling and measuring"):
         speed = measure_speed(model, **settings)
     if as_json:

@@ -106,7 +106,12 @@ CACHE = (
     Setting("codec", str, "CODEC", "Storage of keys and values: float32, bfloat16, float16, int8 or int4."),
     Setting("residual", int, "N", "Newest tokens also kept in float32 (32 with int8 and int4)."),
 )
+WEIGHTS = (
+    Setting("weights", str, "FORMAT", "Storage of the weights: float32, bfloat16, float16, int8 or int4."),
+    Setting("group_size", int, "N", "Weights that share a scale: 32, 64 or 128 in int8, 32 or 64 in int4."),
+)
 PANELS: dict[str, tuple[Setting, ...]] = {
+    "Model": WEIGHTS,
     "Cache": CACHE,
     "Sampling": SAMPLING,
     "Penalties": PENALTIES,

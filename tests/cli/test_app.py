@@ -5,6 +5,7 @@ import json
 import re
 import sys
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -169,6 +170,17 @@ class TestOtherCommands:
         assert f"parameters: {lj.count_params(model.params):,};" in out
         cache = lj.StaticCache.init(model.config).memory_usage()
         assert f"static cache: {cache:,} bytes per sequence of up to 64 tokens" in out
+
+    def test_weights_in_low_precision(self, run, folder):
+        small = lj.load(folder, weights="int8", group_size=32)
+        options = ["-m", folder, "--weights", "int8", "--group-size", 32]
+        found = run("generate", PROMPT, "-n", 8, *options)
+        assert found == (0, PROMPT + lj.generate(small, PROMPT, 8).text + "\n", "")
+        assert f"perplexity {lj.score(small, 'Once upon').perplexity:.4f}" in run("score", "Once upon", *options)[1]
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(small.params))
+        assert re.search(rf"; {size:,} bytes.* in int8", run("inspect", folder, *options[2:])[1])
+        check_error(run("generate", PROMPT, "-m", folder, "--weights", "int3"), "error: --weights: expected one of")
+        check_error(run("generate", PROMPT, "-m", folder, "--group-size", 32), "error: --group-size")
 
     def test_bench(self, run, folder):
         arguments = ["bench", folder, "--prompt-tokens", 8, "--new-tokens", 4, "--repeats", 2, "--batch", 2]

@@ -18,7 +18,7 @@ COMMANDS = {
     "chat": ["chat", "--raw", "-n", "500"],
 }
 BEGINS = {"stream": "Once", "chat": r"\n> "}  # what is printed first
-LONGEST = 20.0  # seconds until the process has ended; a step of the demo model takes milliseconds
+LONGEST = 10.0  # seconds until the process has ended; a step that takes more than one is not waited for
 
 
 def interrupt_once(kind, delay, late):
