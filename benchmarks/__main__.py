@@ -1,6 +1,7 @@
 """Runs the benchmarks, keeps their figures, draws a report.
 
-    python -m benchmarks [--quick] [--only NAME,NAME] [--peer NAME=PYTHON] [--check BASELINE.json] [--run RUN.json]
+    python -m benchmarks [--quick] [--only NAME,NAME] [--peer NAME=PYTHON] [--weights float32,int8]
+                         [--check BASELINE.json] [--run RUN.json]
 
 The figures of a run go into benchmarks/out/run-TIME.json, the report into a folder of the same name. With --check the
 exit code is 1 where a ratio got worse than in the baseline beyond the spread of both; with --run the figures are read
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from benchmarks import suite
 from benchmarks.check import read_run, regressions
-from benchmarks.compare import peer_option, tell_agreement
+from benchmarks.compare import peer_option, precisions, tell_agreement
 from benchmarks.measure import write_json
 from benchmarks.profile_cache import tell_parts, tell_signals
 from benchmarks.report import write_report
@@ -26,7 +27,7 @@ from benchmarks.reports import OUT, Report, show
 def main(argv: Sequence[str] | None = None) -> int:
     options = _options()
     chosen = options.parse_args(argv)
-    known = (suite.quick if chosen.quick else suite.full)(dict(chosen.peer))
+    known = (suite.quick if chosen.quick else suite.full)(dict(chosen.peer), chosen.weights)
     names = chosen.only.split(",") if chosen.only else [n for n in known if n != "compare" or chosen.peer]
     if unknown := [name for name in names if name not in known]:
         options.error(f"--only: expected some of {', '.join(known)}; got {unknown[0]}")
@@ -52,6 +53,9 @@ def _options() -> argparse.ArgumentParser:
     options.add_argument("--quick", action="store_true", help="tiny model: only checks that everything runs")
     options.add_argument("--only", help="names of benchmarks, separated by commas")
     options.add_argument("--peer", type=peer_option, action="append", default=[], metavar="NAME=PYTHON")
+    options.add_argument(
+        "--weights", type=precisions, default=["float32"], help="own precisions in `compare` (default: float32)"
+    )
     options.add_argument("--check", type=Path, metavar="BASELINE.json", help="earlier run to compare with")
     options.add_argument("--run", type=Path, metavar="RUN.json", help="read the figures of a run instead of measuring")
     options.add_argument("--out", type=Path, default=OUT, help="folder for the results (default: benchmarks/out)")

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -16,7 +16,7 @@ Task = Callable[[], Report]
 Peers = dict[str, tuple[str, Path | None]]
 
 
-def full(peers: Peers) -> dict[str, Task]:
+def full(peers: Peers, weights: Sequence[str] = ("float32",)) -> dict[str, Task]:
     """GPT-2 small, and medium for decoding."""
     return {
         "decode": lambda: decode.measure("gpt2", 1, 64, 64, None, "static", 7),
@@ -33,11 +33,11 @@ def full(peers: Peers) -> dict[str, Task]:
         "profile_cache": lambda: profile_cache.measure(
             "gpt2", 1, [64, 960], ["static", "dynamic", "paged", "int8", "paged/int8"], 5
         ),
-        "compare": lambda: compare.measure("gpt2", peers, [(1, 64, 64), (1, 512, 4), (8, 64, 16)], 3),
+        "compare": lambda: compare.measure("gpt2", peers, [(1, 64, 64), (1, 512, 4), (8, 64, 16)], 3, weights),
     }
 
 
-def quick(peers: Peers) -> dict[str, Task]:
+def quick(peers: Peers, weights: Sequence[str] = ("float32",)) -> dict[str, Task]:
     """The same on a model that computes next to nothing, to see that everything runs; its figures mean nothing.
 
     Sizes are alike, so that few programs are compiled.
@@ -51,7 +51,7 @@ def quick(peers: Peers) -> dict[str, Task]:
         "startup": lambda: startup.measure("tiny", 16, 8, 1),
         "memory": lambda: memory.measure("tiny", 1, 16, 8, None, ["static"], 1),
         "profile_cache": lambda: profile_cache.measure("tiny", 1, [16], ["static"], 1),
-        "compare": lambda: compare.measure("tiny", peers, [(1, 16, 8)], 1),
+        "compare": lambda: compare.measure("tiny", peers, [(1, 16, 8)], 1, weights),
     }
 
 
