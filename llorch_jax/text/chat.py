@@ -197,7 +197,7 @@ class Chat:
     def _checked(self, new: list[int], most: int | None, seed: int) -> Generator[str, None, None]:
         (limit,) = self.options.limits(1)
         max_new_tokens = limit if most is None else whole("max_new_tokens", most, CapacityError)
-        context = self.model.config.n_positions
+        context = min(self.model.config.n_positions, self.cache.capacity)
         room = context - len(self.tokens) - len(new)
         if not self.tokens and not new:
             raise ChatError("expected some text to go on from, got none")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llorch_jax.cache.base import KVCache
 from llorch_jax.decoding.overflow import padded
 from llorch_jax.decoding.request import Request, prepare
 from llorch_jax.errors import TokenError
@@ -44,15 +45,16 @@ def prompt_list(prompt: str | Sequence[str]) -> list[str]:
     return list(prompt)
 
 
-def encode_prompts(model: Model, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Token ids of each prompt, which may be ids already; texts get what the tokenizer puts before them.
+def encode_prompts(model: Model, prompts: Sequence[Prompt], *, begins: bool = True) -> list[list[int]]:
+    """Token ids of each prompt, which may be ids already; a text that `begins` gets what the tokenizer puts before it.
 
     Raises:
         TokenError: a prompt is empty or holds what the tokenizer has no token for.
     """
     tokenizer = tokenizer_of(model)
     rows = [
-        prompt if isinstance(prompt, list) else tokenizer.encode(prompt, add_special_tokens=True) for prompt in prompts
+        prompt if isinstance(prompt, list) else tokenizer.encode(prompt, add_special_tokens=begins)
+        for prompt in prompts
     ]
     for number, row in enumerate(rows):
         if not row:
@@ -70,7 +72,9 @@ def make_batch(
     """
     options.check_method(method)
     options.check_model(model.config)
-    ids = [row for row in encode_prompts(model, prompts) for _ in range(copies)]
+    # Tokens in the cache come before the prompts, which then begin no text.
+    begins = not isinstance(options.cache, KVCache) or options.cache.is_empty()
+    ids = [row for row in encode_prompts(model, prompts, begins=begins) for _ in range(copies)]
     limits = [limit for limit in options.limits(len(prompts)) for _ in range(copies)]
     endings = [Ending.of(model, options, limit) for limit in limits]
     tokens, lengths = padded(ids)

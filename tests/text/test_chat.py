@@ -127,6 +127,14 @@ def test_a_full_context_is_told_and_changes_nothing(model):
     assert chat.tokens == before
 
 
+def test_a_cache_may_hold_less_than_the_context(model):
+    chat = Chat(model, RAW, cache="static:32")
+    say(chat, "Once upon a time", 100)
+    assert (len(chat.tokens), chat.turns[-1].ended) == (32, "context")
+    with pytest.raises(lj.CapacityError, match="context of 32"):
+        chat.reply(" more")
+
+
 def test_turns_tell_why_the_reply_ended_and_where_the_time_went(model):
     chat = Chat(model, RAW)
     assert chat.turns == []

@@ -1,5 +1,6 @@
 """One set of options for every way of generating: what each takes, what it refuses by name, and near names."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import jax
 import numpy as np
 import pytest
 import tiny
+import tokenizers
+from tokenizers import processors
 
 import llorch_jax as lj
 from llorch_jax.text.options import KNOWN, SAMPLING, TAKES, GenerationOptions
@@ -238,7 +241,6 @@ class TestWideVocabulary:
 
     @pytest.fixture
     def wide(self):
-        import dataclasses
 
         return dataclasses.replace(self.model, params=self.params)
 
@@ -268,3 +270,18 @@ class TestWideVocabulary:
         draft = lj.generate_speculative(wide, "Once", 8, draft=wide, temperature=1.0)[0]
         assert max(id for out in [*outs, draft] for id in out.token_ids) < 257
         assert all(piece.token_id < 257 for piece in lj.stream(wide, "Once", 8))
+
+
+def test_a_begin_of_text_token_comes_before_prompts_but_not_after_a_cache():
+    backend = tokenizers.Tokenizer.from_str(MODEL.tokenizer.to_json())
+    template = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tiny.END_OF_TEXT)]
+    )
+    backend.post_processor = processors.Sequence([template])
+    model = dataclasses.replace(MODEL, tokenizer=lj.Tokenizer(backend))
+    plain = model.tokenizer.encode("Once")
+    assert lj.generate(model, "Once", 4).prompt_ids == [tiny.END_OF_TEXT, *plain]
+    empty = lj.make_cache(model.config)
+    assert lj.generate(model, "Once", 4, cache=empty).prompt_ids == [tiny.END_OF_TEXT, *plain]
+    _, filled = lj.prefill(model.params, model.config, [plain], lj.make_cache(model.config))
+    assert lj.generate(model, "Once", 4, cache=filled).prompt_ids == plain
