@@ -132,7 +132,7 @@ def take_rows(weight: Matrix, ids: jax.Array) -> jax.Array:
 @jax.named_scope("dense")
 def dense(params: Dense, x: jax.Array) -> jax.Array:
     """`weight @ x + bias` on x [in, M]: float32 [out, M]."""
-    return matmul(params.weight, x) + params.bias[:, None]
+    return matmul(params.weight, x) + params.bias.astype(jnp.float32)[:, None]
 
 
 @jax.named_scope("norm")
@@ -140,7 +140,9 @@ def layer_norm(params: Norm, x: jax.Array, epsilon: float) -> jax.Array:
     """Layer norm (Ba et al. 2016) of each column of x [D, M], with the biased variance."""
     centred = x - jnp.mean(x, axis=0, keepdims=True)
     variance = jnp.mean(jnp.square(centred), axis=0, keepdims=True)
-    return centred * jax.lax.rsqrt(variance + epsilon) * params.weight[:, None] + params.bias[:, None]
+    weight = params.weight.astype(jnp.float32)[:, None]
+    bias = params.bias.astype(jnp.float32)[:, None]
+    return centred * jax.lax.rsqrt(variance + epsilon) * weight + bias
 
 
 def _product(weight: jax.Array, x: jax.Array) -> jax.Array:

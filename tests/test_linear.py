@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from profiles import examples
 
+from llorch_jax import linear
 from llorch_jax.linear import matmul, take_rows
 from llorch_jax.quantization import quantize_matrix
 
@@ -22,15 +23,19 @@ def test_products_equal_numpy(rows, width, columns, half):
     np.testing.assert_allclose(got, np.asarray(weight, np.float64) @ np.asarray(x, np.float64), atol=5e-6)
 
 
-@pytest.mark.parametrize(("bits", "group_size"), [(8, None), (8, 32), (8, 128), (4, 32), (4, 64)])
+@pytest.mark.parametrize("form", ["bfloat16", "float16", (8, None), (8, 32), (8, 128), (4, 32), (4, 64)])
 @pytest.mark.parametrize("shape", [(8, 64), (7, 33), (1, 200)])
 @pytest.mark.parametrize("columns", [1, 3])
-def test_quantized_products_are_those_of_the_dequantized_matrix(bits, group_size, shape, columns):
-    weight = quantize_matrix(jax.random.normal(jax.random.key(0), shape), bits, group_size)
+@pytest.mark.parametrize("block", [2**18, 150])  # the whole matrix; a few rows at a time
+def test_low_precision_products_are_those_of_the_same_values(form, shape, columns, block, monkeypatch):
+    monkeypatch.setattr(linear, "_BLOCK", block)
+    weight = jax.random.normal(jax.random.key(0), shape)
+    weight = weight.astype(form) if isinstance(form, str) else quantize_matrix(weight, *form)
+    values = weight if isinstance(form, str) else weight.dequantize()
     x = jax.random.normal(jax.random.key(1), (shape[1], columns))
-    got = jax.jit(matmul)(weight, x)
+    got = jax.jit(lambda *arguments: matmul(*arguments))(weight, x)  # another function, to be traced anew
     assert got.dtype == jnp.float32
-    expected = np.asarray(weight.dequantize(), np.float64) @ np.asarray(x, np.float64)
+    expected = np.asarray(values, np.float64) @ np.asarray(x, np.float64)
     np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
