@@ -1,0 +1,99 @@
+"""Every block of code on every page runs as it stands, or says on the page why the tests do not run it.
+
+A block of Python starts from nothing. In `console` blocks, lines after `$ ` are commands and what follows is what they
+print; `cat FILE` shows a file that the next commands read. Blocks of `text` are pictures and output.
+"""
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from llorch_jax.cli import app, loading
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"(?:^<!-- not run: (?P<reason>[^\n]+) -->\n)?^```(?P<language>.*)\n(?P<code>(?s:.*?))^```$", re.M)
+
+
+@dataclass(frozen=True)
+class Block:
+    page: Path
+    line: int
+    language: str
+    code: str
+    reason: str | None
+
+    def __str__(self) -> str:
+        return f"{self.page.name}:{self.line}"
+
+
+def blocks_of(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    found = []
+    for fence in FENCE.finditer(text):
+        line = text.count("\n", 0, fence.start("code")) + 1
+        found.append(Block(page, line, fence["language"], fence["code"], fence["reason"]))
+    assert 2 * len(found) == len(re.findall(r"^```", text, re.M)), f"{page.name}: a block that is not closed"
+    return found
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+
+
+def chosen(*languages: str) -> list[Block]:
+    return [block for block in BLOCKS if block.language in languages and block.reason is None]
+
+
+def commands_of(block: Block, folder: Path) -> list[list[str]]:
+    """The commands of a block; the files that it shows are written."""
+    commands = []
+    shown: Path | None = None
+    for line in block.code.replace("\\\n", " ").splitlines():
+        if block.language == "console" and not line.startswith("$ "):
+            if shown:
+                shown.write_text(shown.read_text() + line + "\n")
+            continue
+        shown = None
+        words = shlex.split(line.removeprefix("$ "), comments=True)
+        if words[:1] == ["cat"]:
+            shown = folder / words[1]
+            shown.write_text("")
+        elif words:
+            commands.append(words)
+    return commands
+
+
+def test_every_block_says_what_it_is():
+    for block in BLOCKS:
+        known = ("python", "sh", "console", "text", "json")
+        assert block.language in known, f"{block}: expected one of {', '.join(known)}, got {block.language!r}"
+    assert len(chosen("python")) >= 10
+    assert len(chosen("sh", "console")) >= 3
+
+
+@pytest.mark.parametrize("block", chosen("python"), ids=str)
+def test_python_runs_as_pasted(block, tmp_path, monkeypatch):
+    if re.search(r"constraint|regex=|json_schema=", block.code):
+        pytest.importorskip("llguidance")
+    monkeypatch.chdir(tmp_path)
+    code = "\n" * (block.line - 1) + block.code  # tracebacks name the page's line
+    exec(compile(code, block.page, "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("block", chosen("sh", "console"), ids=str)
+def test_commands_run_as_pasted(block, tmp_path, monkeypatch, capsys):
+    if re.search("--regex|--grammar|--json-schema", block.code):
+        pytest.importorskip("llguidance")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loading, "enable_compilation_cache", lambda: None)  # a setting of the whole process
+    commands = commands_of(block, tmp_path)
+    assert commands
+    for words in commands:
+        assert words[0] == "llorch-jax", f"{block}: expected llorch-jax, or a reason why it is not run, got {words}"
+        code = app.run(words[1:])
+        captured = capsys.readouterr()
+        assert code == 0, captured.err
+        assert captured.out or captured.err
