@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test thorough lint types bench clean
+.PHONY: demo test thorough coverage lint types bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/llorch-jax generate "Once upon a time" --max-new-tokens 120 --temperature 0.8 --top-k 50 --seed 46 --timings
@@ -14,6 +14,10 @@ test: lint types
 # Hours rather than minutes: new examples in every run, whole soaks, programs compiled as users' are (tests/profiles.py).
 thorough: lint types
 	LLORCH_TESTS=thorough $(BIN)/python -m pytest -n 2 --dist loadscope
+
+# Apart from `make test`, because counting lines takes a third more time with Python 3.11.
+coverage: $(VENV)/tools
+	$(BIN)/python -m pytest -n 2 --dist loadscope --cov=llorch_jax --cov-report=term:skip-covered
 
 lint: $(VENV)/tools
 	$(BIN)/ruff check .
