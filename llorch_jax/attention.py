@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
+from llorch_jax import struct
 from llorch_jax.linear import EXACT
 
 MASKED = jnp.finfo(jnp.float32).min
@@ -38,7 +38,7 @@ class Queries:
 class KVView(abc.ABC):
     """What the queries of one layer may look at."""
 
-    if TYPE_CHECKING:  # flax.struct.dataclass adds it to the concrete classes
+    if TYPE_CHECKING:  # struct.dataclass adds it to the concrete classes
 
         def replace(self, **changes: Any) -> Self: ...
 

@@ -26,7 +26,8 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from flax import struct
+
+from llorch_jax import struct
 
 EXACT = jax.lax.Precision.HIGHEST  # float32 products in full precision on every backend
 _BLOCK = 2**18  # elements of a block of rows that is converted at once: 1 MB of float32

@@ -34,7 +34,6 @@ import numpy as np
 import optax
 import tokenizers
 from demo_data import batches, encode, read, train_tokenizer
-from flax import serialization
 from optax import contrib
 from tqdm import tqdm
 
@@ -132,16 +131,18 @@ def heldout_loss(params: Params, ids: np.ndarray, evaluate: Any) -> float:
 def save(folder: Path, content: dict[str, Any]) -> None:
     """The checkpoint, replaced atomically."""
     partial_file = folder / "checkpoint.partial"
-    partial_file.write_bytes(serialization.to_bytes(content))
-    os.replace(partial_file, folder / "checkpoint.msgpack")
+    with partial_file.open("wb") as file:
+        np.savez(file, *jax.tree.leaves(content), layers=len(content["params"].blocks))
+    os.replace(partial_file, folder / "checkpoint.npz")
 
 
 def restore(folder: Path) -> dict[str, Any]:
     """The checkpoint in a folder."""
-    data = (folder / "checkpoint.msgpack").read_bytes()
-    layers = len(serialization.msgpack_restore(data)["params"]["blocks"])
-    content = serialization.from_bytes(fresh(new_params(layers)), data)
-    return {**content, **jax.tree.map(jnp.asarray, {name: content[name] for name in ("params", "state")})}
+    with np.load(folder / "checkpoint.npz") as arrays:
+        layers = int(arrays["layers"])
+        leaves = [jnp.asarray(arrays[f"arr_{place}"]) for place in range(len(arrays.files) - 1)]
+    content = jax.tree.structure(fresh(new_params(layers))).unflatten(leaves)
+    return {**content, "step": int(content["step"])}
 
 
 def new_params(layers: int) -> Params:
@@ -170,7 +171,7 @@ def grow(params: Params, layers: int) -> Params:
 
 def begin(arguments: argparse.Namespace) -> dict[str, Any]:
     """The run's checkpoint; where there is none, the grown parameters of another model, or new ones."""
-    if (arguments.work / "checkpoint.msgpack").exists():
+    if (arguments.work / "checkpoint.npz").exists():
         return restore(arguments.work)
     if arguments.start is None:
         return fresh(new_params(arguments.layers))

@@ -28,7 +28,7 @@ class KVCache(abc.ABC):
     `lengths[b]`. A forward pass calls `reserve` once on the host, then, in `jit`, `append` once per layer that owns
     keys and values, and then `advance` once.
 
-    Concrete caches are `flax.struct` dataclasses with a factory `init(config, *, batch_size, ...)`, whose fields name
+    Concrete caches are `struct.dataclass` classes with a factory `init(config, *, batch_size, ...)`, whose fields name
     the axes of their arrays (`axes.array`). Outside `jit` an operation copies the arrays it changes. Inside a jitted
     function that donates the cache, as `decode_step` does, the same operations write in place.
 
@@ -50,7 +50,7 @@ class KVCache(abc.ABC):
     codec: Codec
     shares_slots: ClassVar[bool] = False  # whether rows that `select` repeats need `reserve` before they write
 
-    if TYPE_CHECKING:  # flax.struct.dataclass adds it to the concrete classes
+    if TYPE_CHECKING:  # struct.dataclass adds it to the concrete classes
 
         def replace(self, **changes: Any) -> Self: ...
 

@@ -2,8 +2,7 @@
 
 from typing import Any, Self
 
-from flax import struct
-
+from llorch_jax import struct
 from llorch_jax.cache.static import StaticCache
 from llorch_jax.config import GPT2Config
 from llorch_jax.errors import CacheError

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
+from llorch_jax import struct
 from llorch_jax.errors import SamplerError
 from llorch_jax.sampling import penalties, truncation
 from llorch_jax.sampling.base import MASKED, History, per_row

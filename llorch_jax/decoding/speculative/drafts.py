@@ -6,8 +6,8 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
+from llorch_jax import struct
 from llorch_jax.buckets import bucket
 from llorch_jax.cache.static import StaticCache
 from llorch_jax.checks import check_context
@@ -56,7 +56,8 @@ class Proposal:
 class Draft(Protocol):
     """What speculative decoding calls: a pytree whose `length` D is static."""
 
-    length: int
+    @property
+    def length(self) -> int: ...
 
     @property
     def draws(self) -> bool:
