@@ -28,18 +28,18 @@ class Program:
     def __init__(self, function: Any, *args: Any, scopes: tuple[str, ...]) -> None:
         """Compiles a jitted function for these arguments.
 
-        Programs from the persistent compilation cache may have the names of another version of the code, so it is not
-        used.
+        A program in the persistent compilation cache may have the scopes of another version of the code, since JAX
+        looks it up without them; here they are part of its key.
         """
-        before = jax.config.jax_enable_compilation_cache
-        jax.config.update("jax_enable_compilation_cache", False)
+        before = jax.config.jax_compilation_cache_include_metadata_in_key
+        jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
         try:
             self.compiled = function.lower(*args).compile()
         finally:
-            jax.config.update("jax_enable_compilation_cache", before)
+            jax.config.update("jax_compilation_cache_include_metadata_in_key", before)
         text = self.compiled.as_text()
         self._module = module_name(text)
-        self._operations = operations(text, scopes)
+        self.operations = operations(text, scopes)
 
     def allocated(self) -> int:
         """Bytes that a call takes in addition to its arguments: scratch memory, and results not in donated buffers."""
@@ -52,12 +52,12 @@ class Program:
         "" stands for operations outside all scopes, and for the time in which no operation ran. The parts sum to the
         time from the first operation's beginning to the last one's end.
         """
-        spans = [span for span in record(run, self._module) if span.name in self._operations]
+        spans = [span for span in record(run, self._module) if span.name in self.operations]
         if not spans:
             raise RuntimeError(f"profile: expected operations of {self._module}, got none")
         found: dict[str, float] = {}
-        for name, time in exclusive(spans, self._operations).items():
-            shares = {"": 1.0} if name is None else self._operations[name].shares
+        for name, time in exclusive(spans, self.operations).items():
+            shares = {"": 1.0} if name is None else self.operations[name].shares
             for scope, share in shares.items():
                 found[scope] = found.get(scope, 0.0) + share * time / 1e6
         return found

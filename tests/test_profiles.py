@@ -116,6 +116,22 @@ def test_a_program_with_known_parts_is_divided_as_it_must_be():
     assert 2 < sums["many"] / sums["few"] < 8  # four times as many products, whatever else the machine does
 
 
+def test_a_program_from_the_compilation_cache_has_the_scopes_of_today():
+    def named(scope):
+        def doubled(x):
+            with jax.named_scope(scope):
+                return x * 2 + 41
+
+        return jax.jit(doubled)
+
+    x = jnp.ones(7)
+    named("before").lower(x).compile()  # may be kept in a cache on disk
+    program = Program(named("today"), x, scopes=("before", "today"))
+    owners = {scope for each in program.operations.values() for scope in each.shares}
+    assert owners >= {"today"}
+    assert "before" not in owners
+
+
 def test_a_profile_without_the_program_is_refused():
     program = Program(_known, [jnp.ones((8, 8))], jnp.ones(8), scopes=("few",))
     with pytest.raises(RuntimeError, match="expected operations of jit__known, got none"):
@@ -154,8 +170,8 @@ def test_every_scope_that_is_summed_is_in_the_compiled_step():
     decoder = Decoder(params, config, lj.make_cache(config, "paged", batch_size=1), 16, 16)
     state = decoder.rewind()
     given = params, config, decoder.request.decoding, decoder.out, state, decoder.span
-    text = steps.loop.lower(*given).compile().as_text()
-    owners = {scope for each in operations(text, tuple(profile_cache.PARTS)).values() for scope in each.shares}
+    program = Program(steps.loop, *given, scopes=tuple(profile_cache.PARTS))
+    owners = {scope for each in program.operations.values() for scope in each.shares}
     assert owners >= set(profile_cache.PARTS)
 
 
