@@ -1,6 +1,8 @@
 """From logits to token ids: samplers, and the transforms of logits that they are made of."""
 
 from llorch_jax.sampling.base import History, KnowsProbabilities, Sampler, check_sampler
+from llorch_jax.sampling.greedy import Greedy
+from llorch_jax.sampling.making import breakers_of, make_sampler
 from llorch_jax.sampling.mirostat import Mirostat
 from llorch_jax.sampling.penalties import (
     apply_bad_words,
@@ -13,7 +15,7 @@ from llorch_jax.sampling.penalties import (
     apply_presence_penalty,
     apply_repetition_penalty,
 )
-from llorch_jax.sampling.sampler import Greedy, Sampling, breakers_of, make_sampler
+from llorch_jax.sampling.sampler import Sampling
 from llorch_jax.sampling.truncation import (
     apply_epsilon_cutoff,
     apply_eta_cutoff,
@@ -24,6 +26,7 @@ from llorch_jax.sampling.truncation import (
     apply_top_p,
     apply_typical_p,
     apply_xtc,
+    dynamic_temperature,
 )
 
 __all__ = [
@@ -53,5 +56,6 @@ __all__ = [
     "apply_xtc",
     "breakers_of",
     "check_sampler",
+    "dynamic_temperature",
     "make_sampler",
 ]

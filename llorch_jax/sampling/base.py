@@ -131,7 +131,12 @@ def per_row(setting: jax.Array) -> jax.Array:
 
 
 def check(name: str, value: Any, valid: Callable[[np.ndarray], Any], expected: str) -> None:
-    """Raises SamplerError unless a setting is one number or one per row, all of them valid."""
-    known = np.asarray(value)
-    if known.ndim > 1 or known.size == 0 or known.dtype.kind not in "iuf" or not np.all(valid(known)):
-        raise SamplerError(f"{name}: expected {expected}, got {value!r}")
+    """Raises SamplerError unless a setting is one number or one per row, all of them valid and within float32."""
+    try:
+        known = np.asarray(value)
+    except ValueError:  # rows of several lengths
+        known = np.asarray("")
+    numbers = known.ndim <= 1 and known.size > 0 and known.dtype.kind in "iuf"
+    with np.errstate(all="ignore"):
+        if not numbers or not np.all(valid(known)) or not np.all(np.isfinite(known.astype(np.float32))):
+            raise SamplerError(f"{name}: expected {expected}, got {value!r:.80}")

@@ -11,30 +11,40 @@ from llorch_jax.sampling.base import MASKED, History, per_row
 _LARGEST_EXPONENT = 80.0  # of e, for which float32 still has a number
 
 
-def apply_repetition_penalty(logits: jax.Array, history: History, penalty: jax.Array) -> jax.Array:
+def apply_repetition_penalty(
+    logits: jax.Array, history: History, penalty: jax.Array, last: jax.Array | None = None
+) -> jax.Array:
     """Divides positive and multiplies negative logits of tokens that occurred, in the prompt too, by `penalty`.
 
-    Keskar et al. 2019, 1909.05858, section 4.1, as transformers does it.
+    Keskar et al. 2019, 1909.05858, section 4.1, as transformers does it. With `last` (int32) only tokens among the
+    row's last so many count, as in llama.cpp; negative numbers mean all.
     """
-    seen = _scatter_max(logits, history, history.filled)
+    seen = _scatter_max(logits, history, history.filled & _recent(history, last))
     penalised = jnp.where(logits < 0, logits * per_row(penalty), logits / per_row(penalty))
     return jnp.where(seen, penalised, logits)
 
 
-def apply_frequency_penalty(logits: jax.Array, history: History, penalty: jax.Array) -> jax.Array:
-    """Subtracts `penalty` times the number of times that a token was generated (not counting the prompt)."""
-    return logits - per_row(penalty) * generated_counts(logits, history)
+def apply_frequency_penalty(
+    logits: jax.Array, history: History, penalty: jax.Array, last: jax.Array | None = None
+) -> jax.Array:
+    """Subtracts `penalty` times the number of times that a token was generated (not counting the prompt).
+
+    `last` as for the repetition penalty.
+    """
+    return logits - per_row(penalty) * generated_counts(logits, history, last)
 
 
-def apply_presence_penalty(logits: jax.Array, history: History, penalty: jax.Array) -> jax.Array:
-    """Subtracts `penalty` from tokens that were generated (not counting the prompt)."""
-    return logits - per_row(penalty) * (generated_counts(logits, history) > 0).astype(logits.dtype)
+def apply_presence_penalty(
+    logits: jax.Array, history: History, penalty: jax.Array, last: jax.Array | None = None
+) -> jax.Array:
+    """Subtracts `penalty` from tokens that were generated (not counting the prompt); `last` as above."""
+    return logits - per_row(penalty) * (generated_counts(logits, history, last) > 0).astype(logits.dtype)
 
 
-def generated_counts(logits: jax.Array, history: History) -> jax.Array:
-    """float32 [B, V], how often each token was generated."""
+def generated_counts(logits: jax.Array, history: History, last: jax.Array | None = None) -> jax.Array:
+    """float32 [B, V], how often each token was generated, among the row's last so many tokens where that is given."""
     slots = jnp.arange(history.tokens.shape[1], dtype=jnp.int32)[None]
-    generated = history.filled & (slots >= history.prompts[:, None])
+    generated = history.filled & (slots >= history.prompts[:, None]) & _recent(history, last)
     return jnp.zeros_like(logits).at[_rows(history), history.tokens].add(generated.astype(jnp.float32))
 
 
@@ -56,7 +66,8 @@ def apply_dry(
     """Penalises tokens that would prolong a repetition, the more the longer it is.
 
     DRY ("don't repeat yourself") as in llama.cpp: where the last n tokens occurred before and were followed by a token,
-    n at least `allowed_length`, this token's logit loses multiplier * base ** (n - allowed_length).
+    n at least `allowed_length`, this token's logit loses multiplier * base ** (n - allowed_length). Breakers themselves
+    are never penalised.
 
     Args:
         logits: float32 [B, V].
@@ -71,6 +82,9 @@ def apply_dry(
     power = jnp.exp(jnp.minimum(excess * jnp.log(per_row(base)), _LARGEST_EXPONENT))
     penalised = history.filled & (lengths >= per_row(allowed_length))
     penalty = jnp.zeros_like(logits).at[_rows(history), history.tokens].max(jnp.where(penalised, power, 0))
+    if breakers.size:
+        exempt = jnp.broadcast_to(jnp.where(breakers < 0, logits.shape[1], breakers), (len(logits), breakers.shape[1]))
+        penalty = penalty.at[jnp.arange(len(logits))[:, None], exempt].set(0, mode="drop")
     return logits - jnp.where(penalty > 0, per_row(multiplier) * penalty, 0)
 
 
@@ -138,6 +152,14 @@ def apply_logit_bias(logits: jax.Array, ids: jax.Array, bias: jax.Array) -> jax.
     """Adds bias[:, i] to the logits of ids[:, i], int32 [1 or B, N]."""
     rows, shape = jnp.arange(logits.shape[0])[:, None], (logits.shape[0], ids.shape[1])
     return logits.at[rows, jnp.broadcast_to(ids, shape)].add(jnp.broadcast_to(bias, shape))
+
+
+def _recent(history: History, last: jax.Array | None) -> jax.Array:
+    """bool [B, S] or [], which places are among the row's last so many, int32 [] or [B]; negative or None: all."""
+    if last is None:
+        return jnp.asarray(True)
+    first = jnp.where(last < 0, 0, history.lengths - last)
+    return jnp.arange(history.tokens.shape[1], dtype=jnp.int32)[None] >= first[:, None]
 
 
 def _rows(history: History) -> jax.Array:

@@ -1,6 +1,10 @@
-"""Samplers: from logits to token ids. They are pytrees whose settings are traced: changing one compiles nothing."""
+"""Sampling: a random token after transforms of the logits.
+
+Samplers are pytrees whose settings are traced: changing a value compiles nothing.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,58 +13,54 @@ import numpy as np
 
 from llorch_jax import struct
 from llorch_jax.errors import SamplerError
-from llorch_jax.sampling import penalties, truncation
-from llorch_jax.sampling.base import MASKED, History, per_row
+from llorch_jax.sampling import truncation
+from llorch_jax.sampling.base import MASKED, History
+from llorch_jax.sampling.chain import PENALTIES, TRUNCATIONS
 from llorch_jax.sampling.drawing import draw
-from llorch_jax.sampling.mirostat import Mirostat
-from llorch_jax.sampling.settings import SETTINGS, check_settings, prepare_settings, rows_of
+from llorch_jax.sampling.greedy import most_likely
+from llorch_jax.sampling.ids import ID_SETTINGS
+from llorch_jax.sampling.settings import (
+    ALL,
+    FIRST,
+    SETTINGS,
+    check_settings,
+    is_mixed,
+    is_off,
+    number_array,
+    of_rows,
+    prepare_settings,
+    rows_of,
+    superset_settings,
+    used_settings,
+)
 from llorch_jax.tracing import is_concrete
 
 _CANDIDATE_BUCKETS = (64, 256, 1024)
-
-
-@struct.dataclass
-class Greedy:
-    """The most likely token; of equal ones the lowest id."""
-
-    needs_key: bool = struct.field(pytree_node=False, default=False)
-    needs_history: bool = struct.field(pytree_node=False, default=False)
-
-    def init(self, batch: int) -> None:
-        """It has no state."""
-
-    def sample(
-        self, logits: jax.Array, keys: jax.Array, history: None, eos_ids: jax.Array, state: None
-    ) -> tuple[jax.Array, None]:
-        """Token ids int32 [B]; see `Sampler.sample`."""
-        return most_likely(logits), None
-
-
-def most_likely(logits: jax.Array) -> jax.Array:
-    """int32 [B], the id of each row's largest logit, of equal ones the lowest."""
-    # As argmax, which takes up to three times as long: XLA's CPU backend does not vectorise it.
-    return jax.lax.top_k(logits, 1)[1][..., 0].astype(jnp.int32)
+_Finish = truncation.Finish
 
 
 @struct.dataclass
 class Sampling:
-    """A random token after transforms of the logits; make one with `Sampling.create`.
+    """A random token after transforms of the logits; make one with `Sampling.create` or `Sampling.superset`.
 
     Attributes:
         temperature: float32 [] or [B].
         top_k: int32 [] or [B]; None keeps all tokens.
         top_p: float32 [] or [B]; None keeps all tokens.
-        more: the other settings that were given, by name.
+        more: the other settings that are used, by name.
         candidates: a bound of top_k; only so many largest logits are sorted.
         greedy: whether the most likely token is taken instead of a random one.
+        guarded: whether settings that are used may be off in some rows: each transform then runs only if it is on in
+            some row, and changes no other row. Rows with temperature 0 take the most likely token.
     """
 
-    temperature: jax.Array
-    top_k: jax.Array | None
-    top_p: jax.Array | None
+    temperature: Any
+    top_k: Any
+    top_p: Any
     more: dict[str, Any]
     candidates: int | None = struct.field(pytree_node=False)
     greedy: bool = struct.field(pytree_node=False, default=False)
+    guarded: bool = struct.field(pytree_node=False, default=False)
 
     @classmethod
     def create(
@@ -68,44 +68,82 @@ class Sampling:
     ) -> "Sampling":
         """A sampler with settings for all rows (scalars) or per row (sequences of length B).
 
-        Transforms are applied in the order in which they are listed here, that of transformers where it has them.
+        Transforms are applied in the order in which they are listed here, that of transformers where it has them. A
+        setting that is off (None, or the value in brackets, as in transformers, vLLM and llama.cpp) is not compiled in.
 
         Args:
-            logit_bias: dict from id to what is added to its logit; per row a list of dicts.
-            repetition_penalty: above 0; divides (multiplies where negative) logits of tokens in prompt and text.
-            frequency_penalty: subtracted for each time a token was generated.
-            presence_penalty: subtracted if a token was generated.
-            dry_multiplier: of the DRY penalty; with dry_base (1.75), dry_allowed_length (2) and dry_breakers (ids;
+            logit_bias: dict from id to what is added to its logit, minus infinity to ban it; per row a list of dicts.
+            repetition_penalty: above 0; divides (multiplies where negative) logits of tokens in prompt and text (1).
+            frequency_penalty: subtracted for each time a token was generated (0).
+            presence_penalty: subtracted if a token was generated (0).
+            repeat_last_n: these three penalties look at the last so many tokens of prompt and text (-1 for all).
+            dry_multiplier: of the DRY penalty (0); with dry_base (1.75), dry_allowed_length (2) and dry_breakers (ids;
                 per row a list of lists).
-            no_repeat_ngram_size: no sequence of so many tokens occurs twice; 0 for none.
+            no_repeat_ngram_size: no sequence of so many tokens occurs twice (0).
             bad_words: list of token sequences that must not occur; per row a list of such lists.
-            min_new_tokens: rows do not end before.
+            min_new_tokens: minimum number of new tokens of a row (0).
             forced_tokens: list of ids that the text starts with; None in it forces none. Per row a list of lists.
-            temperature: logits are divided by it; 1e-30 or more.
-            top_n_sigma: logits within so many standard deviations of the largest are kept.
-            top_k: how many of the most likely tokens are kept, 1 or more (Fan et al. 2018, section 5.4).
-            top_p: the most likely tokens whose probabilities reach this sum are kept; more than 0, at most 1
-                (Holtzman et al. 2020, section 3.1).
-            min_p: tokens at least so many times as likely as the most likely are kept, 0 .. 1.
-            typical_p: the most typical tokens that reach this probability are kept, more than 0, at most 1.
-            epsilon_cutoff: tokens of this probability are kept, 0 .. 1.
-            eta_cutoff: as epsilon_cutoff, lower where the distribution is flat.
-            xtc_probability: of cutting off the top choices; with xtc_threshold (0.1).
+            temperature: logits are divided by it; 0 takes the most likely token.
+            dynatemp_range: the temperature moves within this distance by the entropy of the distribution (0); with
+                dynatemp_exponent (1).
+            top_n_sigma: logits within so many standard deviations of the largest are kept (0 or less).
+            top_k: number of most likely tokens to keep (0 or -1; Fan et al. 2018, section 5.4).
+            top_p: the most likely tokens whose probabilities reach this sum are kept (1; Holtzman et al. 2020, section
+                3.1). 0 keeps the most likely one.
+            min_p: tokens at least so many times as likely as the most likely are kept (0).
+            typical_p: the most typical tokens that reach this probability are kept (1).
+            epsilon_cutoff: tokens of this probability are kept (0).
+            eta_cutoff: as epsilon_cutoff, lower where the distribution is flat (0).
+            xtc_probability: of cutting off the top choices (0); with xtc_threshold (0.1).
             greedy: take the most likely token that is left.
 
         Raises:
             SamplerError: a setting is unknown or out of range.
         """
-        check_settings({"temperature": temperature, "top_k": top_k, "top_p": top_p, **settings})
-        bound = None if top_k is None else int(np.max(top_k))
+        first = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        check_settings({**first, **settings})
+        cold = np.asarray(temperature) == 0
+        used = used_settings(settings)
+        kept = {name: None if is_off(name, first[name]) else first[name] for name in ("top_k", "top_p")}
+        mixed = any(is_mixed(name, value) for name, value in {**kept, **used}.items() if value is not None)
+        bound = None if kept["top_k"] is None else int(np.max(number_array("top_k", top_k)))
         return cls(
-            temperature=jnp.asarray(temperature, jnp.float32),
-            top_k=None if top_k is None else jnp.asarray(np.minimum(top_k, np.iinfo(np.int32).max), jnp.int32),
-            top_p=None if top_p is None else jnp.asarray(top_p, jnp.float32),
-            more=prepare_settings(settings),
+            temperature=jax.device_put(number_array("temperature", 1.0 if cold.all() else temperature)),
+            top_k=None if bound is None else jax.device_put(number_array("top_k", top_k)),
+            top_p=None if kept["top_p"] is None else jax.device_put(number_array("top_p", top_p)),
+            more=prepare_settings(used),
             candidates=None if bound is None else next((b for b in _CANDIDATE_BUCKETS if b >= bound), None),
-            greedy=greedy,
+            greedy=greedy or bool(cold.all()),
+            guarded=mixed or bool(cold.any() and not cold.all()),
         )
+
+    @classmethod
+    def superset(cls, rows: Sequence[Mapping[str, Any]], like: "Sampling | None" = None) -> "Sampling":
+        """A sampler in which every row has settings of its own and every setting may be on or off.
+
+        All supersets of as many rows have the same structure, so that a row that begins to use DRY, a penalty or a
+        top-k compiles nothing: use it where requests come and go. The tokens are those of `Sampling.create` with a
+        row's settings. It always needs a key and a history.
+
+        Args:
+            rows: settings of `create` for each row, by name; `{"temperature": 0}` takes the most likely token.
+            like: another superset, whose room for ids (of `logit_bias`, `bad_words`, `forced_tokens`, `dry_breakers`)
+                is kept where it is larger. Only more ids than there is room for compile anew.
+
+        Raises:
+            SamplerError: a setting is unknown or out of range, or is not for one row.
+        """
+        if not rows:
+            raise SamplerError("rows: expected settings for one row or more, got none")
+        for number, row in enumerate(rows):
+            check_settings({"temperature": 1.0, **row})
+            for name, value in row.items():
+                several = ID_SETTINGS[name].per_row(value) if name in ID_SETTINGS else np.ndim(value) > 0
+                if value is not None and several:
+                    raise SamplerError(f"rows[{number}]: expected one value of {name}, got several")
+        settings = superset_settings(rows, None if like is None else like.more)
+        first = {name: settings.pop(name) for name in FIRST}
+        return cls(**first, more=settings, candidates=None, guarded=True)
 
     @property
     def needs_key(self) -> bool:
@@ -117,9 +155,14 @@ class Sampling:
         """Whether it must see the tokens so far."""
         return any(SETTINGS[name].needs_history for name in self.more)
 
+    def __repr__(self) -> str:
+        names = [*(name for name in FIRST if getattr(self, name) is not None), *self.more]
+        kind = "superset, " if len(self.more) == len(SETTINGS) else "greedy, " if self.greedy else ""
+        return f"Sampling({kind}{', '.join(names)})"
+
     def check_ids(self, vocab_size: int) -> None:
         """Raises SamplerError for a setting that names an id outside the vocabulary; host only."""
-        for name in ("logit_bias", "bad_words", "forced_tokens", "dry_breakers"):
+        for name in ID_SETTINGS:
             ids = self.more.get(name, np.zeros(0))
             known = np.asarray(ids[0] if isinstance(ids, tuple) else ids) if is_concrete(ids) else np.zeros(0)
             if known.size and known.max() >= vocab_size:
@@ -132,30 +175,63 @@ class Sampling:
         self, logits: jax.Array, keys: jax.Array, history: History | None, eos_ids: jax.Array, state: None
     ) -> tuple[jax.Array, None]:
         """Token ids int32 [B]; see `Sampler.sample`."""
-        return self._choose(self.penalised(logits, history, eos_ids), keys), None
+        logits = self.penalised(logits, history, eos_ids)
+        if not self.guarded:
+            return self._truncated(logits, lambda values, ids: self._chosen(values, ids, keys)), None
+        # Truncation never cuts off the most likely token, but for these two.
+        simple = jnp.all(self._cold & ~self._on("typical_p") & ~self._on("xtc_probability"))
+        return jax.lax.cond(simple, lambda: _known(logits, most_likely(logits)), lambda: self._any(logits, keys)), None
 
     def penalised(self, logits: jax.Array, history: History | None, eos_ids: jax.Array) -> jax.Array:
         """Logits [B, V] after the transforms that come before the temperature."""
         self._check_rows(logits.shape[0])
-        if "logit_bias" in self.more:
-            logits = penalties.apply_logit_bias(logits, *self.more["logit_bias"])
-        if not self.needs_history:
-            return logits
-        if history is None:
+        if self.needs_history and history is None:
             raise SamplerError(f"history: expected one for {', '.join(self.more)}, got None")
-        for name, apply in _PENALTIES.items():
-            if name in self.more:
-                logits = apply(logits, history, self.more)
-        if "min_new_tokens" in self.more:
-            logits = penalties.apply_min_new_tokens(logits, history, eos_ids, self.more["min_new_tokens"])
-        if "forced_tokens" in self.more:
-            logits = penalties.apply_forced_tokens(logits, history, self.more["forced_tokens"])
-        return logits
+        names = [name for name in PENALTIES if name in self.more]
+
+        def apply(logits: jax.Array) -> jax.Array:
+            for name in names:
+                transform = partial(PENALTIES[name], past=history, of=self.more, ends=eos_ids)
+                logits = self._apply(name, logits, transform)
+            return logits
+
+        if not self.guarded or not names:
+            return apply(logits)
+        on = jnp.any(jnp.stack([jnp.any(self._on(name)) for name in names]))
+        return jax.lax.cond(on, apply, lambda logits: logits, logits)
+
+    def _on(self, name: str) -> jax.Array:
+        """bool [1 or B], the rows in which a setting is on."""
+        if name not in self.more:
+            return jnp.zeros(1, bool)
+        value = self.more[name]
+        if name == "logit_bias":
+            return jnp.any(value[1] != 0, axis=1)
+        if name == "bad_words":
+            return jnp.any(value[1] > 0, axis=1)
+        if name == "forced_tokens":
+            return jnp.any(value >= 0, axis=1)
+        return ~of_rows(SETTINGS[name].is_off(value))
+
+    @property
+    def _cold(self) -> jax.Array:
+        """bool [1 or B], the rows that take the most likely token."""
+        return of_rows(self.temperature) == 0 if not self.greedy else jnp.ones(1, bool)
+
+    def _apply(self, name: str, logits: jax.Array, transform: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """A transform of logits [B, C], in the rows in which its setting is on."""
+        if name not in self.more:
+            return logits
+        if not self.guarded:
+            return transform(logits)
+        on = self._on(name)
+        return jax.lax.cond(jnp.any(on), lambda x: jnp.where(on[:, None], transform(x), x), lambda x: x, logits)
 
     @property
     def is_plain(self) -> bool:
         """Whether `filtered` says with what probability each token is drawn, whatever came before."""
-        return not self.greedy and not self.more.keys() - _TRUNCATIONS.keys() - {"top_n_sigma"}
+        others = self.more.keys() - TRUNCATIONS.keys() - {"top_n_sigma", "dynatemp_range", "dynatemp_exponent"}
+        return not (self.greedy or self.guarded or others)
 
     def filtered(self, logits: jax.Array) -> jax.Array:
         """Logits [B, V] whose softmax is what tokens are drawn from: minus infinity where a token never is."""
@@ -168,59 +244,84 @@ class Sampling:
 
         return self._truncated(logits, spread)
 
-    def _choose(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
-        def choose(values: jax.Array, ids: jax.Array | None) -> jax.Array:
-            if "xtc_probability" in self.more:
-                coins = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
-                more = self.more
-                values = truncation.apply_xtc(values, coins, more["xtc_probability"], more["xtc_threshold"])
-            choice = jnp.argmax(values, axis=-1).astype(jnp.int32) if self.greedy else draw(values, keys)
-            return choice if ids is None else jnp.take_along_axis(ids, choice[:, None], axis=1)[:, 0]
+    def _chosen(self, values: jax.Array, ids: jax.Array | None, keys: jax.Array) -> jax.Array:
+        """The ids drawn from logits [B, C]."""
 
-        return self._truncated(logits, choose)
+        def exclude(values: jax.Array) -> jax.Array:
+            coins = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
+            return truncation.apply_xtc(values, coins, self.more["xtc_probability"], self.more["xtc_threshold"])
 
-    def _truncated(self, logits: jax.Array, finish: Callable[[jax.Array, jax.Array | None], jax.Array]) -> jax.Array:
+        values = self._apply("xtc_probability", values, exclude)
+        if self.greedy:
+            choice = jnp.argmax(values, axis=-1).astype(jnp.int32)
+        else:
+            choice = draw(values, keys)
+            if self.guarded:
+                choice = jnp.where(self._cold, jnp.argmax(values, axis=-1).astype(jnp.int32), choice)
+        token = choice if ids is None else jnp.take_along_axis(ids, choice[:, None], axis=1)[:, 0]
+        return _known(values, choice, token)
+
+    def _any(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
+        """The ids that guarded rows draw: from all tokens in order of ids, or of rank where top-k or top-p is on."""
+        self._check_rows(logits.shape[0])
+        values = self._tempered(logits)
+        top_k = jnp.full(1, ALL) if self.top_k is None else of_rows(self.top_k)
+        top_p = jnp.ones(1) if self.top_p is None else of_rows(self.top_p)
+        ranked = jnp.broadcast_to((top_k < ALL) | (top_p < 1), keys.shape)
+
+        def by_id() -> jax.Array:
+            return self._chosen(self._truncate_more(values), None, keys)
+
+        def by_rank() -> jax.Array:
+            limits = jnp.broadcast_to(top_k, keys.shape), jnp.broadcast_to(top_p, keys.shape)
+            return truncation.sort_enough(values, *limits, self._finished(keys), ranked)
+
+        def neither() -> jax.Array:
+            return jnp.zeros(keys.shape, jnp.int32)
+
+        from_all = jax.lax.cond(jnp.all(ranked), neither, by_id)
+        return jnp.where(ranked, jax.lax.cond(jnp.any(ranked), by_rank, neither), from_all)
+
+    def _finished(self, keys: jax.Array) -> _Finish:
+        """What draws from sorted logits [B, C] that top-k and top-p have left."""
+        return lambda values, ids: self._chosen(self._truncate_more(values), ids, keys)
+
+    def _tempered(self, logits: jax.Array) -> jax.Array:
+        """Logits [B, V] divided by the temperature, and what top-n-sigma leaves of them."""
+        temperature = self.temperature
+        if self.guarded:
+            temperature = jnp.where(self._cold, 1.0, of_rows(temperature))
+        if "dynatemp_range" in self.more:
+            spread, exponent = self.more["dynatemp_range"], self.more["dynatemp_exponent"]
+            given = jnp.broadcast_to(temperature, logits.shape[:1])
+            temperature = jax.lax.cond(
+                jnp.any(self._on("dynatemp_range")),
+                lambda: truncation.dynamic_temperature(logits, given, spread, exponent),
+                lambda: given,
+            )
+        values = truncation.apply_temperature(logits, temperature)
+        return self._apply("top_n_sigma", values, lambda x: truncation.apply_top_n_sigma(x, self.more["top_n_sigma"]))
+
+    def _truncated(self, logits: jax.Array, finish: _Finish) -> jax.Array:
         """What `finish` makes of what is left of the logits [B, V].
 
         That is either all of them in order of ids, or the largest [B, C], sorted, with their ids.
         """
         self._check_rows(logits.shape[0])
-        values = truncation.apply_temperature(logits, self.temperature)
-        if "top_n_sigma" in self.more:
-            values = truncation.apply_top_n_sigma(values, self.more["top_n_sigma"])
+        values = self._tempered(logits)
         if self.top_k is None and self.top_p is None:
             return finish(self._truncate_more(values), None)
         if self.top_p is not None and self.top_k is None:
-            return self._nucleus(values, self.top_p, finish)
+            finished = lambda kept, ids: finish(self._truncate_more(kept), ids)  # noqa: E731
+            return truncation.sort_enough(values, None, self.top_p, finished)
         largest, ids = jax.lax.top_k(values, min(self.candidates or values.shape[-1], values.shape[-1]))
         kept = truncation.keep_sorted(largest, self.top_k, self.top_p)
         return finish(self._truncate_more(jnp.where(kept, largest, MASKED)), ids)
 
-    def _nucleus(
-        self, values: jax.Array, top_p: jax.Array, finish: Callable[[jax.Array, jax.Array | None], jax.Array]
-    ) -> jax.Array:
-        """Top-p alone: more of the logits [B, V] are sorted only if fewer do not reach it in some row."""
-        total = jax.nn.logsumexp(values, axis=-1, keepdims=True)
-
-        def attempt(size: int, *larger: int) -> jax.Array:
-            largest, ids = jax.lax.top_k(values, size)
-
-            def finish_sorted() -> jax.Array:
-                kept = truncation.keep_sorted(largest, None, top_p, total)
-                return finish(self._truncate_more(jnp.where(kept, largest, MASKED)), ids)
-
-            if not larger:
-                return finish_sorted()
-            reached = jnp.sum(jnp.exp(largest - total), axis=-1, keepdims=True) >= per_row(top_p)
-            enough = jnp.all(reached & (per_row(top_p) < 1))
-            return jax.lax.cond(enough, finish_sorted, lambda: attempt(*larger))
-
-        return attempt(*truncation.sizes_to_sort(values.shape[-1]))
-
     def _truncate_more(self, values: jax.Array) -> jax.Array:
-        for name, apply in _TRUNCATIONS.items():
+        for name, transform in TRUNCATIONS.items():
             if name in self.more:
-                values = apply(values, self.more[name])
+                values = self._apply(name, values, partial(_with, transform, self.more[name]))
         return values
 
     def _check_rows(self, batch: int) -> None:
@@ -230,44 +331,11 @@ class Sampling:
                 raise SamplerError(f"{name}: expected one value or {batch}, one per row, got {rows_of(setting)}")
 
 
-_TRUNCATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
-    "min_p": truncation.apply_min_p,
-    "typical_p": truncation.apply_typical_p,
-    "epsilon_cutoff": truncation.apply_epsilon_cutoff,
-    "eta_cutoff": truncation.apply_eta_cutoff,
-}
-_PENALTIES: dict[str, Callable[[jax.Array, History, Mapping[str, Any]], jax.Array]] = {
-    "repetition_penalty": lambda x, past, of: penalties.apply_repetition_penalty(x, past, of["repetition_penalty"]),
-    "frequency_penalty": lambda x, past, of: penalties.apply_frequency_penalty(x, past, of["frequency_penalty"]),
-    "presence_penalty": lambda x, past, of: penalties.apply_presence_penalty(x, past, of["presence_penalty"]),
-    "dry_multiplier": lambda x, past, of: penalties.apply_dry(
-        x, past, of["dry_multiplier"], of["dry_base"], of["dry_allowed_length"], of["dry_breakers"]
-    ),
-    "no_repeat_ngram_size": lambda x, past, of: penalties.apply_no_repeat_ngram(x, past, of["no_repeat_ngram_size"]),
-    "bad_words": lambda x, past, of: penalties.apply_bad_words(x, past, *of["bad_words"]),
-}
+def _with(transform: Callable[[jax.Array, jax.Array], jax.Array], setting: jax.Array, values: jax.Array) -> jax.Array:
+    return transform(values, setting)
 
 
-def make_sampler(temperature: float = 1.0, **settings: Any) -> Any:
-    """The sampler for settings of `Sampling.create`; temperature 0 takes the most likely token that they leave.
-
-    With `mirostat_tau` (and `mirostat_eta`, 0.1) it is a `Mirostat`, which combines with a temperature only.
-
-    Raises:
-        SamplerError: a setting is unknown or out of range, be it used or not.
-    """
-    given = {name: value for name, value in settings.items() if value is not None}
-    if "mirostat_tau" in given:
-        tau, eta = given.pop("mirostat_tau"), given.pop("mirostat_eta", 0.1)
-        if given or temperature == 0:
-            raise SamplerError(f"mirostat_tau: expected a temperature above 0 and no other setting, got {given}")
-        return Mirostat.create(tau, eta, temperature)
-    if temperature == 0:
-        sampler = Sampling.create(greedy=True, **given)
-        return sampler if sampler.more else Greedy()
-    return Sampling.create(temperature, **given)
-
-
-def breakers_of(pieces: Sequence[str], marks: Sequence[str] = ("\n", ":", '"', "*")) -> list[int]:
-    """The ids whose text, pieces[id], holds one of the marks: what DRY does not look past by custom of llama.cpp."""
-    return [number for number, piece in enumerate(pieces) if any(mark in piece for mark in marks)]
+def _known(values: jax.Array, choice: jax.Array, token: jax.Array | None = None) -> jax.Array:
+    """The tokens int32 [B], -1 in rows where the choice among logits [B, C] is none because all are cut off."""
+    chosen = jnp.take_along_axis(values, choice[:, None], axis=1)[:, 0]
+    return jnp.where(jnp.isneginf(chosen), -1, choice if token is None else token)

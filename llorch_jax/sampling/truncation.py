@@ -4,17 +4,43 @@ Settings are traced, [] for all rows or [B], one per row. What is cut off become
 never is. Logits that are minus infinity already stay so, and count for nothing.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from llorch_jax.sampling.base import MASKED, per_row
 
+Finish = Callable[[jax.Array, jax.Array | None], jax.Array]  # of logits [B, C] and their ids, None where C is V
 _SIZES = (1024, 8192)
+_FEW = (64, 256)  # tried before where there is a top-k
+_COLDEST = 1e-30  # logits divided by less could overflow float32
 
 
 def apply_temperature(logits: jax.Array, temperature: jax.Array) -> jax.Array:
     """Logits divided by a temperature."""
     return logits / per_row(temperature)
+
+
+def dynamic_temperature(logits: jax.Array, temperature: jax.Array, spread: jax.Array, exponent: jax.Array) -> jax.Array:
+    """A temperature for each row float32 [B], within `spread` of the given one, by the entropy of the distribution.
+
+    As in llama.cpp: lowest + (highest - lowest) * (entropy / largest possible entropy) ** exponent. Rows whose spread
+    is 0 keep their temperature.
+
+    Args:
+        logits: float32 [B, V].
+        temperature: float32 [] or [B].
+        spread: float32 [] or [B]; the lowest temperature is not below 0.
+        exponent: float32 [] or [B].
+    """
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    entropy = _entropy(jnp.exp(logprobs), logprobs)[:, 0]
+    count = jnp.sum(jnp.isfinite(logits), axis=-1).astype(logits.dtype)
+    share = jnp.clip(entropy / jnp.log(jnp.maximum(count, 2)), 0, 1)
+    lowest = jnp.maximum(temperature - spread, 0)
+    dynamic = lowest + (temperature + spread - lowest) * share**exponent
+    return jnp.where((spread > 0) & (count > 1), jnp.maximum(dynamic, _COLDEST), temperature)
 
 
 def apply_top_k(logits: jax.Array, top_k: jax.Array) -> jax.Array:
@@ -87,7 +113,8 @@ def apply_top_n_sigma(logits: jax.Array, n: jax.Array) -> jax.Array:
 def apply_xtc(logits: jax.Array, keys: jax.Array, probability: jax.Array, threshold: jax.Array) -> jax.Array:
     """With some probability, cuts off all tokens that reach a threshold but the least likely of them.
 
-    XTC ("exclude top choices") as in llama.cpp: it does nothing where fewer than two tokens reach the threshold.
+    XTC ("exclude top choices") as in llama.cpp: it does nothing where fewer than two tokens reach the threshold. Tokens
+    that are cut off already count as none.
 
     Args:
         logits: float32 [B, V].
@@ -97,7 +124,7 @@ def apply_xtc(logits: jax.Array, keys: jax.Array, probability: jax.Array, thresh
     """
     active = jax.vmap(jax.random.uniform)(keys) < jnp.broadcast_to(probability, keys.shape)
     probabilities = jax.nn.softmax(logits, axis=-1)
-    top = probabilities >= per_row(threshold)
+    top = (probabilities >= per_row(threshold)) & (logits > MASKED)
     least = jnp.argmin(jnp.where(top, probabilities, jnp.inf), axis=-1)
     spared = jnp.arange(logits.shape[-1])[None] == least[:, None]
     active &= jnp.sum(top, axis=-1) >= 2
@@ -114,17 +141,66 @@ def keep_sorted(
 ) -> jax.Array:
     """Which of the logits [B, C], sorted downwards, are kept: bool [B, C]. The first always is.
 
-    `total` [B, 1] is the logarithm of the sum of exp over all logits, where these are not all.
+    Top-p sees what top-k leaves. `total` [B, 1] is the logarithm of the sum of exp over all logits, where these are not
+    all: it stands for rows without a top-k, or with one that reaches beyond these.
     """
     rank = jnp.arange(values.shape[-1], dtype=jnp.int32)[None]
     kept = jnp.ones(values.shape, bool) if top_k is None else rank < jnp.broadcast_to(per_row(top_k), values.shape)
     if top_p is None:
         return kept
     left = jnp.where(kept, values, MASKED)
-    probabilities = jax.nn.softmax(left, axis=-1) if total is None else jnp.exp(left - total)
+    if total is None:
+        probabilities = jax.nn.softmax(left, axis=-1)
+    else:
+        probabilities = jnp.exp(left - total)
+        if top_k is not None:
+            bounded = per_row(top_k) <= values.shape[-1]
+            probabilities = jnp.where(bounded, jax.nn.softmax(left, axis=-1), probabilities)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     limit = jnp.where(top_p < 1, top_p, jnp.inf)  # sums of many probabilities may round to 1 before the last
     return (kept & (before < per_row(limit))) | (rank == 0)
+
+
+def sort_enough(
+    values: jax.Array,
+    top_k: jax.Array | None,
+    top_p: jax.Array,
+    finish: Finish,
+    counted: jax.Array | None = None,
+) -> jax.Array:
+    """What `finish` makes of the logits that top-k and top-p leave: the largest ones, sorted, with their ids.
+
+    More of them are sorted only if fewer are not enough in some row.
+
+    Args:
+        values: logits [B, V].
+        top_k: int32 [B], the largest int32 where it is off; None where it is off in all rows.
+        top_p: float32 [] or [B], 1 where it is off.
+        finish: of logits [B, C] and ids int32 [B, C]; compiled for every C.
+        counted: bool [B], the rows that count; None for all.
+    """
+    total = jax.nn.logsumexp(values, axis=-1, keepdims=True)
+
+    def attempt(size: int, *larger: int) -> jax.Array:
+        largest, ids = jax.lax.top_k(values, size)
+
+        def finish_sorted() -> jax.Array:
+            kept = keep_sorted(largest, top_k, top_p, total)
+            return finish(jnp.where(kept, largest, MASKED), ids)
+
+        if not larger:
+            return finish_sorted()
+        reached = jnp.sum(jnp.exp(largest - total), axis=-1, keepdims=True) >= per_row(top_p)
+        enough = reached & (per_row(top_p) < 1)
+        if top_k is not None:
+            limited = per_row(top_k) < jnp.iinfo(jnp.int32).max
+            enough = jnp.where(limited, per_row(top_k) <= size, enough)
+        if counted is not None:
+            enough = enough | ~counted[:, None]
+        return jax.lax.cond(jnp.all(enough), finish_sorted, lambda: attempt(*larger))
+
+    few = [] if top_k is None else [size for size in _FEW if size < values.shape[-1]]
+    return attempt(*few, *sizes_to_sort(values.shape[-1]))
 
 
 def _mask_unsorted(logits: jax.Array, top_k: jax.Array | None, top_p: jax.Array | None) -> jax.Array:

@@ -176,6 +176,7 @@ class TestPenalties:
                     length += 1
                 if length >= allowed:
                     penalty[token] = max(penalty[token], 0.8 * 1.75 ** (length - allowed))
+            penalty[3] = 0.0  # the breaker itself is exempt, as in llama.cpp
             np.testing.assert_allclose(logits, [-penalty[id] for id in range(V)], rtol=1e-5)
 
     def test_bad_words(self):
@@ -267,16 +268,27 @@ class TestSettings:
         ("given", "message"),
         [
             ({"min_p": 1.5}, "min_p: expected numbers from 0 up to 1, got 1.5"),
-            ({"typical_p": 0}, "typical_p"),
+            ({"typical_p": -0.1}, "typical_p"),
+            ({"top_k": -2}, "top_k: expected whole numbers from 1 up, or 0 or -1 for all tokens, got -2"),
+            ({"temperature": 1e-50}, "temperature: expected 0, for the most likely token"),
+            ({"temperature": 1e300}, "temperature"),
+            ({"temperature": [[1.0], [1.0, 2.0]]}, "temperature"),
+            ({"frequency_penalty": 1e300}, "frequency_penalty: expected finite numbers, got 1e"),
             ({"repetition_penalty": 0.0}, "repetition_penalty: expected finite numbers above 0"),
             ({"no_repeat_ngram_size": 1.5}, "no_repeat_ngram_size: expected whole numbers"),
             ({"bad_words": [[]]}, "bad_words: expected a list of lists of token ids, none empty"),
             ({"logit_bias": {3: math.inf}}, "logit_bias"),
             ({"logit_bias": {-1: 1.0}}, "logit_bias"),
-            ({"forced_tokens": []}, "forced_tokens"),
+            ({"logit_bias": {3: 1e300}}, "logit_bias"),
+            ({"forced_tokens": [-2]}, "forced_tokens"),
             ({"dry_base": 2.0}, "dry_base: expected together with dry_multiplier"),
             ({"xtc_threshold": 0.2}, "xtc_threshold: expected together with xtc_probability"),
-            ({"temprature": 1.0}, "temprature: expected one of temperature, top_k"),
+            ({"repeat_last_n": 8}, "repeat_last_n: expected together with repetition_penalty or frequency_penalty"),
+            ({"temprature": 1.0}, "temprature: expected a setting of Sampling, .*; did you mean temperature\\?"),
+            ({"do_sample": True}, "do_sample: .* did you mean temperature, where 0 takes the most likely token"),
+            ({"max_tokens": 3}, "max_tokens: .* did you mean max_new_tokens of the call"),
+            ({"num_beams": 3}, "num_beams: .* did you mean beam_search"),
+            ({"zzzz": 3}, "zzzz: .*; known are temperature, top_k"),
         ],
     )
     def test_impossible_settings(self, given, message):
@@ -299,3 +311,98 @@ class TestSettings:
 
     def test_breakers(self):
         assert sampling.breakers_of(["a", "b\n", ":", "c"]) == [1, 2]
+
+    @pytest.mark.parametrize(
+        "given",
+        [
+            {"top_k": 0},
+            {"top_k": -1},
+            {"top_p": 1.0},
+            {"min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0, "eta_cutoff": 0, "top_n_sigma": -1.0},
+            {"xtc_probability": 0.0, "xtc_threshold": 0.3},
+            {"repetition_penalty": 1.0, "repeat_last_n": 4, "frequency_penalty": 0, "presence_penalty": [0, 0, 0]},
+            {"dry_multiplier": 0.0, "dry_base": 2.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0},
+            {"logit_bias": {}, "bad_words": [], "forced_tokens": [], "dynatemp_range": 0.0},
+        ],
+        ids=lambda given: ", ".join(given),
+    )
+    def test_what_is_off_is_not_compiled_in(self, given):
+        assert jax.tree.structure(lj.Sampling.create(0.7, **given)) == jax.tree.structure(lj.Sampling.create(0.7))
+        assert isinstance(sampling.make_sampler(0, **given), lj.Greedy)
+
+    def test_representations_print_no_arrays(self):
+        sampler = lj.Sampling.create([0.1, 0.2], top_k=[3, 4], logit_bias={3: 1.0})
+        assert repr(sampler) == "Sampling(temperature, top_k, logit_bias)"
+        assert repr(lj.Sampling.superset([{}])).startswith("Sampling(superset, temperature, top_k, top_p, logit_bias")
+
+
+class TestWindows:
+    def test_penalties_look_at_the_last_tokens_only(self):
+        past = history([[5, 5, 1, 2, 1], [5, 1, 2], [7]], prompts=[2, 1, 1])
+        logits = random_logits(3)
+        cut = history([[1, 2, 1], [5, 1, 2], [7]], prompts=[0, 1, 1])
+        for name, value in (("repetition_penalty", 1.5), ("frequency_penalty", 0.4), ("presence_penalty", 0.3)):
+            windowed = lj.Sampling.create(**{name: value}, repeat_last_n=3).penalised(logits, past, NONE)
+            expected = lj.Sampling.create(**{name: value}).penalised(logits, cut, NONE)
+            np.testing.assert_array_equal(windowed, expected)
+            none = lj.Sampling.create(**{name: value}, repeat_last_n=0).penalised(logits, past, NONE)
+            np.testing.assert_array_equal(none, logits)
+
+    def test_a_breaker_is_not_penalised_itself(self):
+        # What llama.cpp gives: the token 3 that would prolong "0 1" is a breaker, and keeps its probability.
+        past = history([[0, 1, 3, 4, 0, 1]] * 3)
+        sampler = lj.Sampling.create(dry_multiplier=0.8, dry_allowed_length=2, dry_breakers=[3])
+        np.testing.assert_array_equal(sampler.penalised(jnp.zeros((3, V)), past, NONE), np.zeros((3, V)))
+        other = lj.Sampling.create(dry_multiplier=0.8, dry_allowed_length=2, dry_breakers=[4])
+        assert float(other.penalised(jnp.zeros((3, V)), past, NONE)[0, 3]) == pytest.approx(-0.8)
+
+
+class TestDynamicTemperature:
+    def test_is_that_of_llama_cpp(self):
+        logits = random_logits(4)
+        logits[1, 5:] = -np.inf
+        logits[2] = 0.0  # of the largest entropy
+        found = sampling.dynamic_temperature(jnp.asarray(logits), jnp.float32(0.9), jnp.float32(0.5), jnp.float32(1.3))
+        for row, got in zip(logits, found, strict=True):
+            left = row[np.isfinite(row)]
+            probabilities = softmax(left)
+            share = -np.sum(probabilities * np.log(probabilities)) / np.log(len(left))
+            assert float(got) == pytest.approx(0.4 + 1.0 * share**1.3, rel=1e-5)
+        assert float(found[2]) == pytest.approx(1.4, rel=1e-5)
+
+    def test_rows_without_a_range_keep_their_temperature(self):
+        spread = jnp.asarray([0.0, 0.5, 0.0])
+        found = sampling.dynamic_temperature(jnp.asarray(random_logits(4)), jnp.float32(0.9), spread, jnp.float32(1.0))
+        assert found[0] == found[2] == jnp.float32(0.9)
+        assert found[1] != jnp.float32(0.9)
+
+
+class TestNothingLeft:
+    """What a sampler says where no token is left, and where few are."""
+
+    def test_top_choices_that_are_cut_off_already_do_not_count(self):
+        logits = np.tile(np.log(np.array([0.4, 0.3, 0.2, 0.1], np.float32)), (3, 1))
+        sampler = lj.Sampling.create(1.0, top_k=3, xtc_probability=1.0, xtc_threshold=0.0)
+        tokens, _ = sampler.sample(jnp.asarray(logits), KEYS, None, NONE, None)
+        assert tokens.tolist() == [2, 2, 2]
+
+    @pytest.mark.parametrize(
+        "given",
+        [
+            {"logit_bias": dict.fromkeys(range(V), -math.inf)},
+            {"bad_words": [[id] for id in range(V)], "top_k": 4},
+            {"bad_words": [[id] for id in range(V)], "top_p": 0.5},
+            {"bad_words": [[id] for id in range(V)], "greedy": True},
+        ],
+        ids=lambda given: ", ".join(given),
+    )
+    def test_a_sampler_that_bans_all_chooses_none(self, given):
+        sampler = lj.Sampling.create(**given)
+        past = history([[1], [2], [3]])
+        tokens, _ = jax.jit(sampler.sample)(jnp.asarray(random_logits(5)), KEYS, past, NONE, None)
+        assert tokens.tolist() == [-1, -1, -1]
+
+    def test_minus_infinity_bans_a_token(self):
+        logits = jnp.zeros((3, V)).at[:, 4].set(9.0)
+        sampler = lj.Sampling.create(greedy=True, logit_bias=[{4: -math.inf}, {}, {4: -math.inf, 0: -1.0}])
+        assert sampler.sample(logits, KEYS, None, NONE, None)[0].tolist() == [0, 4, 1]
