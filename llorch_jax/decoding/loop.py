@@ -184,7 +184,7 @@ def _generate_segment(
     The loop runs in spans as long as the cache has room; between them a cache that grows may do so.
     """
     decoding, limit = request.decoding, request.max_new_tokens
-    out = steps.put(steps.filler(decoding, bucket(limit)), state, 0)
+    out = steps.put(steps.filler(decoding, bucket(limit)), state, state.token, 0)
     if not is_concrete(state):  # inside a caller's own jit: the cache must have room from the start
         out, state = steps.loop(params, config, decoding, out, state, jnp.asarray([1, limit], jnp.int32))
         return jax.tree.map(lambda array: array[:, :limit], out), state

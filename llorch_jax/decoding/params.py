@@ -34,6 +34,9 @@ class DecodingParams:
     eos_ids: Any
     top_logprobs: int = struct.field(pytree_node=False, default=0)
 
+    def __repr__(self) -> str:
+        return f"DecodingParams({self.sampler!r}, {self.eos_ids.shape[0]} rows)"
+
     @property
     def filler(self) -> jax.Array:
         """int32 [B], the token that stands after a row's end: its first end-of-text id, or 0."""

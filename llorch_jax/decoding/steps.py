@@ -29,7 +29,7 @@ class DecodeState:
     """What goes from one decode step to the next.
 
     Attributes:
-        token: int32 [B], sampled but not in the cache yet; see `check_chosen` for -1.
+        token: int32 [B], the newest of each row, sampled but not in the cache yet; see `check_chosen` for -1.
         logprob: float32 [B], of `token` under the model, before the sampler's transforms; 0 after a row's end.
         finished: bool [B], rows that an end-of-text id has ended, or that could not go on.
         remaining: int32 [B], the number of tokens that each row may still get.
@@ -120,7 +120,7 @@ def _feed(
 def choose(decoding: DecodingParams, logits: jax.Array, before: DecodeState, positions: jax.Array) -> DecodeState:
     """The state after sampling a token of every row, in `jit`.
 
-    Rows that are done get filler. A row whose logits are not numbers, or in which no token is allowed, finishes with a
+    Rows that are done keep their token, or get filler where there is none before. A row whose logits are not numbers, or in which no token is allowed, finishes with a
     log-probability that is NaN, and the host reports it: see `check_chosen`.
 
     Args:
@@ -135,7 +135,7 @@ def choose(decoding: DecodingParams, logits: jax.Array, before: DecodeState, pos
     token, sampler_state = sampler.sample(logits, keys, history, decoding.eos_ids, before.sampler_state)
     done = before.done
     going = 1 - done.astype(jnp.int32)
-    token = jnp.where(done, decoding.filler, token)
+    token = jnp.where(done, decoding.filler if before.token is None else before.token, token)
     total = jax.nn.logsumexp(logits, axis=-1)
     logprob = jnp.take_along_axis(logits, jnp.maximum(token, 0)[:, None], axis=1)[:, 0] - total
     logprob = jnp.where(done, 0.0, jnp.where(token < 0, jnp.nan, logprob))
@@ -187,9 +187,10 @@ def loop(
         return (count < span[1]) & ~jnp.all(state.done)
 
     def step(carry: tuple) -> tuple:
-        count, out, state = carry
-        state = next_state(params, config, decoding, state)
-        return count + 1, put(out, state, count), state
+        count, out, before = carry
+        state = next_state(params, config, decoding, before)
+        shown = jnp.where(before.done, decoding.filler, state.token)
+        return count + 1, put(out, state, shown, count), state
 
     _, out, state = jax.lax.while_loop(unfinished, step, (span[0], out, state))
     return out, state
@@ -236,9 +237,9 @@ def done_on_host(state: DecodeState) -> np.ndarray:
     return np.asarray(state.finished) | (np.asarray(state.remaining) <= 0)
 
 
-def put(out: Generated, state: DecodeState, column: Any) -> Generated:
-    """Writes a state's tokens and log-probabilities into one column."""
-    new = Generated(state.token, state.logprob, state.top)
+def put(out: Generated, state: DecodeState, token: jax.Array, column: Any) -> Generated:
+    """Writes tokens int32 [B], those of a state or filler, and its log-probabilities into one column."""
+    new = Generated(token, state.logprob, state.top)
 
     def write(buffer: jax.Array, values: jax.Array) -> jax.Array:
         start = (0, column, *[0] * (buffer.ndim - 2))

@@ -33,6 +33,9 @@ class History:
         tokens = jnp.pad(prompts, ((0, 0), (0, max(0, capacity - prompts.shape[1]))))
         return cls(tokens, lengths, jnp.array(lengths))
 
+    def __repr__(self) -> str:
+        return f"History({self.tokens.shape[0]} rows, room for {self.tokens.shape[1]} tokens)"
+
     def append(self, token: jax.Array, count: jax.Array) -> Self:
         """With one token int32 [B] more in the rows where `count` int32 [B] is 1; what has no room is dropped."""
         rows = jnp.arange(token.shape[0])

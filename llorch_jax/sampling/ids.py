@@ -120,7 +120,8 @@ class IdSetting:
     def holds(self, value: Any) -> bool:
         """Whether the value is valid, for all rows or for each."""
         rows = self.rows(value)
-        return len(rows) > 0 and all(map(self.valid, rows))
+        ambiguous = self.depth == 2 and len(rows) == 1 and value == [[]]  # a row without words, or a word without ids?
+        return len(rows) > 0 and not ambiguous and all(map(self.valid, rows))
 
     def is_off(self, value: Any) -> bool:
         """Whether a valid value does nothing."""

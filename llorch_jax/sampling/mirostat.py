@@ -43,6 +43,9 @@ class Mirostat:
         rate, warmth = jnp.asarray(eta, jnp.float32), jnp.asarray(temperature, jnp.float32)
         return cls(jnp.asarray(tau, jnp.float32), rate, warmth)
 
+    def __repr__(self) -> str:
+        return "Mirostat(tau, eta, temperature)"
+
     def init(self, batch: int) -> jax.Array:
         """mu float32 [B]."""
         return jnp.broadcast_to(2 * self.tau, (batch,))

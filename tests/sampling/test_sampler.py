@@ -139,7 +139,7 @@ class TestDraws:
         temperature, top_k, top_p = [0.3, 1.0, 5.0], [50, 1, 3], [0.99, 0.9, 0.8]
         together = lj.Sampling.create(temperature, top_k, top_p)
         for seed in range(20):
-            drawn = together(rows, keys(3, seed))
+            drawn = sample(together, rows, keys(3, seed))
             for i in range(3):
                 alone = lj.Sampling.create(temperature[i], top_k[i], top_p[i])
                 assert int(alone(rows[i : i + 1], keys(3, seed)[i : i + 1])[0]) == int(drawn[i])
@@ -158,7 +158,7 @@ class TestDraws:
         assert not np.array_equal(draw_often(sampler, PEAKED, 50, seed=1), first)
 
     def test_a_changed_setting_compiles_nothing(self):
-        jitted = jax.jit(sample)
+        jitted = jax.jit(lambda *arguments: sample(*arguments))
         for temperature, top_k, top_p in [(0.5, 1, 0.1), (1.5, 64, 0.99), (1, 17, 0.9)]:
             jitted(lj.Sampling.create(temperature, top_k, top_p), PEAKED[None], keys(1))
         assert jitted._cache_size() == 1
@@ -166,7 +166,7 @@ class TestDraws:
         assert jitted._cache_size() == 2  # more candidates
 
     def test_a_top_k_beyond_int32_keeps_all(self):
-        beyond, all_of_them = lj.Sampling.create(1.0, top_k=2**40), lj.Sampling.create(1.0, top_k=300)
+        beyond, all_of_them = lj.Sampling.create(1.0, top_k=2**40), lj.Sampling.create(1.0)
         assert sample(beyond, PEAKED[None], keys(1)) == sample(all_of_them, PEAKED[None], keys(1))
 
 
@@ -233,7 +233,6 @@ def test_greedy_takes_the_lowest_of_equal_ids():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": 0}, r"temperature: expected .*use Greedy.*, got 0"),
         ({"temperature": -0.5}, "temperature: .*got -0.5"),
         ({"temperature": float("nan")}, "temperature: .*got nan"),
         ({"temperature": float("inf")}, "temperature: .*got inf"),
@@ -241,13 +240,12 @@ def test_greedy_takes_the_lowest_of_equal_ids():
         ({"temperature": "hot"}, "temperature: .*got 'hot'"),
         ({"temperature": None}, "temperature: .*got None"),
         ({"temperature": True}, "temperature: .*got True"),
-        ({"temperature": [0.5, 0.0]}, r"temperature: .*got \[0.5, 0.0\]"),
+        ({"temperature": [0.5, -1.0]}, r"temperature: .*got \[0.5, -1.0\]"),
         ({"temperature": []}, r"temperature: .*got \[\]"),
         ({"temperature": [[1.0]]}, r"temperature: .*got \[\[1.0\]\]"),
-        ({"top_k": 0}, "top_k: expected whole numbers from 1 up, got 0"),
         ({"top_k": 2.5}, "top_k: .*got 2.5"),
-        ({"top_k": [3, -1]}, r"top_k: .*got \[3, -1\]"),
-        ({"top_p": 0}, "top_p: expected numbers above 0 and up to 1, got 0"),
+        ({"top_k": [3, -2]}, r"top_k: .*got \[3, -2\]"),
+        ({"top_p": -0.1}, "top_p: expected numbers from 0 up to 1, got -0.1"),
         ({"top_p": 1.01}, "top_p: .*got 1.01"),
         ({"top_p": "0.9"}, "top_p: .*got '0.9'"),
     ],
@@ -260,6 +258,6 @@ def test_impossible_settings(settings, message):
 @pytest.mark.parametrize("name", ["temperature", "top_k", "top_p"])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_settings_for_another_number_of_rows(name, batch):
-    sampler = lj.Sampling.create(**{name: [1, 1, 1]})
+    sampler = lj.Sampling.create(**{name: [1, 1, 1] if name == "top_k" else [0.5] * 3})
     with pytest.raises(lj.SamplerError, match=f"{name}: expected one value or {batch}, one per row, got 3"):
         sample(sampler, np.stack([PEAKED] * batch), keys(batch))

@@ -333,7 +333,7 @@ class TestSettings:
     def test_representations_print_no_arrays(self):
         sampler = lj.Sampling.create([0.1, 0.2], top_k=[3, 4], logit_bias={3: 1.0})
         assert repr(sampler) == "Sampling(temperature, top_k, logit_bias)"
-        assert repr(lj.Sampling.superset([{}])).startswith("Sampling(superset, temperature, top_k, top_p, logit_bias")
+        assert repr(lj.Sampling.superset([{}])).startswith("Sampling(superset, temperature, top_k, top_p, ")
 
 
 class TestWindows:
