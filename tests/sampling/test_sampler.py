@@ -142,7 +142,7 @@ class TestDraws:
             drawn = sample(together, rows, keys(3, seed))
             for i in range(3):
                 alone = lj.Sampling.create(temperature[i], top_k[i], top_p[i])
-                assert int(alone(rows[i : i + 1], keys(3, seed)[i : i + 1])[0]) == int(drawn[i])
+                assert int(sample(alone, rows[i : i + 1], keys(3, seed)[i : i + 1])[0]) == int(drawn[i])
             assert int(drawn[1]) == int(rows[1].argmax())
 
     def test_a_row_does_not_depend_on_the_others(self):
