@@ -120,8 +120,8 @@ def _feed(
 def choose(decoding: DecodingParams, logits: jax.Array, before: DecodeState, positions: jax.Array) -> DecodeState:
     """The state after sampling a token of every row, in `jit`.
 
-    Rows that are done keep their token, or get filler where there is none before. A row whose logits are not numbers, or
-    in which no token is allowed, finishes with a log-probability that is NaN, and the host reports it: see
+    Rows that are done keep their token, or get filler where there is none before. A row whose logits are not numbers,
+    or in which no token is allowed, finishes with a log-probability that is NaN, and the host reports it: see
     `check_chosen`.
 
     Args:
