@@ -12,6 +12,7 @@ import numpy as np
 from llorch_jax.attention import DenseView, KVView, Queries
 from llorch_jax.cache import axes
 from llorch_jax.cache.codecs import Codec, Quantized, Stored, codec_of
+from llorch_jax.cache.fields import check_arrays, check_range
 from llorch_jax.cache.recent import Recent
 from llorch_jax.cache.room import active_rows, check_new_tokens, check_room, check_rows, cropped
 from llorch_jax.cache.views import Exact, StoredView
@@ -66,6 +67,14 @@ class KVCache(abc.ABC):
         if isinstance(stored, jax.Array | Quantized):
             known["codec"] = codec_of(stored, head_dim if isinstance(head_dim, int) else None)
         return {"recent": (), **known}
+
+    def check_fields(self) -> None:
+        """Raises CacheError unless the fields fit each other, as those of a cache from a file must. Host only.
+
+        No operation makes such a cache. Layouts with fields of their own check these too.
+        """
+        check_arrays(self)
+        check_range("lengths", self.lengths, 0, self.capacity)
 
     @property
     def batch_size(self) -> int:

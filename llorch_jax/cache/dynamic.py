@@ -11,6 +11,7 @@ from llorch_jax import struct
 from llorch_jax.buckets import SMALLEST, bucket
 from llorch_jax.cache.axes import grow_slots, setting
 from llorch_jax.cache.codecs import make_codec, residual_of
+from llorch_jax.cache.fields import check_range, check_whole_numbers
 from llorch_jax.cache.room import check_room, check_sizes
 from llorch_jax.cache.static import StaticCache, empty_slots
 from llorch_jax.config import GPT2Config
@@ -69,6 +70,11 @@ class DynamicCache(StaticCache):
     @property
     def capacity(self) -> int:
         return self.limit
+
+    def check_fields(self) -> None:
+        super().check_fields()
+        check_whole_numbers(self, {"limit": self.slots})
+        check_range("lengths", self.lengths, 0, self.slots)
 
     def _slots_for_tokens(self) -> int:
         return self.slots

@@ -28,11 +28,7 @@ _PARTS = (FloatCodec, IntegerCodec, Quantized, Recent, AttentionSinks, HeavyHitt
 CACHE_CLASSES = (*LAYOUTS, *_PARTS)
 
 
-def check_loaded(cache: KVCache) -> None:
-    """Raises CacheError unless the fields of a cache that was read from a file fit each other."""
-
-
-_KIND = Kind("cache", KVCache, CACHE_CLASSES, CacheError, check_loaded)
+_KIND = Kind("cache", KVCache, CACHE_CLASSES, CacheError, KVCache.check_fields)
 
 
 def fingerprint(params: Params, config: GPT2Config) -> str:

@@ -11,9 +11,10 @@ from llorch_jax.attention import DenseView, KVView
 from llorch_jax.cache.axes import array, setting
 from llorch_jax.cache.base import KVCache, replace_item
 from llorch_jax.cache.codecs import Codec, Stored, make_codec, residual_of
+from llorch_jax.cache.fields import check_range, check_whole_numbers
 from llorch_jax.cache.recent import Recent
 from llorch_jax.cache.room import check_new_tokens, check_sizes, cropped
-from llorch_jax.cache.static import empty_slots
+from llorch_jax.cache.static import empty_slots, slots_of
 from llorch_jax.cache.views import SlotView
 from llorch_jax.cache.writes import ring_positions, write_ring
 from llorch_jax.config import GPT2Config
@@ -92,6 +93,14 @@ class RotatingCache(KVCache):
             sinks=sinks,
             limit=limit,
         )
+
+    def check_fields(self) -> None:
+        super().check_fields()
+        check_whole_numbers(self, {"sinks": 0, "window": 1, "limit": self.sinks + self.window})
+        if slots_of(self) != self.sinks + self.window:
+            raise CacheError(f"keys: expected {self.sinks} + {self.window} slots, got {slots_of(self)}")
+        check_range("ends", self.ends, np.asarray(self.lengths)[:, None], self.limit)
+        self._check_intact(self.lengths, self.ends)
 
     @property
     def capacity(self) -> int:

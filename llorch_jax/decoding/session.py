@@ -12,7 +12,7 @@ from llorch_jax import struct
 from llorch_jax.archive import Kind, read_archive, write_archive
 from llorch_jax.cache.base import KVCache
 from llorch_jax.cache.dynamic import DynamicCache
-from llorch_jax.cache.files import CACHE_CLASSES, check_loaded, check_savable
+from llorch_jax.cache.files import CACHE_CLASSES, check_savable
 from llorch_jax.checks import check_cache, check_context, check_tokens
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding import steps
@@ -126,7 +126,7 @@ def _check_loaded(session: Session) -> None:
     cache = session.state.cache
     if not isinstance(cache, KVCache):
         raise SessionError(f"expected a session with a cache, got {type(cache).__name__}")
-    check_loaded(cache)
+    cache.check_fields()
     check_sampler(session.decoding.sampler, np.iinfo(np.int32).max)
     state, rows = session.state, (cache.batch_size,)
     vectors = {"counts": session.counts, "token": state.token, "finished": state.finished, "remaining": state.remaining}

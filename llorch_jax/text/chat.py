@@ -18,7 +18,7 @@ from llorch_jax import struct
 from llorch_jax.archive import Kind, read_archive, write_archive
 from llorch_jax.buckets import bucket
 from llorch_jax.cache.base import KVCache
-from llorch_jax.cache.files import CACHE_CLASSES, check_loaded, fingerprint
+from llorch_jax.cache.files import CACHE_CLASSES, fingerprint
 from llorch_jax.decoding.request import prepare
 from llorch_jax.decoding.streaming import Segment
 from llorch_jax.errors import CacheError, CapacityError, ChatError, OptionError
@@ -103,7 +103,7 @@ def _check_loaded(saved: _Saved) -> None:
         return
     if not isinstance(saved.cache, KVCache):
         raise ChatError(f"cache: expected one, got {saved.cache!r:.80}")
-    check_loaded(saved.cache)
+    saved.cache.check_fields()
     lengths = np.asarray(saved.cache.lengths)
     if lengths.shape != (1,) or lengths[0] > len(tokens):
         raise ChatError(f"cache: expected one row of no more than {len(tokens)} tokens, got lengths {lengths!r:.80}")

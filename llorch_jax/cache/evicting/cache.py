@@ -15,6 +15,7 @@ from llorch_jax.cache.axes import array, grow_slots, setting
 from llorch_jax.cache.base import KVCache, replace_item
 from llorch_jax.cache.codecs import Codec, Stored, make_codec, residual_of
 from llorch_jax.cache.evicting.policies import AttentionSinks, Policy, check_settings, remembers, votes_asked
+from llorch_jax.cache.fields import check_range, check_whole_numbers
 from llorch_jax.cache.recent import Recent
 from llorch_jax.cache.room import active_rows, check_sizes, cropped
 from llorch_jax.cache.static import empty_slots, slots_of, write_slots
@@ -113,6 +114,23 @@ class EvictingCache(KVCache):
             slack=slack,
             limit=config.n_positions,
         )
+
+    def check_fields(self) -> None:
+        super().check_fields()
+        check_settings(self.policy, self.budget, self.slack)
+        check_whole_numbers(self, {"limit": self.budget})
+        check_range("seen", self.seen, 0, self.lengths)
+        check_range("kept", self.kept, 0, np.minimum(self.seen, self.slots))
+        check_range("held", self.held, 0, self.slots)
+        if len(self.votes) != (len(self.keys) if votes_asked(self.policy) != 0 else 0):
+            raise CacheError(f"votes: expected those that {self.policy!r:.40} asks for, got {len(self.votes)} layers")
+        filled = np.arange(self.slots) < np.asarray(self.kept)[:, None, None]
+        most = np.asarray(self.seen)[:, None, None] - 1
+        for layer, origins in enumerate(self.origins):
+            known = np.where(filled, np.asarray(origins), 0)
+            check_range(f"origins[{layer}]", known, 0, np.where(filled, most, 0))
+            if (np.diff(known, axis=-1) <= 0)[filled[..., 1:] & np.ones_like(known[..., 1:], bool)].any():
+                raise CacheError(f"origins[{layer}]: expected ascending positions, got others")
 
     @property
     def capacity(self) -> int:

@@ -11,6 +11,7 @@ from llorch_jax import struct
 from llorch_jax.cache.axes import array, setting
 from llorch_jax.cache.base import KVCache, replace_item
 from llorch_jax.cache.codecs import Codec, Stored, make_codec, residual_of
+from llorch_jax.cache.fields import check_range, check_whole_numbers
 from llorch_jax.cache.paged.allocator import PageBook, PageStats, blocks
 from llorch_jax.cache.paged.arrays import copy_pages, join_pools, put_pages, same_arrays, write_pages
 from llorch_jax.cache.paged.view import PagedView
@@ -120,6 +121,19 @@ class PagedCache(KVCache):
     def num_pages(self) -> int:
         """Pages of the pool P."""
         return jax.tree.leaves(self.keys[0])[0].shape[0]
+
+    def check_fields(self) -> None:
+        super().check_fields()
+        check_whole_numbers(self, {"limit": self.page_size})
+        tables, lengths = np.asarray(self.tables), np.asarray(self.lengths)
+        check_range("lengths", lengths, 0, self._slots_for_tokens())
+        used = np.arange(tables.shape[1]) < -(-lengths // self.page_size)[:, None]
+        check_range("tables", tables, np.where(used, 0, -1), self.num_pages - 1)
+        check_range("sources", self.sources, -1, self.num_pages - 1)
+        for row, pages in enumerate(tables):
+            named = pages[pages >= 0]
+            if len(np.unique(named)) < len(named):
+                raise CacheError(f"tables[{row}]: expected a page for each block, got one for several of them")
 
     def _slots_for_tokens(self) -> int:
         return min(self.limit, self.tables.shape[1] * self.page_size)
