@@ -17,7 +17,7 @@ from llorch_jax import struct
 from llorch_jax.buckets import bucket
 from llorch_jax.cache.base import KVCache
 from llorch_jax.config import GPT2Config
-from llorch_jax.decoding.branching import check_numbers, check_untraced, feed, span
+from llorch_jax.decoding.branching import check_numbers, check_real, check_untraced, feed, span
 from llorch_jax.decoding.params import EosIds
 from llorch_jax.decoding.request import Request, prepare
 from llorch_jax.decoding.steps import first_logits
@@ -108,8 +108,8 @@ def beam_search(
     num_return: int = 1,
     length_penalty: float = 1.0,
     early_stopping: bool | Literal["never"] = False,
-    num_groups: int = 1,
-    diversity: float = 0.5,
+    num_beam_groups: int = 1,
+    diversity_penalty: float = 0.5,
     eos_id: EosIds = "config",
     cache: KVCache | None = None,
     lengths: Any = None,
@@ -118,22 +118,22 @@ def beam_search(
     """The most likely continuations that beam search finds for a batch of prompts. Not inside your own `jit`.
 
     With several groups it is diverse beam search (Vijayakumar et al. 2016, 1610.02424, section 4): in every step the
-    groups choose one after the other, and a token costs `diversity` for each beam of an earlier group that has just
-    chosen it (Hamming diversity).
+    groups choose one after the other, and a token costs `diversity_penalty` for each beam of an earlier group that has
+    just chosen it (Hamming diversity).
 
     Args:
         params: of a model of this configuration.
         config: the model's hyperparameters.
         prompt_tokens: int32 [B, T]; rows shorter than T are padded on the right with any id.
         max_new_tokens: maximum number of new tokens of each continuation, 1 or more.
-        num_beams: beams per prompt, all groups together; a multiple of num_groups.
+        num_beams: beams per prompt, all groups together; a multiple of num_beam_groups.
         num_return: number of continuations R to return, at most num_beams.
         length_penalty: power of the length that a finished text's log-probability is divided by; 0 for plain sums,
             above 0 in favour of longer texts.
         early_stopping: True stops as soon as there are num_beams finished texts; False when the best beam could not
             improve on them if it ended now; "never" when no beam could, however long it becomes.
-        num_groups: groups of beams.
-        diversity: penalty, in nats, 0 or more.
+        num_beam_groups: groups of beams.
+        diversity_penalty: penalty in nats, 0 or more.
         eos_id: as in `generate_tokens`.
         cache: of B rows, to append the prompts to, donated; None makes a `StaticCache`. Its rows are forked after the
             prefill. A `PagedCache` needs pages for all beams, and a step on the host for every token.
@@ -149,12 +149,12 @@ def beam_search(
         NonFiniteError: the model's logits are NaN or infinite.
     """
     whole("max_new_tokens", max_new_tokens, CapacityError)
-    _check(num_beams, num_return, num_groups, length_penalty, diversity, early_stopping)
+    check_beams(num_beams, num_return, num_beam_groups, length_penalty, diversity_penalty, early_stopping)
     request = prepare(config, prompt_tokens, max_new_tokens, cache, lengths, eos_id=eos_id)
     check_untraced(request)
     rules = _Rules(
         jnp.float32(length_penalty),
-        jnp.float32(diversity),
+        jnp.float32(diversity_penalty),
         jnp.asarray(early_stopping is True),
         jnp.asarray(early_stopping == "never"),
         request.decoding.eos_ids,
@@ -162,7 +162,7 @@ def beam_search(
         None if allowed is None else jax.device_put(np.asarray(allowed, np.int32)),
     )
     logits, cache = first_logits(params, config, request)
-    state = _start(request, num_beams, num_groups, cache.fork(num_beams))
+    state = _start(request, num_beams, num_beam_groups, cache.fork(num_beams))
     state = _first(rules, state, jnp.repeat(logits, num_beams, axis=0))
     check_numbers(state.groups[0].scores)
     while int(state.count) < max_new_tokens and any(np.any(group.open) for group in state.groups):
@@ -173,26 +173,31 @@ def beam_search(
     return _best(request, state, num_return)
 
 
-def _check(
-    num_beams: Any, num_return: Any, num_groups: Any, length_penalty: Any, diversity: Any, early_stopping: Any
+def check_beams(
+    num_beams: Any,
+    num_return: Any,
+    num_beam_groups: Any,
+    length_penalty: Any,
+    diversity_penalty: Any,
+    early_stopping: Any,
 ) -> None:
-    for name, value in (("num_beams", num_beams), ("num_return", num_return), ("num_groups", num_groups)):
-        whole(name, value, SearchError)
+    """Raises SearchError for an impossible setting of `beam_search`."""
+    whole("num_beams", num_beams, SearchError)
+    whole("num_return", num_return, SearchError)
+    whole("num_beam_groups", num_beam_groups, SearchError)
     if num_return > num_beams:
         raise SearchError(f"num_return: expected at most num_beams={num_beams}, got {num_return}")
-    if num_beams % num_groups:
-        raise SearchError(f"num_groups: expected a divisor of num_beams={num_beams}, got {num_groups}")
-    if not np.isfinite(length_penalty):
-        raise SearchError(f"length_penalty: expected a finite number, got {length_penalty!r}")
-    if not (np.isfinite(diversity) and diversity >= 0):
-        raise SearchError(f"diversity: expected a finite number from 0 up, got {diversity!r}")
-    if early_stopping not in (True, False, "never"):
-        raise SearchError(f"early_stopping: expected True, False or 'never', got {early_stopping!r}")
+    if num_beams % num_beam_groups:
+        raise SearchError(f"num_beam_groups: expected a divisor of num_beams={num_beams}, got {num_beam_groups}")
+    check_real("length_penalty", length_penalty)
+    check_real("diversity_penalty", diversity_penalty, least=0.0)
+    if not isinstance(early_stopping, bool | str) or early_stopping not in (True, False, "never"):
+        raise SearchError(f"early_stopping: expected True, False or 'never', got {early_stopping!r:.80}")
 
 
-def _start(request: Request, num_beams: int, num_groups: int, cache: KVCache) -> _State:
+def _start(request: Request, num_beams: int, num_beam_groups: int, cache: KVCache) -> _State:
     """The state before the first token: all beams are the prompt, and only the first of each group counts."""
-    batch, beams, size = request.tokens.shape[0], num_beams // num_groups, bucket(request.max_new_tokens)
+    batch, beams, size = request.tokens.shape[0], num_beams // num_beam_groups, bucket(request.max_new_tokens)
 
     def group() -> _Group:
         return _Group(
@@ -204,7 +209,7 @@ def _start(request: Request, num_beams: int, num_groups: int, cache: KVCache) ->
             open=jnp.ones(batch, bool),
         )
 
-    return _State(tuple(group() for _ in range(num_groups)), jnp.int32(0), cache)
+    return _State(tuple(group() for _ in range(num_beam_groups)), jnp.int32(0), cache)
 
 
 @partial(jax.jit, donate_argnames="state")

@@ -1,5 +1,6 @@
 """What searches over branches share: rows of one cache that are fed, compared, and reordered in every step."""
 
+import math
 from typing import Any, TypeVar
 
 import jax
@@ -56,3 +57,14 @@ def check_numbers(values: Any) -> None:
     """Raises NonFiniteError where scores or probabilities are NaN, as those of NaN or infinite logits are."""
     if np.any(np.isnan(np.asarray(values))):
         raise NonFiniteError("logits: expected finite numbers, got NaN or infinity; check the weights")
+
+
+def check_real(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> None:
+    """Raises SearchError unless a setting is a finite number in a range."""
+    known = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if known and math.isfinite(value) and least <= value <= most:
+        return
+    expected = "a finite number"
+    if math.isfinite(least):
+        expected += f" from {least:g} up" if math.isinf(most) else f" from {least:g} to {most:g}"
+    raise SearchError(f"{name}: expected {expected}, got {value!r:.80}")

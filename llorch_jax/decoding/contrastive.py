@@ -12,7 +12,7 @@ from llorch_jax import struct
 from llorch_jax.buckets import bucket
 from llorch_jax.cache.base import KVCache
 from llorch_jax.config import GPT2Config
-from llorch_jax.decoding.branching import check_numbers, check_untraced, feed, span
+from llorch_jax.decoding.branching import check_numbers, check_real, check_untraced, feed, span
 from llorch_jax.decoding.params import DecodingParams, EosIds
 from llorch_jax.decoding.request import Request, prepare
 from llorch_jax.errors import CapacityError, SearchError
@@ -57,7 +57,7 @@ def contrastive_search(
     max_new_tokens: int = 32,
     *,
     top_k: int = 4,
-    alpha: float = 0.6,
+    penalty_alpha: float = 0.6,
     eos_id: EosIds = "config",
     cache: KVCache | None = None,
     lengths: Any = None,
@@ -65,9 +65,9 @@ def contrastive_search(
 ) -> tuple[jax.Array, KVCache]:
     """Continues a batch of prompts by contrastive search (Su et al. 2022, 2202.06417, section 3.2).
 
-    Of the `top_k` most likely tokens it takes the one with the greatest (1 - alpha) * probability - alpha * s, where s
-    is the largest cosine similarity of the token's final hidden state with that of any token before it. It is
-    deterministic. Not inside your own `jit`.
+    Of the `top_k` most likely tokens it takes the one with the greatest (1 - a) * probability - a * s, where a is
+    `penalty_alpha` and s the largest cosine similarity of the token's final hidden state with that of any token before
+    it. It is deterministic. Not inside your own `jit`.
 
     Args:
         params: of a model of this configuration.
@@ -75,7 +75,7 @@ def contrastive_search(
         prompt_tokens: int32 [B, T]; rows shorter than T are padded on the right with any id.
         max_new_tokens: maximum number of new tokens of each row, 1 or more.
         top_k: candidates per step, 1 or more; a step runs so many rows per text.
-        alpha: from 0, which is greedy decoding, to 1.
+        penalty_alpha: from 0, which is greedy decoding, to 1.
         eos_id: as in `generate_tokens`.
         cache: of B rows, to append the prompts to, donated; None makes a `StaticCache`. Its rows are forked after the
             prefill; a `PagedCache` needs pages for that, and a step on the host for every token. Tokens that it holds
@@ -94,8 +94,7 @@ def contrastive_search(
     """
     whole("max_new_tokens", max_new_tokens, CapacityError, most=2**30)
     whole("top_k", top_k, SearchError, most=config.vocab_size)
-    if not 0 <= alpha <= 1:
-        raise SearchError(f"alpha: expected a number from 0 to 1, got {alpha!r}")
+    check_real("penalty_alpha", penalty_alpha, least=0.0, most=1.0)
     request = prepare(config, prompt_tokens, max_new_tokens + 1, cache, lengths, eos_id=eos_id)
     check_untraced(request)
     known = None if allowed is None else jax.device_put(np.asarray(allowed, np.int32))
@@ -104,7 +103,7 @@ def contrastive_search(
     while int(state.count) < max_new_tokens and not np.all(state.finished):
         state = dataclasses.replace(state, cache=state.cache.reserve(1))
         until = min(max_new_tokens, int(state.count) + span(state.cache))
-        state = _loop(params, config, request.decoding, jnp.float32(alpha), state, jnp.int32(until))
+        state = _loop(params, config, request.decoding, jnp.float32(penalty_alpha), state, jnp.int32(until))
         check_numbers(state.probabilities)
     tokens = jax.device_put(np.asarray(state.tokens)[:, :max_new_tokens])
     return tokens, state.cache.select(np.arange(request.tokens.shape[0]) * top_k)

@@ -11,8 +11,10 @@ from llorch_jax.cache.base import KVCache
 from llorch_jax.cache.layouts import fit_cache
 from llorch_jax.checks import check_cache
 from llorch_jax.config import GPT2Config
+from llorch_jax.decoding.beam import check_beams
+from llorch_jax.decoding.branching import check_real
 from llorch_jax.decoding.overflow import Reencode, check_overflow
-from llorch_jax.errors import CacheError, CapacityError, OptionError, TokenError
+from llorch_jax.errors import CacheError, CapacityError, OptionError, SearchError, TokenError
 from llorch_jax.loading.checkpoint import Model
 from llorch_jax.sampling import Sampler, check_sampler, make_sampler
 from llorch_jax.sampling.masking import Masked
@@ -22,6 +24,7 @@ from llorch_jax.text.stopping import check_stops
 from llorch_jax.text.vocabulary import breaker_ids, known_ids, tokenizer_of
 from llorch_jax.tracing import is_whole, whole
 
+CANDIDATES = 4  # of a contrastive search, where top_k is not given
 _MOST_TOKENS = 2**30  # positions are int32, and sums of two of these still are
 
 Method = Literal[
@@ -121,7 +124,7 @@ class GenerationOptions:
         top_logprobs: how many of the most likely tokens to report at every step.
         constraint: what the new text must match: a `Constraint`, or a list with one or None for each prompt. The
             settings regex, json_schema, grammar and choices make one.
-        num_beams: number of beams of a beam search; None for none.
+        num_beams: number of beams of a beam search; None, or 1 as in transformers, for none.
         num_beam_groups: groups of a diverse beam search.
         diversity_penalty: in a diverse beam search, the cost in nats of a token that an earlier group has chosen.
         length_penalty: power of the length that a finished beam's score is divided by.
@@ -163,6 +166,8 @@ class GenerationOptions:
             if name not in KNOWN:
                 raise OptionError(f"{name}: got an unknown option; {_nearest(name)}")
         given = {name: value for name, value in given.items() if value is not None or name in _NEVER_NONE}
+        if is_whole(given.get("num_beams")) and given["num_beams"] == 1:
+            del given["num_beams"]
         constraint = take_constraint(given)
         sampling = {name: given.pop(name) for name in SAMPLING if name in given}
         if "stop" in given:
@@ -211,6 +216,8 @@ class GenerationOptions:
         """Raises LlorchError for an option that does not fit a model; nothing is allocated."""
         if self.top_logprobs > config.vocab_size:
             raise OptionError(f"top_logprobs: expected 0 .. vocab_size={config.vocab_size}, got {self.top_logprobs}")
+        if self.penalty_alpha is not None:
+            whole("top_k", self.sampling.get("top_k", CANDIDATES), SearchError, most=config.vocab_size)
         for id in self.stop_ids:
             if not 0 <= id < config.vocab_size:
                 raise TokenError(f"stop_ids: expected ids in 0 .. {config.vocab_size - 1}, got {id}")
@@ -231,6 +238,7 @@ class GenerationOptions:
             raise CacheError(f"cache: expected the name of a layout or a KVCache, got a {type(self.cache).__name__}")
         if isinstance(self.cache, KVCache) and not (self.codec is None and self.residual is None):
             raise CacheError("codec and residual: expected none with a cache object, which has its own")
+        self._check_search()
         if self.sampler is None:
             breakers = self.sampling.get("dry_breakers")
             make_sampler(self.temperature, **{**self.sampling, "dry_breakers": [] if _is_texts(breakers) else breakers})
@@ -260,6 +268,20 @@ class GenerationOptions:
             sampler = make_sampler(self.temperature, **sampling)
         mask = known_ids(tokenizer_of(model), model.config.vocab_size)
         return sampler if mask is None else Masked(sampler, mask, insists=False)
+
+    def _check_search(self) -> None:
+        if self.num_beams is not None:
+            check_beams(
+                self.num_beams,
+                1,
+                self.num_beam_groups,
+                self.length_penalty,
+                self.diversity_penalty,
+                self.early_stopping,
+            )
+        if self.penalty_alpha is not None:
+            check_real("penalty_alpha", self.penalty_alpha, least=0.0, most=1.0)
+            whole("top_k", self.sampling.get("top_k", CANDIDATES), SearchError)
 
     def _check_sampler(self) -> None:
         check_sampler(self.sampler)

@@ -57,7 +57,7 @@ def generate_n(
     whole("n", n, OptionError)
     drawn = n if best_of is None else whole("best_of", best_of, OptionError, least=n)
     prompts = prompt_list(prompt)
-    if options.get("num_beams") is not None:
+    if options.get("num_beams") not in (None, 1):
         checked = GenerationOptions.create(max_new_tokens=max_new_tokens, **options)
         groups = _beams(model, prompts, checked, n, best_of)
     else:

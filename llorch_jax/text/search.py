@@ -10,18 +10,14 @@ from llorch_jax.decoding.contrastive import contrastive_search
 from llorch_jax.decoding.overflow import padded
 from llorch_jax.decoding.scoring import token_logprobs
 from llorch_jax.decoding.steps import Generated
-from llorch_jax.errors import SearchError
 from llorch_jax.loading.checkpoint import Model
 from llorch_jax.text.collecting import Growing, collect, steps_of
 from llorch_jax.text.ending import Ending
-from llorch_jax.text.options import GenerationOptions
+from llorch_jax.text.options import CANDIDATES, GenerationOptions
 from llorch_jax.text.prompts import Prompt, encode_prompts
 from llorch_jax.text.results import Generation
 from llorch_jax.text.timing import Stopwatch
 from llorch_jax.text.vocabulary import known_ids, tokenizer_of
-from llorch_jax.tracing import whole
-
-CANDIDATES = 4  # of contrastive search, where top_k is not given
 
 
 def search_texts(model: Model, prompts: Sequence[Prompt], options: GenerationOptions) -> list[Generation]:
@@ -36,7 +32,7 @@ def beams(model: Model, prompts: Sequence[Prompt], options: GenerationOptions, n
     watch = Stopwatch()
     options.check_method("beam search")
     options.check_model(model.config)
-    width = whole("num_beams", options.num_beams, SearchError)
+    width = options.num_beams or 1
     ids = encode_prompts(model, prompts)
     (limit,) = set(options.limits(len(prompts)))
     ending = Ending.of(model, options, limit)
@@ -50,8 +46,8 @@ def beams(model: Model, prompts: Sequence[Prompt], options: GenerationOptions, n
         num_return=n,
         length_penalty=options.length_penalty,
         early_stopping=options.early_stopping,
-        num_groups=options.num_beam_groups,
-        diversity=options.diversity_penalty,
+        num_beam_groups=options.num_beam_groups,
+        diversity_penalty=options.diversity_penalty,
         eos_id=ending.ids or None,
         cache=_cache(model, options, ids, width, limit - 1),
         lengths=lengths,
@@ -67,7 +63,7 @@ def _contrastive(model: Model, prompts: Sequence[Prompt], options: GenerationOpt
     watch = Stopwatch()
     options.check_method("contrastive search")
     options.check_model(model.config)
-    width = whole("top_k", options.sampling.get("top_k", CANDIDATES), SearchError)
+    width = options.sampling.get("top_k", CANDIDATES)
     ids = encode_prompts(model, prompts)
     (limit,) = set(options.limits(len(prompts)))
     ending = Ending.of(model, options, limit)
@@ -78,7 +74,7 @@ def _contrastive(model: Model, prompts: Sequence[Prompt], options: GenerationOpt
         tokens,
         limit,
         top_k=width,
-        alpha=options.penalty_alpha or 0.0,
+        penalty_alpha=options.penalty_alpha or 0.0,
         eos_id=ending.ids or None,
         cache=_cache(model, options, ids, width, limit),
         lengths=lengths,

@@ -104,7 +104,7 @@ def test_the_settings_matter(params):
 
 @pytest.mark.parametrize("groups", [2, 4])
 def test_diverse_search_equals_a_plain_one(params, groups):
-    beams = search(params, num_groups=groups, diversity=2.0)
+    beams = search(params, num_beam_groups=groups, diversity_penalty=2.0)
     check(params, beams, eos=EOS, groups=groups, diversity=2.0)
     first = {new[0] for new in beams.tokens[0].tolist()}
     assert len(first) > 1
@@ -144,9 +144,9 @@ def test_one_beam_is_greedy(params):
         ({"num_beams": 0}, "num_beams: expected a whole number from 1 up, got 0"),
         ({"num_beams": 2.0}, "num_beams: expected a whole number"),
         ({"num_return": 5}, "at most num_beams=4, got 5"),
-        ({"num_groups": 3}, "a divisor of num_beams=4, got 3"),
+        ({"num_beam_groups": 3}, "a divisor of num_beams=4, got 3"),
         ({"length_penalty": float("nan")}, "length_penalty: expected a finite"),
-        ({"diversity": -1.0}, "diversity: expected"),
+        ({"diversity_penalty": -1.0}, "diversity_penalty: expected"),
         ({"early_stopping": "soon"}, "early_stopping: expected True, False or 'never', got 'soon'"),
     ],
 )

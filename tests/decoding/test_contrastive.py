@@ -55,7 +55,7 @@ def searched(encode, prompt, alpha, eos=()):
 
 
 def search(params, **settings):
-    settings = {"top_k": WIDTH, "alpha": ALPHA, "lengths": LENGTHS, **settings}
+    settings = {"top_k": WIDTH, "penalty_alpha": ALPHA, "lengths": LENGTHS, **settings}
     return contrastive_search(params, CONFIG, PROMPTS, NEW, **settings)
 
 
@@ -85,7 +85,7 @@ def test_the_cache_holds_all_tokens(params, encode):
 
 def test_alpha_zero_is_greedy_and_a_greater_one_is_not(params):
     greedy, _ = lj.generate_tokens(params, CONFIG, PROMPTS, NEW, lengths=LENGTHS)
-    np.testing.assert_array_equal(search(params, alpha=0.0)[0], greedy)
+    np.testing.assert_array_equal(search(params, penalty_alpha=0.0)[0], greedy)
     assert not np.array_equal(search(params)[0], greedy)
 
 
@@ -105,7 +105,7 @@ def test_end_of_text(params, encode):
     [
         ({"top_k": 0}, r"top_k: expected a whole number in 1 \.\. 29, got 0"),
         ({"top_k": 30}, r"top_k: expected a whole number in 1 \.\. 29, got 30"),
-        ({"alpha": 1.5}, "alpha: expected a number from 0 to 1, got 1.5"),
+        ({"penalty_alpha": 1.5}, "penalty_alpha: expected a finite number from 0 to 1, got 1.5"),
     ],
 )
 def test_impossible_settings_are_refused(params, settings, message):

@@ -213,7 +213,7 @@ class TestSearches:
 
     def test_contrastive_search(self):
         ids = MODEL.tokenizer.encode("Once")
-        expected, _ = lj.contrastive_search(MODEL.params, MODEL.config, [ids], 6, top_k=3, alpha=0.6)
+        expected, _ = lj.contrastive_search(MODEL.params, MODEL.config, [ids], 6, top_k=3, penalty_alpha=0.6)
         out = lj.generate(MODEL, "Once", 6, penalty_alpha=0.6, top_k=3)
         assert out.token_ids == expected[0].tolist()
         stopped = lj.generate(RECITING, "o", 20, penalty_alpha=0.1, stop=" three")
@@ -224,6 +224,13 @@ class TestSearches:
         np.testing.assert_allclose(
             out.logprobs, [logprobs[p, id] for p, id in zip(places, out.token_ids, strict=True)], atol=1e-4
         )
+
+    def test_one_beam_is_no_search(self):
+        sampled = lj.generate(MODEL, "Once", 6, temperature=1.0, seed=2)
+        assert lj.generate(MODEL, "Once", 6, temperature=1.0, seed=2, num_beams=1).token_ids == sampled.token_ids
+        for wrong in (0, 2.5, True):
+            with pytest.raises(lj.LlorchError, match="num_beams: expected a whole number"):
+                lj.generate(MODEL, "Once", 6, num_beams=wrong)
 
     def test_cannot_be_streamed(self):
         with pytest.raises(lj.OptionError, match="num_beams: expected none with sampling"):
