@@ -1,5 +1,7 @@
 """Parameters: shapes, counts, and how they are initialised."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,3 +98,12 @@ def test_no_two_matrices_are_alike_and_a_key_gives_the_same_again():
     again, other = (init_params(config, jax.random.key(seed)) for seed in (0, 1))
     np.testing.assert_array_equal(again.wte, params.wte)
     assert not np.array_equal(other.wte, params.wte)
+
+
+def test_shapes_of_a_thousand_blocks_are_those_of_one_repeated():
+    config = lj.GPT2Config(**{**SMALL, "n_layer": 1000}, kv_sharing=(0,) * 1000)
+    start = time.perf_counter()
+    shapes = lj.param_shapes(config)
+    assert time.perf_counter() - start < 5  # a second per hundred blocks, when each was traced
+    assert len(shapes.blocks) == 1000
+    assert shapes.blocks[999] == lj.param_shapes(lj.GPT2Config(**{**SMALL, "n_layer": 1})).blocks[0]

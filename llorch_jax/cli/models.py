@@ -19,7 +19,7 @@ from llorch_jax.cli.values import text_or_stdin
 from llorch_jax.evaluation.perplexity import score
 from llorch_jax.evaluation.speed import measure_speed
 from llorch_jax.evaluation.validation import Verdict, compare, intermediates, load_reference
-from llorch_jax.loading import checkpoint
+from llorch_jax.loading import checkpoint, reading
 from llorch_jax.params import count_params, nbytes, param_shapes
 from llorch_jax.quantization import quantized_shapes
 
@@ -43,6 +43,7 @@ def inspect(source: str, cache: str, settings: dict[str, Any]) -> None:
     group_size = settings.pop("group_size", None)
     _, directory = checkpoint.locate(source)
     config = checkpoint.load_config(directory)
+    reading.check_size(directory, config)
     table = Table("setting", "value", title=escape(source))
     for field in dataclasses.fields(config):
         table.add_row(field.name, str(getattr(config, field.name)))

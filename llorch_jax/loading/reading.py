@@ -16,6 +16,8 @@ from llorch_jax.loading.hf_format import ARCHITECTURES, EMBEDDING, HEAD, StoredT
 from llorch_jax.loading.safetensors_files import (
     CONFIG,
     GENERATION_CONFIG,
+    INDEX,
+    WEIGHTS,
     Entry,
     cast,
     check_blocks,
@@ -53,6 +55,16 @@ def load_config(directory: PathLike) -> GPT2Config:
     except ConfigError as error:
         blamed = generation if str(error).partition(":")[0] in ids else path
         raise ConfigError(f"{blamed}: {error}") from None
+
+
+def check_size(directory: PathLike, config: GPT2Config) -> None:
+    """Raises CheckpointError where a directory has weights with fewer tensors than the configuration has blocks.
+
+    It is for those that describe a model without loading it: an absurd number of blocks would keep them busy for ever.
+    """
+    folder = Path(directory)
+    if any(files.exists(folder / name, CheckpointError) for name in (WEIGHTS, INDEX)):
+        check_blocks(folder, config.n_layer, find_tensors(folder))
 
 
 def load_params(

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from llorch_jax.config import GPT2Config
 from llorch_jax.errors import CheckpointError, ConfigError, LlorchError, QuantizationError
-from llorch_jax.loading import checkpoint
+from llorch_jax.loading import checkpoint, reading
 from llorch_jax.loading.checkpoint import convert, load, save_model
 from llorch_jax.loading.reading import load_config, load_params
 from llorch_jax.model import forward
@@ -488,6 +488,11 @@ def test_more_blocks_than_tensors_are_refused_before_any_is_described(tmp_path):
     with pytest.raises(CheckpointError, match=r"tensors of n_layer=1000000000000 blocks, as config\.json says, got 28"):
         load(tmp_path)
     assert time.perf_counter() - start < 5
+    config = load_config(tmp_path)
+    with pytest.raises(CheckpointError, match=r"blocks, as config\.json says, got 28 tensors"):
+        reading.check_size(tmp_path, config)
+    (tmp_path / FILE).unlink()
+    reading.check_size(tmp_path, config)  # nothing to compare with
 
 
 @pytest.mark.parametrize("field", ["vocab_size", "n_positions", "n_inner"])
