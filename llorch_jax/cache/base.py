@@ -62,11 +62,12 @@ class KVCache(abc.ABC):
         head_dim = known.pop("head_dim", None)
         keys = known.get("keys")
         if "codec" in known or not isinstance(keys, tuple) or not keys:
-            return known
+            return known  # of this version, or damaged
         stored = keys[0]
         if isinstance(stored, jax.Array | Quantized):
             known["codec"] = codec_of(stored, head_dim if isinstance(head_dim, int) else None)
-        return {"recent": (), **known}
+        optional = [field for field in dataclasses.fields(cls) if field.default is not dataclasses.MISSING]  # type: ignore[arg-type]
+        return {**{field.name: field.default for field in optional}, **known}
 
     def check_fields(self) -> None:
         """Raises CacheError unless the fields fit each other, as those of a cache from a file must. Host only.

@@ -396,12 +396,12 @@ class TestLimits:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"window": 0}, "window: expected 1 or more tokens, got 0"),
-            ({"window": -3}, "window: expected 1 or more tokens, got -3"),
-            ({"window": 2.5}, r"window: expected 1 or more tokens, got 2\.5"),
-            ({"window": True}, "window: expected 1 or more tokens, got True"),
-            ({"window": 4, "sinks": -1}, r"sinks: expected 0 \.\. 63 tokens .*got -1"),
-            ({"window": 4, "sinks": POSITIONS}, r"sinks: expected 0 \.\. 63 tokens \(n_positions=64\), got 64"),
+            ({"window": 0}, "window: expected a whole number from 1 up, got 0"),
+            ({"window": -3}, "window: expected a whole number from 1 up, got -3"),
+            ({"window": 2.5}, r"window: expected a whole number from 1 up, got 2\.5"),
+            ({"window": True}, "window: expected a whole number from 1 up, got True"),
+            ({"window": 4, "sinks": -1}, r"sinks: expected a whole number in 0 \.\. 63, got -1"),
+            ({"window": 4, "sinks": POSITIONS}, r"sinks: expected a whole number in 0 \.\. 63, got 64"),
             ({"window": 4, "batch_size": 0}, "batch_size: expected a whole number from 1 up, got 0"),
             ({"window": 4, "dtype": "int8"}, "dtype: expected one of float32, bfloat16, float16; got 'int8'"),
         ],

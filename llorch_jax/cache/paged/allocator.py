@@ -48,6 +48,7 @@ class PageBook:
         page_size: slots per page.
         num_pages: pages of the pool P.
         capacity: the largest number of tokens of a row.
+        window: how many of the newest tokens the model looks at, the query's own included; None for all.
     """
 
     tables: np.ndarray
@@ -57,20 +58,39 @@ class PageBook:
     page_size: int
     num_pages: int
     capacity: int
+    window: int | None = None
 
     @property
     def filled(self) -> np.ndarray:
         """int [B], how many of a row's pages hold tokens."""
         return blocks(self.lengths, self.page_size)
 
+    @property
+    def passed(self) -> np.ndarray:
+        """int [B], how many of a row's first pages lie before all that its next query can look at."""
+        return pages_passed(self.lengths, self.window, self.page_size)
+
     def references(self, tables: np.ndarray) -> np.ndarray:
         """int [P], how many rows name each page."""
         return np.bincount(tables[tables >= 0], minlength=self.num_pages)
 
     def check(self, count: Any) -> None:
-        """Raises CapacityError where there are too few pages for `count` (int or int [B]) more tokens per row."""
+        """Raises CapacityError where there are too few pages for `count` (int or int [B]) more tokens at once."""
+        self._check_pages(self._needs(count), count)
+
+    def check_in_steps(self, count: Any) -> None:
+        """Raises CapacityError where there are too few pages for `count` more tokens per row, a few at a time.
+
+        With a window, the pages of tokens that have passed out of it serve for later ones.
+        """
         needs = self._needs(count)
-        free = self._free(keep(self.tables, self.filled)).size
+        if self.window is not None:
+            most = self.passed + blocks(self.window, self.page_size) + 2
+            needs = np.maximum(self.filled, np.minimum(needs, most))
+        self._check_pages(needs, count)
+
+    def _check_pages(self, needs: np.ndarray, count: Any) -> None:
+        free = self._free(keep(self._live(), self.filled)).size
         needed = int(np.sum(needs - self.filled) + np.sum(self._copying(count)))
         if needed > free:
             self._raise_short(needed, free)
@@ -88,10 +108,12 @@ class PageBook:
             CapacityError: there are too few pages.
         """
         self.check(count)
-        copying, owned = self._copying(count), self._owned()
+        copying = self._copying(count)
+        owned = self._owned()
         for ends in self._ends(owned, count):
             tables = keep(widen(owned, self._columns(ends)), ends)
-            missing = (np.arange(tables.shape[1]) < ends[:, None]) & (tables < 0)
+            columns = np.arange(tables.shape[1])
+            missing = (columns >= self.passed[:, None]) & (columns < ends[:, None]) & (tables < 0)
             free = self._free(tables)
             if missing.sum() + copying.sum() <= free.size:
                 break
@@ -119,7 +141,7 @@ class PageBook:
         """How many tokens the active rows, bool [B], can be given: the slots of their own pages after their ends."""
         owned = self._owned()
         references = self.references(self.tables)
-        ends = np.minimum(np.sum(owned >= 0, axis=1) * self.page_size, self.capacity)
+        ends = np.minimum(ends_of(owned) * self.page_size, self.capacity)
         last = self._last()
         shared = (last >= 0) & (references[last] > 1)
         return int(np.min(active_rows(np.where(shared, 0, ends - self.lengths), active)))
@@ -156,8 +178,8 @@ class PageBook:
         With a page in reserve all rows can go on for a whole page. When pages are short, first that reserve is left
         out, and then pages are taken from rows that have some without need.
         """
-        needs, has = self._needs(count), np.sum(owned >= 0, axis=1)
-        least = np.maximum(needs, has)
+        needs = self._needs(count)
+        least = np.maximum(needs, ends_of(owned))
         writing = np.asarray(count) > 0
         ahead = self._needs(np.where(writing, np.maximum(count, self.page_size), 0))
         yield np.maximum(least, np.minimum(ahead, self._columns(least)))
@@ -171,12 +193,17 @@ class PageBook:
         references[self.pinned] += 1
         return np.flatnonzero(references == 0).astype(np.int32)
 
+    def _live(self) -> np.ndarray:
+        """The tables without pages that have passed out of the window."""
+        columns = np.arange(self.tables.shape[1])
+        return np.where(columns >= self.passed[:, None], self.tables, -1)
+
     def _owned(self) -> np.ndarray:
-        """The tables without pages after a row's end that other rows name too."""
+        """The live tables without pages after a row's end that other rows name too."""
         columns = np.arange(self.tables.shape[1])
         foreign = (columns >= self.filled[:, None]) & (self.references(self.tables)[self.tables] > 1)
         foreign &= self.tables >= 0
-        return keep(self.tables, np.where(foreign.any(axis=1), foreign.argmax(axis=1), columns.size))
+        return keep(self._live(), np.where(foreign.any(axis=1), foreign.argmax(axis=1), columns.size))
 
     def _last(self) -> np.ndarray:
         """int32 [B], the page that the next token falls into, where it holds tokens already, or -1."""
@@ -187,7 +214,7 @@ class PageBook:
     def _copying(self, count: Any) -> np.ndarray:
         """bool [B], rows that need their own copy of their last page, as they are to write into it and others name it.
 
-        Where all of these write, the longest keeps the page: what it writes lies behind the tokens of the others.
+        Where all of these write, the longest keeps the page: what it writes lies after the tokens of the others.
         """
         writing = np.broadcast_to(np.asarray(count) > 0, self.lengths.shape)
         last = np.where(writing, self._last(), -1)
@@ -203,6 +230,19 @@ class PageBook:
 def blocks(tokens: Any, page_size: int) -> Any:
     """How many pages hold so many tokens."""
     return -(-tokens // page_size)
+
+
+def pages_passed(lengths: np.ndarray, window: int | None, page_size: int) -> np.ndarray:
+    """int [B], how many of a row's first pages lie before the tokens that its next query can look at."""
+    if window is None:
+        return np.zeros_like(lengths)
+    return np.maximum(lengths - window + 1, 0) // page_size
+
+
+def ends_of(tables: np.ndarray) -> np.ndarray:
+    """int [B], one more than the last column of each row of tables [B, N] that names a page."""
+    columns = np.arange(1, tables.shape[1] + 1)
+    return np.max(np.where(tables >= 0, columns, 0), axis=1)
 
 
 def keep(tables: np.ndarray, ends: np.ndarray) -> np.ndarray:

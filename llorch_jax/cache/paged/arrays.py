@@ -37,7 +37,9 @@ def write_pages(pool: jax.Array, new: jax.Array, tables: jax.Array, starts: jax.
     """
     batch, _, heads, head_dim = new.shape
     size = pool.shape[2]
-    counts = jnp.minimum(counts, jnp.sum(tables >= 0, axis=1, dtype=jnp.int32) * size - starts)
+    columns = jnp.arange(1, tables.shape[1] + 1, dtype=jnp.int32)
+    ends = jnp.max(jnp.where(tables >= 0, columns, 0), axis=1)  # pages before a row's last one may have been freed
+    counts = jnp.minimum(counts, ends * size - starts)
 
     def write_row(row: Any, filled: jax.Array) -> jax.Array:
         def write(token: Any, filled: jax.Array) -> jax.Array:

@@ -12,11 +12,12 @@ from llorch_jax.cache.axes import array, setting
 from llorch_jax.cache.base import KVCache, replace_item
 from llorch_jax.cache.codecs import Codec, Stored, make_codec, residual_of
 from llorch_jax.cache.fields import check_range, check_whole_numbers
-from llorch_jax.cache.paged.allocator import PageBook, PageStats, blocks
-from llorch_jax.cache.paged.arrays import copy_pages, join_pools, put_pages, same_arrays, write_pages
+from llorch_jax.cache.paged.allocator import PageBook, PageStats, blocks, ends_of, pages_passed
+from llorch_jax.cache.paged.arrays import copy_pages, write_pages
+from llorch_jax.cache.paged.rows import insert_rows, join_rows
 from llorch_jax.cache.paged.view import PagedView
 from llorch_jax.cache.recent import Recent
-from llorch_jax.cache.room import check_rows, check_sizes, cropped
+from llorch_jax.cache.room import check_sizes, cropped
 from llorch_jax.cache.static import empty_recent
 from llorch_jax.config import GPT2Config
 from llorch_jax.errors import CacheError, CapacityError
@@ -47,6 +48,7 @@ class PagedCache(KVCache):
         lengths: int32 [B], tokens in each row.
         recent, codec: as in `StaticCache`.
         limit: the largest number of tokens of a row.
+        window: of the model, its `sliding_window`: pages that have passed out of it are freed.
     """
 
     keys: tuple[Stored, ...] = array("PKC")
@@ -57,6 +59,7 @@ class PagedCache(KVCache):
     recent: tuple[Recent, ...] = ()
     codec: Codec = setting(kw_only=True)
     limit: int = setting(kw_only=True)
+    window: int | None = setting(default=None, kw_only=True)
     shares_slots: ClassVar[bool] = True
 
     @classmethod
@@ -106,6 +109,7 @@ class PagedCache(KVCache):
             recent=empty_recent(config, batch_size, window),
             codec=stored_as,
             limit=capacity,
+            window=config.sliding_window,
         )
 
     @property
@@ -125,15 +129,29 @@ class PagedCache(KVCache):
     def check_fields(self) -> None:
         super().check_fields()
         check_whole_numbers(self, {"limit": self.page_size})
-        tables, lengths = np.asarray(self.tables), np.asarray(self.lengths)
+        tables = np.asarray(self.tables)
+        lengths = np.asarray(self.lengths)
         check_range("lengths", lengths, 0, self._slots_for_tokens())
-        used = np.arange(tables.shape[1]) < -(-lengths // self.page_size)[:, None]
+        columns = np.arange(tables.shape[1])
+        passed = pages_passed(lengths, self.window, self.page_size)
+        used = (columns >= passed[:, None]) & (columns < blocks(lengths, self.page_size)[:, None])
         check_range("tables", tables, np.where(used, 0, -1), self.num_pages - 1)
         check_range("sources", self.sources, -1, self.num_pages - 1)
         for row, pages in enumerate(tables):
             named = pages[pages >= 0]
             if len(np.unique(named)) < len(named):
                 raise CacheError(f"tables[{row}]: expected a page for each block, got one for several of them")
+
+    def keeps_all(self, tokens: int) -> bool:
+        return self.window is None or tokens <= self.window
+
+    def held_positions(self) -> jax.Array:
+        """As `KVCache.held_positions`; slots of pages that have been freed hold nothing."""
+        positions = self.read(0).positions
+        if self.window is None:
+            return positions
+        there = jnp.repeat(self._before_copies(self.sources[0]) >= 0, self.page_size, axis=1)
+        return jnp.where(there, positions, -1)
 
     def _slots_for_tokens(self) -> int:
         return min(self.limit, self.tables.shape[1] * self.page_size)
@@ -145,7 +163,7 @@ class PagedCache(KVCache):
         """
         super().check_room(count, lengths=lengths)
         if is_concrete(self, count):
-            self._book(lengths).check(count)
+            self.book(lengths).check_in_steps(count)
 
     def reserve(self, count: Any, *, lengths: Any = None, pinned: Any = ()) -> Self:
         """Allocates pages for `count` (int or int32 [B]) more tokens per row, and copies for those that write.
@@ -163,7 +181,8 @@ class PagedCache(KVCache):
         super().check_room(count, lengths=lengths)
         if not is_concrete(self, count):
             return self
-        book = self._book(lengths, pinned)
+        self._check_intact(self.lengths if lengths is None else lengths)
+        book = self.book(lengths, pinned)
         tables, sources = book.reserve(count)
         if np.array_equal(tables, book.tables):
             return self
@@ -173,11 +192,11 @@ class PagedCache(KVCache):
         )
 
     def room(self, active: Any = None) -> int:
-        return self._book().room(active) if is_concrete(self.lengths) else self._slots_for_tokens()
+        return self.book().room(active) if is_concrete(self.lengths) else self._slots_for_tokens()
 
     def page_stats(self) -> PageStats:
         """How the pages are used. Host only."""
-        return self._book().stats()
+        return self.book().stats()
 
     def _write(self, layer: int, k: jax.Array, v: jax.Array, count: Any) -> Self:
         counts = self._counts(k, count)
@@ -210,12 +229,19 @@ class PagedCache(KVCache):
     def crop(self, length: Any) -> Self:
         """Rolls back to the first `length` tokens, an int or int32 [B]; shorter rows stay as they are.
 
-        Pages after the new ends become free. In `jit` the rows keep them for the tokens that will follow; but a row
-        that is cropped there to an earlier page, which others may share, must pass `reserve` before it writes.
+        Where a model has a sliding window, a row can go back as far as the pages that its next query looks at are
+        there, or to nothing. Pages after the new ends become free. In `jit` the rows keep them for the tokens that will
+        follow; but a row that is cropped there to an earlier page, which others may share, must pass `reserve` before
+        it writes.
+
+        Raises:
+            CacheError: pages that the shorter row needs have been freed. In `jit` this cannot be known: the next
+                `reserve` raises it.
         """
         lengths = cropped(self.lengths, length)
         tables = self._before_copies(jnp.max(self.sources, axis=0))
         if is_concrete(self, length):
+            self._check_intact(lengths)
             tables = _without_reserve(tables, lengths, self.page_size)
             return self.replace(tables=tables, sources=jnp.full_like(self.sources, -1), lengths=lengths)
         same_page = lengths // self.page_size == self.lengths // self.page_size  # its copy may still be to be made
@@ -230,7 +256,7 @@ class PagedCache(KVCache):
 
         The pools are those of this cache, unchanged: repeated rows share all pages, those left out give theirs back.
         """
-        filled = self.replace(tables=self._filled_tables(), sources=jnp.full_like(self.sources, -1))
+        filled = self.replace(tables=self.filled_tables(), sources=jnp.full_like(self.sources, -1))
         return super(PagedCache, filled).select(rows)
 
     def insert(self, slots: Any, source: Self) -> Self:
@@ -245,26 +271,7 @@ class PagedCache(KVCache):
         """
         if not is_concrete(self, source, slots):
             raise CacheError("insert: expected paged caches outside jit, got traced ones")
-        index = np.asarray(check_rows(slots, self.batch_size))
-        emptied = self.free(index)
-        tables = np.asarray(source._filled_tables())
-        pools = (self.keys, self.values)
-        theirs = (source.keys, source.values)
-        if not same_arrays(pools, theirs):
-            self._check_alike("insert", source)
-            named = np.unique(tables[tables >= 0])
-            free = emptied._book().free_pages(named.size)
-            pools = put_pages(pools, free, theirs, named)
-            tables = np.where(tables >= 0, free[np.searchsorted(named, tables)] if named.size else -1, -1)
-        columns = max(tables.shape[1], emptied.tables.shape[1])
-        roomy = emptied.replace(keys=pools[0], values=pools[1], tables=_widened(emptied.tables, columns))
-        rows = source.replace(
-            keys=pools[0],
-            values=pools[1],
-            tables=_widened(jnp.asarray(tables, jnp.int32), columns),
-            sources=jnp.full_like(source.sources, -1),
-        )
-        return super(PagedCache, roomy).insert(index, rows)
+        return insert_rows(self, slots, source)
 
     def join(self, others: Sequence[Self]) -> Self:
         """As `KVCache.join`. Host only.
@@ -277,19 +284,7 @@ class PagedCache(KVCache):
         """
         if not is_concrete(self, others):
             raise CacheError("concat: expected paged caches outside jit, got traced ones")
-        caches = (self, *others)
-        for number, cache in enumerate(others, 1):
-            self._check_alike(f"concat: caches[{number}]", cache)
-        rows = [cache._filled_tables() for cache in caches]
-        most = sum(cache.batch_size for cache in caches) * blocks(self.limit, self.page_size)
-        pools = [(cache.keys, cache.values) for cache in caches]
-        (keys, values), tables = join_pools(pools, rows, most)
-        own = np.split(np.asarray(tables), np.cumsum([cache.batch_size for cache in caches])[:-1])
-        placed = [
-            cache.replace(keys=keys, values=values, tables=jnp.asarray(table), sources=jnp.full_like(cache.sources, -1))
-            for cache, table in zip(caches, own, strict=True)
-        ]
-        return super(PagedCache, placed[0]).join(placed[1:])
+        return join_rows((self, *others))
 
     def _check_alike(self, what: str, other: KVCache) -> None:
         super()._check_alike(what, other)
@@ -297,7 +292,8 @@ class PagedCache(KVCache):
         if other.page_size != self.page_size:
             raise CacheError(f"{what}: expected page_size={self.page_size}, got page_size={other.page_size}")
 
-    def _book(self, lengths: Any = None, pinned: Any = ()) -> PageBook:
+    def book(self, lengths: Any = None, pinned: Any = ()) -> PageBook:
+        """The books of the pages as they are now. Host only."""
         return PageBook(
             tables=np.asarray(self.tables),
             sources=np.asarray(self.sources).max(axis=0),
@@ -306,13 +302,14 @@ class PagedCache(KVCache):
             page_size=self.page_size,
             num_pages=self.num_pages,
             capacity=self.limit,
+            window=self.window,
         )
 
     def _check_written(self, count: Any) -> None:
         """Raises where `advance` would count tokens that cannot have been written."""
         super().check_room(count)
         count = np.broadcast_to(np.asarray(count), self.lengths.shape)
-        ends = np.sum(np.asarray(self.tables) >= 0, axis=1) * self.page_size
+        ends = ends_of(np.asarray(self.tables)) * self.page_size
         for row in np.flatnonzero(np.asarray(self.lengths) + count > ends):
             raise CapacityError(
                 f"cache: row {row} has pages for {ends[row]} tokens, {self.lengths[row]} of them taken, and was to be "
@@ -322,12 +319,27 @@ class PagedCache(KVCache):
         if unwritten.size:
             raise CacheError(f"advance: row {unwritten[0, 1]} was not updated in layer {unwritten[0, 0]}")
 
+    def _check_intact(self, lengths: Any) -> None:
+        """Raises CacheError where rows of `lengths` int [B] lack pages that their next query looks at."""
+        if self.window is None or not is_concrete(self.tables, lengths):
+            return
+        known = np.asarray(lengths)
+        tables = np.asarray(self.tables)
+        first = np.where((tables >= 0).any(axis=1), (tables >= 0).argmax(axis=1), 0)
+        lost = (known > 0) & (pages_passed(known, self.window, self.page_size) < first)
+        if lost.any():
+            row = int(np.argmax(lost))
+            raise CacheError(
+                f"cache: row {row} cannot go on from {known[row]} tokens: pages before token "
+                f"{first[row] * self.page_size} have passed out of the model's window of {self.window} and been freed"
+            )
+
     def _last_pages(self) -> jax.Array:
         """int32 [B], the page that the next token of each row falls into, or any page where there is none."""
         column = jnp.minimum(self.lengths // self.page_size, self.tables.shape[1] - 1)
         return jnp.maximum(jnp.take_along_axis(self.tables, column[:, None], axis=1)[:, 0], 0)
 
-    def _filled_tables(self) -> jax.Array:
+    def filled_tables(self) -> jax.Array:
         """The tables of what rows hold, without pages reserved or to be copied."""
         tables = self._before_copies(jnp.max(self.sources, axis=0))
         return _without_reserve(tables, self.lengths, self.page_size)
@@ -343,8 +355,3 @@ def _without_reserve(tables: jax.Array, lengths: jax.Array, page_size: int) -> j
     """Tables int32 [B, N] without the pages after the rows' ends."""
     columns = jnp.arange(tables.shape[1], dtype=jnp.int32)[None]
     return jnp.where(columns < blocks(lengths, page_size)[:, None], tables, -1)
-
-
-def _widened(tables: jax.Array, columns: int) -> jax.Array:
-    """Tables int32 [B, N] with so many columns."""
-    return jnp.pad(tables, ((0, 0), (0, columns - tables.shape[1])), constant_values=-1)

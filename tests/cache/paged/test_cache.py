@@ -9,6 +9,7 @@ import pytest
 from cache_cases import (
     CONFIGS,
     POSITIONS,
+    Chunk,
     append,
     append_owned,
     assert_close,
@@ -27,6 +28,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from profiles import examples
 
+from llorch_jax.cache.operations import convert
 from llorch_jax.cache.paged.cache import PAGE_SIZE, PagedCache
 from llorch_jax.cache.static import StaticCache
 from llorch_jax.decoding import loop as decoding
@@ -417,10 +419,10 @@ class TestLimits:
         [
             ({"batch_size": 0}, "batch_size: expected 1 or more"),
             ({"capacity": 65}, "capacity: expected 1 .. n_positions=64, got 65"),
-            ({"page_size": 0}, "page_size: expected a whole number in 1 .. capacity=64, got 0"),
-            ({"page_size": 11, "capacity": 10}, "page_size: expected a whole number in 1 .. capacity=10, got 11"),
+            ({"page_size": 0}, "page_size: expected a whole number in 1 .. 64, got 0"),
+            ({"page_size": 11, "capacity": 10}, "page_size: expected a whole number in 1 .. 10, got 11"),
             ({"page_size": 2.0}, "page_size: expected a whole number"),
-            ({"num_pages": 0}, "num_pages: expected a whole number from 1 up, got 0"),
+            ({"num_pages": 0}, "num_pages: expected a whole number in 1 .. 2147483647, got 0"),
             ({"dtype": "int8"}, "dtype: expected one of float32, bfloat16, float16"),
         ],
     )
@@ -530,3 +532,40 @@ class TestSoak:
         assert stats.used == len(named(cache))
         assert stats.free == cache.num_pages - stats.used
         assert stats.tokens == sum(map(len, model.rows))
+
+
+class TestWindow:
+    """A model with a sliding window looks at no page before it, and the cache gives those back."""
+
+    CONFIG = make_config(layers=1, heads=2, head_dim=10, sliding_window=6)
+
+    def test_pages_outside_the_window_are_freed_and_logits_stay(self):
+        batch = make_batch([24, 9])
+        cache = make_paged(self.CONFIG, 2, page_size=4, num_pages=7)  # not enough for 24 and 9 tokens
+        chunks = [*in_chunks([4, 4], 5), *in_chunks([20, 5], 1)]
+        logits, cache = feed(self.CONFIG, cache, batch, chunks)
+        assert_close(logits, uncached(self.CONFIG, batch))
+        assert (np.asarray(cache.tables)[0] >= 0).nonzero()[0].min() == (23 - 6 + 1) // 4
+        stats = cache.page_stats()
+        assert stats.used <= 2 * (-(-6 // 4) + 2)
+        assert stats.free == 7 - stats.used
+
+    def test_what_needs_a_freed_page_is_refused_and_nothing_is_rolled_back_wrongly(self):
+        batch = make_batch([20])
+        _, cache = feed(self.CONFIG, make_paged(self.CONFIG, page_size=4), batch, in_chunks([20], 1))
+        with pytest.raises(CacheError, match="row 0 cannot go on from 9 tokens: pages before token 12"):
+            cache.crop(9)
+        with pytest.raises(CacheError, match="row 0 cannot go on from 9 tokens"):
+            jax.jit(lambda cache: cache.crop(9))(cache).reserve(1)
+        logits, _ = feed(self.CONFIG, cache.crop(18), batch, in_chunks([2], 1), start=[18])
+        assert_close(logits[:, 18:], uncached(self.CONFIG, batch)[:, 18:])
+        with pytest.raises(CacheError, match="has dropped the one at position 0"):
+            convert(cache, StaticCache.init(self.CONFIG))
+        assert cache.clear().page_stats().used == 0
+
+    def test_a_fork_keeps_the_pages_that_its_own_window_needs(self):
+        batch = make_batch([16, 16])
+        batch.tokens[1] = batch.tokens[0]
+        _, cache = feed(self.CONFIG, make_paged(self.CONFIG, page_size=4), batch.row(0), in_chunks([8], 1))
+        logits, _ = feed(self.CONFIG, cache.fork(2), batch, [Chunk(1, np.array([1, 0]))] * 8, start=[8, 8])
+        assert_close(logits[:1, 8:], uncached(self.CONFIG, batch)[:1, 8:])
