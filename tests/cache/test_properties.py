@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from profiles import examples
 
-from llorch_jax.cache.layouts import make_cache
+from llorch_jax.cache.layouts import LAYOUTS, make_cache
 from llorch_jax.cache.operations import concat, convert, fork, split
 from llorch_jax.cache.static import StaticCache
 from llorch_jax.decoding import loop as decoding
@@ -35,6 +35,7 @@ LOSSLESS = {
     "paged": {"capacity": 32, "page_size": 8},
     "rotating:28+3": {},  # never wraps: rows have up to 24 tokens
 }
+assert {spec.split(":")[0] for spec in LOSSLESS} == {name for name, layout in LAYOUTS.items() if layout.lossless}
 TINY = make_config(layers=1, heads=2, kv_heads=1, head_dim=15)
 PLAIN = make_config(layers=2, heads=2, kv_heads=1, head_dim=15)
 SHARING = make_config(layers=3, heads=4, kv_heads=2, head_dim=8, kv_sharing=(0, 1, 0), sliding_window=6)

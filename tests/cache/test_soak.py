@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,22 +14,32 @@ from profiles import whole
 
 from llorch_jax.attention import Queries
 from llorch_jax.cache import concat, load_cache, make_cache, save_cache, split
+from llorch_jax.cache.layouts import LAYOUTS
 from llorch_jax.errors import CacheError, CapacityError
 
 CONFIG = make_config(layers=2, heads=1, head_dim=2)
 LIMIT, ROWS = CONFIG.n_positions, 3
-OPERATIONS = whole(20_000, quick=4_000)
-LAYOUTS = {
+OPERATIONS = whole(20_000, quick=5_600)
+SLACK = {"slack": 3}
+CASES = {  # a specification, and a codec where it is not the layout's own
     "static": {},
+    "static bfloat16": {"residual": 5},
     "dynamic": {},
     "rotating:9+2": {},
+    "rotating:9+2 int4": {"residual": 5},
     "paged:4": {"num_pages": 40},  # 48 for all rows at their longest: pages run out now and then
+    "paged:4 int8": {"num_pages": 40, "residual": 5},
     "int8": {"residual": 5},
     "int4": {"residual": 5},
-    "h2o:9": {"slack": 3},
-    "sinks:9": {"slack": 3},
+    "recent:9": SLACK,
+    "sinks:9": SLACK,
+    "h2o:9": SLACK,
+    "h2o:9 int8": {**SLACK, "residual": 5},
+    "snapkv:9": SLACK,
 }
-TOLERANCE = {"int8": 0.6 / 127, "int4": 0.6 / 15}  # relative to the range of the two numbers of a vector
+assert {re.split("[: ]", case)[0] for case in CASES} == LAYOUTS.keys(), "a new layout needs a case here"
+# Relative to the range of the two numbers of a vector.
+TOLERANCE = {"float32": 0.0, "bfloat16": 2**-8, "int8": 0.6 / 127, "int4": 0.6 / 15}
 
 
 def append(cache, numbers, count):
@@ -40,13 +52,20 @@ def append(cache, numbers, count):
     return cache.advance(count)
 
 
+@partial(jax.jit, static_argnums=1)
+def shown(cache, layer):
+    """What a layer holds, as plain arrays."""
+    return cache.read(layer).dense()
+
+
 class Soak:
     """A cache, and lists of numbers that say what must be in it."""
 
-    def __init__(self, layout, folder):
-        self.layout, self.file = layout, folder / "cache.safetensors"
-        self.random = np.random.default_rng(sum(map(ord, layout)))
-        self.cache = make_cache(CONFIG, layout, batch_size=ROWS, **LAYOUTS[layout])
+    def __init__(self, case, folder):
+        self.layout, _, codec = case.partition(" ")
+        self.file = folder / "cache.safetensors"
+        self.random = np.random.default_rng(sum(map(ord, case)))
+        self.cache = make_cache(CONFIG, self.layout, batch_size=ROWS, codec=codec or None, **CASES[case])
         self.rows = [[] for _ in range(ROWS)]
         self.number, self.refused = 0, 0
         self.steps = jax.jit(append), jax.jit(append, donate_argnames="cache")
@@ -99,15 +118,26 @@ class Soak:
         save_cache(self.file, self.cache)
         self.cache = load_cache(self.file)
 
+    def free(self):
+        row = int(self.random.integers(ROWS))
+        self.cache = self.cache.free([row])
+        self.rows[row] = []
+
+    def insert(self):
+        """A row in place of another one."""
+        source, slot = self.random.integers(0, ROWS, 2).tolist()
+        self.cache = self.cache.insert([slot], self.cache.select([source]))
+        self.rows[slot] = list(self.rows[source])
+
     @property
     def lossless(self):
-        return not self.layout.startswith(("rotating", "h2o", "sinks"))
+        return self.layout.split(":")[0] in ("static", "dynamic", "paged", "int8", "int4")
 
     def check(self, cache, rows):
         """Every token held is the right one; a layout that drops some holds those that it must."""
         assert np.asarray(cache.lengths).tolist() == [len(row) for row in rows]
         for layer in range(2):
-            view = jax.tree.map(np.asarray, cache.read(layer))
+            view = jax.tree.map(np.asarray, shown(cache, layer))
             for row, numbers in enumerate(rows):
                 positions = view.positions[row % len(view.positions)]
                 positions = positions if positions.ndim == 1 else positions[0]
@@ -116,7 +146,7 @@ class Soak:
                 assert len(set(held)) == held.size
                 self.check_held(set(held.tolist()), len(numbers))
                 expected = np.array([[numbers[p], numbers[p] / 2] for p in held], np.float32).reshape(-1, 2)
-                room = TOLERANCE.get(self.layout, 0) * (np.abs(expected).max(1, keepdims=True) + 1)
+                room = TOLERANCE[cache.codec.name] * (np.abs(expected).max(1, keepdims=True) + 1)
                 assert np.all(np.abs(view.k[row, 0, slots] - layer - expected) <= room)
                 assert np.all(np.abs(view.v[row, 0, slots] + expected) <= room)
 
@@ -126,14 +156,14 @@ class Soak:
         elif self.layout.startswith("rotating"):
             assert held >= {*range(min(2, length)), *range(max(0, length - 8), length)}
         else:
-            newest = 4 if self.layout.startswith("h2o") else 5
+            newest = 4 if self.layout.startswith(("h2o", "snapkv")) else 5
             assert min(length, 9) <= len(held) <= 9 + 4  # a budget of 9, and up to 4 tokens at once
             assert held >= set(range(max(0, length - newest), length))
 
     def run(self, operations):
-        kinds = [self.append, self.crop, self.select, self.fork, self.rejoin, self.store]
+        kinds = [self.append, self.crop, self.select, self.fork, self.rejoin, self.store, self.free, self.insert]
         for step in range(operations):
-            kinds[self.random.choice(len(kinds), p=[0.86, 0.04, 0.04, 0.03, 0.025, 0.005])]()
+            kinds[self.random.choice(len(kinds), p=[0.83, 0.04, 0.04, 0.03, 0.025, 0.005, 0.01, 0.02])]()
             if step % 16 == 0:
                 self.check(self.cache, self.rows)
                 if self.parent:
@@ -141,17 +171,17 @@ class Soak:
         self.check(self.cache, self.rows)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_random_operations_equal_a_slow_model(layout, tmp_path):
-    soak = Soak(layout, tmp_path)
+@pytest.mark.parametrize("case", CASES)
+def test_random_operations_equal_a_slow_model(case, tmp_path):
+    soak = Soak(case, tmp_path)
     soak.run(200)
     gc.collect()
     arrays = len(jax.live_arrays())
-    soak.run(OPERATIONS // len(LAYOUTS) - 200)
+    soak.run(OPERATIONS // len(CASES) - 200)
     soak.parent = None
     gc.collect()
     assert len(jax.live_arrays()) <= arrays + 2 * len(jax.tree.leaves(soak.cache))
-    if layout.startswith("paged"):
+    if soak.layout.startswith("paged"):
         assert soak.refused > 0
         stats = soak.cache.page_stats()
         assert stats.used <= sum(-(-len(row) // 4) + 1 for row in soak.rows)
