@@ -11,6 +11,7 @@ import numpy as np
 
 from llorch_jax.attention import DenseView, KVView, Queries
 from llorch_jax.cache import axes
+from llorch_jax.cache.alike import check_alike, check_fits_into, check_same_sizes, describe
 from llorch_jax.cache.codecs import Codec, Quantized, Stored, codec_of
 from llorch_jax.cache.fields import check_arrays, check_range
 from llorch_jax.cache.recent import Recent
@@ -299,12 +300,7 @@ class KVCache(abc.ABC):
         if source.batch_size != index.shape[0]:
             raise CacheError(f"source: expected {index.shape[0]} rows, one per slot, got {source.batch_size}")
         self._check_alike("insert", source)
-        for ours, theirs in zip(axes.row_shapes(self), axes.row_shapes(source), strict=True):
-            if any(mine < other for mine, other in zip(ours, theirs, strict=True)):
-                raise CacheError(
-                    f"insert: expected a source whose rows have arrays no larger than {list(ours)}, as this cache has, "
-                    f"got {list(theirs)}; reserve or convert first"
-                )
+        check_fits_into(self, source)
         return axes.insert_rows(self, index, source)
 
     def select(self, rows: Any) -> Self:
@@ -328,16 +324,12 @@ class KVCache(abc.ABC):
         """
         for number, other in enumerate(others, 1):
             self._check_alike(f"concat: caches[{number}]", other)
-            expected, got = (axes.row_shapes(each) for each in (self, other))
-            if expected != got:
-                raise CacheError(f"concat: expected rows of arrays {expected[0]}, got {got[0]} in caches[{number}]")
+            check_same_sizes(self, other, number)
         return axes.join_rows((self, *others))
 
     def _check_alike(self, what: str, other: "KVCache") -> None:
         """Raises CacheError unless another cache has the class, settings and model dimensions of this one."""
-        expected, got = (_description(each) for each in (self, other))
-        if expected != got:
-            raise CacheError(f"{what}: expected {expected}, got {got}")
+        check_alike(what, self, other)
 
     def allocation(self) -> Hashable:
         """What must be equal in two caches for one to do in place of the other once it is cleared."""
@@ -349,17 +341,7 @@ class KVCache(abc.ABC):
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     def __repr__(self) -> str:
-        return f"{_description(self)}, with {self.batch_size} rows of up to {self.capacity} tokens"
-
-
-def _description(cache: KVCache) -> str:
-    """Class, settings and dimensions of a cache, without its arrays."""
-    settings = [f"codec={cache.codec.name}", f"residual={cache.residual}"]
-    for field in dataclasses.fields(cache):  # type: ignore[arg-type]  # every concrete cache is a dataclass
-        if axes.is_setting(field) and field.name != "codec":
-            settings.append(f"{field.name}={getattr(cache, field.name)}")
-    layers, heads, head_dim = cache.dims
-    return f"{type(cache).__name__}({', '.join(settings)}) of {layers} layers, {heads} kv heads and head_dim {head_dim}"
+        return f"{describe(self)}, with {self.batch_size} rows of up to {self.capacity} tokens"
 
 
 def replace_item(items: tuple[Any, ...], index: int, item: Any) -> tuple[Any, ...]:
