@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-from llorch_jax import struct
 from llorch_jax.linear import EXACT
 
 MASKED = jnp.finfo(jnp.float32).min

@@ -26,8 +26,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-
-from llorch_jax import struct
+from flax import struct
 
 EXACT = jax.lax.Precision.HIGHEST  # float32 products in full precision on every backend
 _BLOCK = 2**18  # elements of a block of rows that is converted at once: 1 MB of float32

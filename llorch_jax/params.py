@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-from llorch_jax import struct
 from llorch_jax.config import GPT2Config
 from llorch_jax.linear import Dense, Matrix, Norm, QuantizedMatrix
 

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from llorch_jax import archive, struct
+from llorch_jax import archive
 from llorch_jax.archive import Kind, read_archive, write_archive
 from llorch_jax.errors import CapacityError, LlorchError
 

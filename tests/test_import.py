@@ -18,25 +18,28 @@ def processor_seconds(imports: str) -> float:
     return float(subprocess.check_output([sys.executable, "-c", code], env=ENVIRONMENT))
 
 
-def test_using_it_takes_less_than_1_5_times_as_long_as_importing_jax():
-    times: dict[str, list[float]] = {"import jax": [], USE: []}
+def test_using_it_takes_little_longer_than_importing_jax_and_flax():
+    times: dict[str, list[float]] = {"import jax": [], "import jax, flax.struct": [], USE: []}
     for _ in range(9):  # the least of several, taken in turns; more of them where the machine is busy
         for imports, found in times.items():
             found.append(processor_seconds(imports))
-        jax, ours = map(min, times.values())
-        if len(times[USE]) >= 3 and ours < 1.5 * jax:
+        jax, with_flax, ours = map(min, times.values())
+        if len(times["import jax"]) >= 3 and ours < 1.6 * jax and ours < 1.25 * with_flax:
             return
-    raise AssertionError(f"llorch_jax took {ours:.2f} s to be used, jax {jax:.2f} s")
+    raise AssertionError(f"llorch_jax took {ours:.2f} s to be used, jax {jax:.2f} s, jax with flax {with_flax:.2f} s")
 
 
 def test_leaves_out_what_only_the_command_line_and_tools_need():
-    loaded = subprocess.check_output(
-        [sys.executable, "-c", f"import sys; {USE}; print(*sys.modules)"], env=ENVIRONMENT, text=True
-    ).split()
-    unwanted = {"typer", "rich", "huggingface_hub", "matplotlib", "optax", "flax", "llguidance"}
-    unwanted |= {"llorch_jax.cli.app", "llorch_jax.cli.terminal", "llorch_jax.text.constrained.decoding"}
-    assert not unwanted & set(loaded)
-    assert {"llorch_jax", "jax", "llorch_jax.text.generation"} <= set(loaded)
+    code = (
+        f"import sys, jax, flax.struct; before = set(sys.modules); {USE};"
+        "print(*{name.split('.')[0] for name in set(sys.modules) - before}); print(*sys.modules)"
+    )
+    new, everything = subprocess.check_output([sys.executable, "-c", code], env=ENVIRONMENT, text=True).splitlines()
+    assert "rich" not in new.split()  # flax brings its own part of it
+    unwanted = {"typer", "huggingface_hub", "matplotlib", "optax", "llorch_jax.cli.app", "llorch_jax.cli.terminal"}
+    unwanted |= {"llguidance", "llorch_jax.text.constrained.decoding"}
+    assert not unwanted & set(everything.split())
+    assert {"llorch_jax", "jax", "llorch_jax.text.generation"} <= set(everything.split())
 
 
 def test_imports_jax_when_a_name_is_first_used():

@@ -15,9 +15,8 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import lax
-
-from llorch_jax import struct
 
 Tree = TypeVar("Tree")
 

@@ -6,8 +6,8 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
-from llorch_jax import struct
 from llorch_jax.buckets import SMALLEST, bucket
 from llorch_jax.cache.axes import grow_slots, setting
 from llorch_jax.cache.codecs import make_codec, residual_of

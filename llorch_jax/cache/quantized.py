@@ -2,7 +2,8 @@
 
 from typing import Any, Self
 
-from llorch_jax import struct
+from flax import struct
+
 from llorch_jax.cache.static import StaticCache
 from llorch_jax.config import GPT2Config
 from llorch_jax.errors import CacheError

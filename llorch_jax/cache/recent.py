@@ -4,8 +4,8 @@ from typing import Self
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-from llorch_jax import struct
 from llorch_jax.cache.axes import array
 from llorch_jax.cache.writes import ring_positions, write_ring
 

@@ -5,8 +5,8 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
-from llorch_jax import struct
 from llorch_jax.attention import DenseView, KVView
 from llorch_jax.cache.axes import array, setting
 from llorch_jax.cache.base import KVCache, replace_item

@@ -4,8 +4,8 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-from llorch_jax import struct
 from llorch_jax.cache.axes import array, setting
 from llorch_jax.cache.base import KVCache, replace_item
 from llorch_jax.cache.codecs import Codec, Stored, make_codec, residual_of

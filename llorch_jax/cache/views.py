@@ -4,8 +4,8 @@ import abc
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-from llorch_jax import struct
 from llorch_jax.attention import DenseView, KVView
 from llorch_jax.cache.codecs import Codec, Stored
 

@@ -6,8 +6,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
-from llorch_jax import struct
 from llorch_jax.buckets import power_of_two
 from llorch_jax.config import GPT2Config
 from llorch_jax.errors import SamplerError, TokenError

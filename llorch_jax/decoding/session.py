@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import struct
 
-from llorch_jax import struct
 from llorch_jax.archive import Kind, read_archive, write_archive
 from llorch_jax.cache.base import KVCache
 from llorch_jax.cache.dynamic import DynamicCache

@@ -6,8 +6,8 @@ from typing import Any, Protocol, Self, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
-from llorch_jax import struct
 from llorch_jax.errors import SamplerError
 
 MASKED = -jnp.inf
@@ -56,7 +56,7 @@ class History:
 
 @runtime_checkable
 class Sampler(Protocol):
-    """What the decoding loops call: any pytree with these four members, such as an `llorch_jax.struct.dataclass`.
+    """What the decoding loops call: any pytree with these four members, such as a `flax.struct.dataclass`.
 
     Settings that are arrays are traced, so that other values compile nothing. See docs/sampling.md for an example.
     """

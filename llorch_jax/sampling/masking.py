@@ -4,8 +4,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-from llorch_jax import struct
 from llorch_jax.errors import SamplerError
 from llorch_jax.sampling.base import MASKED, ChecksIds, History, KnowsProbabilities, Sampler
 

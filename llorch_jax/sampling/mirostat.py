@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
-from llorch_jax import struct
 from llorch_jax.sampling import truncation
 from llorch_jax.sampling.base import MASKED, check
 from llorch_jax.sampling.drawing import draw

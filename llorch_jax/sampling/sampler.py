@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
-from llorch_jax import struct
 from llorch_jax.errors import SamplerError
 from llorch_jax.sampling import truncation
 from llorch_jax.sampling.base import MASKED, History

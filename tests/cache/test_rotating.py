@@ -27,11 +27,11 @@ from cache_cases import (
     splits,
     uncached,
 )
+from flax import struct
 from hypothesis import given
 from hypothesis import strategies as st
 from profiles import examples
 
-from llorch_jax import struct
 from llorch_jax.cache.rotating import RotatingCache
 from llorch_jax.cache.static import StaticCache
 from llorch_jax.decoding import loop as decoding

@@ -7,8 +7,8 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
-from llorch_jax import struct
 from llorch_jax.attention import KVView, Queries, attention_mass
 from llorch_jax.buckets import bucket
 from llorch_jax.cache.axes import array, grow_slots, setting

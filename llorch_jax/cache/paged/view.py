@@ -1,8 +1,8 @@
 """PagedView: what queries may look at in pages of a pool."""
 
 import jax
+from flax import struct
 
-from llorch_jax import struct
 from llorch_jax.cache.codecs import Codec, Stored
 from llorch_jax.cache.paged.arrays import gather_pages
 from llorch_jax.cache.views import Exact, StoredView

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
-from llorch_jax import struct
 from llorch_jax.buckets import bucket
 from llorch_jax.cache.static import StaticCache
 from llorch_jax.checks import check_context

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-from llorch_jax import struct
 from llorch_jax.decoding.params import DecodingParams
 from llorch_jax.decoding.speculative.drafts import Proposal
 from llorch_jax.decoding.steps import DecodeState, choose

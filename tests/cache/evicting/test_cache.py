@@ -19,12 +19,12 @@ from cache_cases import (
     make_params,
     pointers,
 )
+from flax import struct
 from hypothesis import given
 from hypothesis import strategies as st
 from profiles import examples
 
 import llorch_jax as lj
-from llorch_jax import struct
 from llorch_jax.attention import DenseView, Queries, attention_mass
 from llorch_jax.cache import StaticCache, convert, make_cache, plan_memory
 from llorch_jax.cache.evicting.evict import AttentionSinks, EvictingCache, HeavyHitters, RecencyWindow, SnapKV, evict
