@@ -112,7 +112,7 @@ def check_cache(config: GPT2Config, cache: KVCache) -> None:
     if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(cache) if is_concrete(leaf)):
         raise CacheError(
             "cache: expected one that owns its buffers, got one that was donated to a later step, itself or through a "
-            "cache with the same buffers; go on with the cache that the step returned"
+            "cache with the same buffers; use the cache that the step returned"
         )
 
 

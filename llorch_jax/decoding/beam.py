@@ -2,7 +2,7 @@
 
 The rules are those of transformers' `generate`, which `tests/reference` was made with: 2 K candidates per step (more
 for several end-of-text ids), of which those among the best K that end the text are kept aside with their score divided
-by length ** length_penalty, and the best K others go on.
+by length ** length_penalty, and the best K others continue.
 """
 
 import dataclasses
@@ -73,7 +73,7 @@ class _Group:
     """The beams of one group of every row.
 
     Attributes:
-        tokens: int32 [B, K, N], of the beams that go on.
+        tokens: int32 [B, K, N], of the beams that continue.
         scores: float32 [B, K], sums.
         ended: int32 [B, K, N], the best texts that have ended.
         ended_scores: float32 [B, K], divided by the length's power, best first; `_NEVER` where there is none.

@@ -74,7 +74,7 @@ def contrastive_search(
         config: the model's hyperparameters.
         prompt_tokens: int32 [B, T]; rows shorter than T are padded on the right with any id.
         max_new_tokens: maximum number of new tokens of each row, 1 or more.
-        top_k: candidates per step, 1 or more; a step runs so many rows per text.
+        top_k: candidates per step, 1 or more; a step runs this many rows per text.
         penalty_alpha: from 0, which is greedy decoding, to 1.
         eos_id: as in `generate_tokens`.
         cache: of B rows, to append the prompts to, donated; None makes a `StaticCache`. Its rows are forked after the

@@ -3,7 +3,7 @@
 Everything here owns the cache that it is given: the cache is donated to XLA, which writes the next one into the same
 buffers, and must not be used again. `forward` is the variant that leaves its cache valid.
 
-The loop inside `generate_tokens` and the one behind `stream_tokens` run the same step, of `steps`.
+The loop inside `generate_tokens` and that of `stream_tokens` run the same step, from `steps`.
 """
 
 import dataclasses

@@ -152,7 +152,7 @@ def _history_capacity(sampler: Sampler, shape: tuple[int, ...], new: int, room: 
 
 
 def following(config: GPT2Config, request: Request, new: np.ndarray, state: Any) -> Request:
-    """The request that goes on after one that filled the context.
+    """The request that continues one that has filled the context.
 
     Args:
         config: the model's hyperparameters.
@@ -167,7 +167,7 @@ def following(config: GPT2Config, request: Request, new: np.ndarray, state: Any)
     finished = np.array(state.finished)
     going = ~finished & (remaining > 0)
     rows = _grown_rows(request, new, remaining, going)
-    # The others go on as they would alone; one that has ended stays as it is, and wants no room.
+    # The others continue as they would alone; a row that has ended stays as it is and needs no room.
     cut = np.array([len(row) > context for row in rows])
     kept, counts = padded(
         [request.reencode.kept(row, context) if long else row for row, long in zip(rows, cut, strict=True)]

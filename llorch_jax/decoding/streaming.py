@@ -110,7 +110,7 @@ class Segment:
         return Step(new.tokens, new.logprobs, new.top, self._finished, done)
 
     def _next_block(self) -> list[steps.Generated]:
-        """Waits for the oldest block, with another one in the queue behind it; its steps."""
+        """Waits for the oldest block, with another one queued after it, and returns its steps."""
         start = time.perf_counter()
         while self._left and len(self._under_way) < 2:
             self._dispatch()

@@ -16,8 +16,8 @@ def apply_repetition_penalty(
 ) -> jax.Array:
     """Divides positive and multiplies negative logits of tokens that occurred, in the prompt too, by `penalty`.
 
-    Keskar et al. 2019, 1909.05858, section 4.1, as transformers does it. With `last` (int32) only tokens among the
-    row's last so many count, as in llama.cpp; negative numbers mean all.
+    Keskar et al. 2019, 1909.05858, section 4.1, as transformers does it. With `last` (int32) only the row's last
+    `last` tokens count, as in llama.cpp; negative numbers mean all.
     """
     seen = _scatter_max(logits, history, history.filled & _recent(history, last))
     penalised = jnp.where(logits < 0, logits * per_row(penalty), logits / per_row(penalty))
@@ -42,7 +42,7 @@ def apply_presence_penalty(
 
 
 def generated_counts(logits: jax.Array, history: History, last: jax.Array | None = None) -> jax.Array:
-    """float32 [B, V], how often each token was generated, among the row's last so many tokens where that is given."""
+    """float32 [B, V], how often each token was generated, among the row's last `last` tokens where that is given."""
     slots = jnp.arange(history.tokens.shape[1], dtype=jnp.int32)[None]
     generated = history.filled & (slots >= history.prompts[:, None]) & _recent(history, last)
     return jnp.zeros_like(logits).at[_rows(history), history.tokens].add(generated.astype(jnp.float32))
@@ -155,7 +155,7 @@ def apply_logit_bias(logits: jax.Array, ids: jax.Array, bias: jax.Array) -> jax.
 
 
 def _recent(history: History, last: jax.Array | None) -> jax.Array:
-    """bool [B, S] or [], which places are among the row's last so many, int32 [] or [B]; negative or None: all."""
+    """bool [B, S] or [], which places are among the row's last `last`, int32 [] or [B]; negative or None: all."""
     if last is None:
         return jnp.asarray(True)
     first = jnp.where(last < 0, 0, history.lengths - last)

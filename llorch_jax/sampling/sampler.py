@@ -48,7 +48,7 @@ class Sampling:
         top_k: int32 [] or [B]; None keeps all tokens.
         top_p: float32 [] or [B]; None keeps all tokens.
         more: the other settings that are used, by name.
-        candidates: a bound of top_k; only so many largest logits are sorted.
+        candidates: a bound of top_k; only this many largest logits are sorted.
         greedy: whether the most likely token is taken instead of a random one.
         guarded: whether settings that are used may be off in some rows: each transform then runs only if it is on in
             some row, and changes no other row. Rows with temperature 0 take the most likely token.
@@ -76,21 +76,21 @@ class Sampling:
             repetition_penalty: above 0; divides (multiplies where negative) logits of tokens in prompt and text (1).
             frequency_penalty: subtracted for each time a token was generated (0).
             presence_penalty: subtracted if a token was generated (0).
-            repeat_last_n: these three penalties look at the last so many tokens of prompt and text (-1 for all).
+            repeat_last_n: number of last tokens, of prompt and text, that these three penalties look at (-1 for all).
             dry_multiplier: of the DRY penalty (0); with dry_base (1.75), dry_allowed_length (2) and dry_breakers (ids;
                 per row a list of lists).
-            no_repeat_ngram_size: no sequence of so many tokens occurs twice (0).
+            no_repeat_ngram_size: no sequence of this many tokens occurs twice (0).
             bad_words: list of token sequences that must not occur; per row a list of such lists.
             min_new_tokens: minimum number of new tokens of a row (0).
             forced_tokens: list of ids that the text starts with; None in it forces none. Per row a list of lists.
             temperature: logits are divided by it; 0 takes the most likely token.
             dynatemp_range: the temperature moves within this distance by the entropy of the distribution (0); with
                 dynatemp_exponent (1).
-            top_n_sigma: logits within so many standard deviations of the largest are kept (0 or less).
+            top_n_sigma: logits within this many standard deviations of the largest are kept (0 or less).
             top_k: number of most likely tokens to keep (0 or -1; Fan et al. 2018, section 5.4).
             top_p: the most likely tokens whose probabilities reach this sum are kept (1; Holtzman et al. 2020, section
                 3.1). 0 keeps the most likely one.
-            min_p: tokens at least so many times as likely as the most likely are kept (0).
+            min_p: tokens with at least this fraction of the largest probability are kept (0).
             typical_p: the most typical tokens that reach this probability are kept (1).
             epsilon_cutoff: tokens of this probability are kept (0).
             eta_cutoff: as epsilon_cutoff, lower where the distribution is flat (0).

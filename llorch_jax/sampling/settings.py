@@ -238,7 +238,7 @@ def superset_settings(rows: Sequence[Mapping[str, Any]], like: Mapping[str, Any]
 
 
 def _sizes(arrays: Any) -> tuple[int, ...]:
-    """The sizes of prepared ids besides the number of rows."""
+    """The sizes of prepared ids, without the number of rows."""
     return jax.tree.leaves(arrays)[0].shape[1:]
 
 

@@ -63,7 +63,7 @@ def _draft(draft: Drafting) -> Draft:
         return DraftModel(draft.params, draft.config)
     if draft == "lookup":
         return PromptLookup()
-    if not hasattr(draft, "propose"):
+    if isinstance(draft, str) or not isinstance(draft, Draft):
         shown = repr(draft)[:80] if isinstance(draft, str) else f"a {type(draft).__name__}"
         raise DraftError(f"draft: expected 'lookup', a Model or a Draft, got {shown}")
     return draft

@@ -1,7 +1,7 @@
 """Drafts for speculative decoding: guesses of the next tokens, by prompt lookup or by a smaller model."""
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,7 @@ class Proposal:
     state: Any
 
 
+@runtime_checkable
 class Draft(Protocol):
     """What speculative decoding calls: a pytree whose `length` D is static."""
 
@@ -133,7 +134,7 @@ class PromptLookup:
 class DraftModel:
     """Guesses by a smaller model with the same vocabulary (Leviathan et al. 2023, 2211.17192).
 
-    It has a `StaticCache` of its own, which lags one token behind the target's: a step first feeds two tokens, and is
+    It has a `StaticCache` of its own, which is one token behind the target's: a step first feeds two tokens, and is
     right after a rejected guess as well as after a full acceptance.
 
     Attributes:

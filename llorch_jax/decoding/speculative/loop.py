@@ -176,6 +176,8 @@ def finish(
 
 def _check(request: Request, draft: Draft) -> None:
     cache, sampler = request.cache, request.decoding.sampler
+    if isinstance(draft, type) or not isinstance(draft, Draft):
+        raise DraftError(f"draft: expected PromptLookup(), a DraftModel or another Draft, got {type(draft).__name__}")
     if not is_concrete(request.tokens, request.lengths, cache):
         raise DraftError("speculative decoding: expected a call outside jit, got traced arrays")
     plain = isinstance(sampler, KnowsProbabilities) and sampler.is_plain

@@ -288,3 +288,42 @@ def test_a_sampler_without_a_distribution_is_refused(params, small, prompts):
 
     with pytest.raises(DraftError, match="`filtered`"):
         speculate_tokens(params, CONFIG, prompts, 4, small, sampler=Odd(needs_key=True), key=jax.random.key(0))
+
+
+SAMPLERS = {
+    "penalties": lj.Sampling.create(greedy=True, repetition_penalty=[5.0, 1.3, 1.0], no_repeat_ngram_size=4),
+    "lengths": lj.Sampling.create(greedy=True, min_new_tokens=[9, 4, 0], forced_tokens=[[2, None, 3], [], [1]]),
+    "drawn": lj.Sampling.create(0.8, top_k=12, frequency_penalty=0.3, dry_multiplier=0.8, repeat_last_n=8),
+    "mirostat": lj.Mirostat.create([2.0, 1.0, 3.0]),
+    "superset": lj.Sampling.superset(
+        [{"temperature": 0}, {"presence_penalty": 1.0, "top_p": 0.9}, {"bad_words": [[3]]}]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samplers_that_look_at_the_text_or_keep_a_state_equal_plain_decoding(params, prompts, name):
+    eos = int(lj.generate_tokens(params, CONFIG, prompts, 1, lengths=LENGTHS)[0][0, 0])  # likely at once
+    settings = {"sampler": SAMPLERS[name], "key": jax.random.key(2), "eos_id": eos}
+    plain, tokens, cache, stats = both(params, prompts, PromptLookup(length=3), **settings)
+    np.testing.assert_array_equal(tokens, plain)
+    ends = [min([*np.flatnonzero(row == eos), NEW - 1]) for row in plain]
+    np.testing.assert_array_equal(cache.lengths, LENGTHS + ends)
+    np.testing.assert_array_equal(stats.new_tokens, np.array(ends) + 1)
+    assert stats.proposed.sum() > 0
+
+
+def test_a_coupled_draft_under_penalties_equals_plain_decoding(params, small, prompts):
+    sampler = lj.Sampling.create([0.4, 1.0, 0.7], repetition_penalty=1.3, top_k=9)
+    settings = {"sampler": sampler, "key": jax.random.key(4)}
+    plain, tokens, _, stats = both(params, prompts, small.replace(coupled=True), **settings)
+    np.testing.assert_array_equal(tokens, plain)
+    assert stats.accepted.sum() > 0
+
+
+def test_drawn_guesses_under_penalties_are_refused_before_the_cache_is_donated(params, small, prompts):
+    cache = lj.StaticCache.init(CONFIG, batch_size=3)
+    for sampler in (lj.Sampling.create(1.0, presence_penalty=0.5), lj.Mirostat.create()):
+        with pytest.raises(DraftError, match=f"got a {type(sampler).__name__} that has none or looks at more"):
+            speculate_tokens(params, CONFIG, prompts, 4, small, cache, sampler=sampler, key=jax.random.key(0))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(cache))
