@@ -271,7 +271,7 @@ class TestReserve:
         cache = cache.fork(3)
         tables = np.array(cache.tables)
         for attempt in (cache.reserve, cache.check_room):
-            with pytest.raises(CapacityError, match=r"2 pages of 3 tokens are needed and 1 of 4 are free; drop rows"):
+            with pytest.raises(CapacityError, match=r"2 pages of 3 tokens are needed and 1 of 4 are free; free rows"):
                 attempt(1)
         with pytest.raises(CapacityError):
             cache.update(0, jnp.ones((3, 1, 2, 5), jnp.float32), jnp.ones((3, 1, 2, 5), jnp.float32))
@@ -417,7 +417,7 @@ class TestLimits:
     @pytest.mark.parametrize(
         ("impossible", "message"),
         [
-            ({"batch_size": 0}, "batch_size: expected 1 or more"),
+            ({"batch_size": 0}, "batch_size: expected a whole number from 1 up"),
             ({"capacity": 65}, "capacity: expected 1 .. n_positions=64, got 65"),
             ({"page_size": 0}, "page_size: expected a whole number in 1 .. 64, got 0"),
             ({"page_size": 11, "capacity": 10}, "page_size: expected a whole number in 1 .. 10, got 11"),
