@@ -42,7 +42,7 @@ def inspect(source: str, cache: str, settings: dict[str, Any]) -> None:
     weights = settings.pop("weights", "float32")
     group_size = settings.pop("group_size", None)
     _, directory = checkpoint.locate(source)
-    config = checkpoint.load_config(directory)
+    config = reading.load_config(directory)
     reading.check_size(directory, config)
     table = Table("setting", "value", title=escape(source))
     for field in dataclasses.fields(config):

@@ -183,11 +183,11 @@ def loop(
 ) -> tuple[Generated, DecodeState]:
     """Fills the columns `span[0]` up to `span[1]` of out, or fewer where all rows are done before."""
 
-    def unfinished(carry: tuple) -> jax.Array:
+    def unfinished(carry: tuple[Any, ...]) -> jax.Array:
         count, _, state = carry
         return (count < span[1]) & ~jnp.all(state.done)
 
-    def step(carry: tuple) -> tuple:
+    def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         count, out, before = carry
         state = next_state(params, config, decoding, before)
         shown = jnp.where(before.done, decoding.filler, state.token)

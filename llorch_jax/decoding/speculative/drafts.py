@@ -185,7 +185,7 @@ class DraftModel:
             token = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
             return dataclasses.replace(before, token=token), logits
 
-        def step(carry: tuple, number: jax.Array) -> tuple[tuple, tuple]:
+        def step(carry: Any, number: jax.Array) -> tuple[Any, Any]:
             after, cache = carry
             logits, cache = self._feed(after.token[:, None], cache)
             after, drawn_from = guess(logits, after, number)

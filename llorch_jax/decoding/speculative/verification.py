@@ -82,7 +82,7 @@ def _walk(
     """
     columns = logits.shape[1]
 
-    def step(carry: tuple, column: tuple) -> tuple[tuple, tuple]:
+    def step(carry: Any, column: Any) -> tuple[Any, Any]:
         before, alive, accepted = carry
         number, values, guess, token = column
         own = decoding if token is None else dataclasses.replace(decoding, sampler=_Given(token))
