@@ -171,6 +171,7 @@ def chat_command(
     model: ModelOption = "demo",
     cache: CacheOption = "static",
     max_new_tokens: LengthOption = 64,
+    overflow: OverflowOption = "error",
     system: Annotated[
         str, option("--system", metavar="TEXT", help="Text that the conversation begins with.", panel="Conversation")
     ] = "",
@@ -192,7 +193,7 @@ def chat_command(
     from llorch_jax.cli import chat
 
     roles = None if raw else (user, assistant)
-    chat.start(model, {**settings, "cache": cache}, max_new_tokens, system, roles, session)
+    chat.start(model, {**settings, "cache": cache, "overflow": overflow}, max_new_tokens, system, roles, session)
 
 
 @app.command(name="score")

@@ -9,6 +9,7 @@ from typing import Any
 from llorch_jax import __version__
 from llorch_jax.cli import interrupts, lines, rescue
 from llorch_jax.cli.loading import load_model
+from llorch_jax.cli.options import explain
 from llorch_jax.cli.terminal import note, show_bytes, waiting
 from llorch_jax.cli.values import resolve
 from llorch_jax.errors import ChatError, LlorchError
@@ -60,7 +61,7 @@ class Terminal:
         model = self.chat.model
         note(
             f"llorch_jax {__version__}: {model.name}, {count_params(model.params) / 1e6:.1f} million parameters, "
-            f"a context of {model.config.n_positions} tokens"
+            f"a context of {self.chat.context} tokens"
         )
         note("/help lists the commands. Ctrl-C ends a reply, Ctrl-D leaves.")
 
@@ -83,7 +84,7 @@ class Terminal:
                     raise
                 note("\n/quit or Ctrl-D leaves")
             except LlorchError as error:
-                note(f"error: {error}", style="red")
+                note(f"error: {explain(error)}", style="red")
 
     def answer(self, line: str) -> None:
         """Runs a command, or takes the line as a turn and prints the reply as it comes."""
@@ -127,7 +128,7 @@ class Terminal:
     def _tell_ending(self) -> None:
         """Says why a reply ended where it may have been cut."""
         ended = self.chat.turns[-1].ended if self.chat.turns else None
-        context = self.chat.model.config.n_positions
+        context = self.chat.context
         if ended == "length":
             note(f"[cut after {self.max_new_tokens} tokens, see --max-new-tokens]")
         elif ended == "context":
@@ -184,7 +185,7 @@ class Terminal:
 
     def stats(self, _: str) -> None:
         chat = self.chat
-        context = chat.model.config.n_positions
+        context = chat.context
         note(f"{len(chat.tokens)} of {context} tokens; {chat.layout} cache of {show_bytes(chat.cache.memory_usage())}")
         turn = chat.turns[-1] if chat.turns else None
         if turn is None or turn.timings is None:

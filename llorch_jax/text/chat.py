@@ -19,6 +19,7 @@ from llorch_jax.archive import Kind, read_archive, write_archive
 from llorch_jax.buckets import bucket
 from llorch_jax.cache.base import KVCache
 from llorch_jax.cache.files import CACHE_CLASSES, fingerprint
+from llorch_jax.decoding.overflow import check_overflow
 from llorch_jax.decoding.request import prepare
 from llorch_jax.decoding.streaming import Segment
 from llorch_jax.errors import CacheError, CapacityError, ChatError, OptionError
@@ -156,6 +157,11 @@ class Chat:
         return self.options.fitted_cache(self.model.config, 1, self.model.config.n_positions)
 
     @property
+    def context(self) -> int:
+        """Maximum number of tokens: the model's context, or the cache's capacity where that is less."""
+        return min(self.model.config.n_positions, self.cache.capacity)
+
+    @property
     def text(self) -> str:
         """The whole text."""
         return self._tokenizer.decode(self.tokens)
@@ -197,7 +203,9 @@ class Chat:
     def _checked(self, new: list[int], most: int | None, seed: int) -> Generator[str, None, None]:
         (limit,) = self.options.limits(1)
         max_new_tokens = limit if most is None else whole("max_new_tokens", most, CapacityError)
-        context = min(self.model.config.n_positions, self.cache.capacity)
+        context = self.context
+        if len(self.tokens) + len(new) + max_new_tokens > context:
+            self._forget(context - len(new) - 1)
         room = context - len(self.tokens) - len(new)
         if not self.tokens and not new:
             raise ChatError("expected some text to go on from, got none")
@@ -208,6 +216,26 @@ class Chat:
                 "take back a turn or begin a new conversation"
             )
         return self._reply(new, min(max_new_tokens, room), "length" if max_new_tokens <= room else "context", seed)
+
+    def _forget(self, most: int) -> None:
+        """Keeps the first and newest tokens where `overflow` says so and they are no more than `most`.
+
+        What is left is encoded anew with the next turn. Turns that have lost a token can no longer be taken back.
+        """
+        reencode = check_overflow(self.options.overflow)
+        if reencode is None:
+            return
+        kept = reencode.kept(np.asarray(self.tokens, np.int32), self.context).tolist()
+        lost = len(self.tokens) - len(kept)
+        if lost == 0 or len(kept) > most:
+            return
+        self.tokens = kept
+        self.turns = [
+            dataclasses.replace(turn, start=turn.start - lost, reply=turn.reply - lost)
+            for turn in self.turns
+            if turn.start >= reencode.sinks + lost
+        ]
+        self.cache = self._empty()
 
     def _reply(self, new: list[int], limit: int, at_limit: Ended, seed: int) -> Generator[str, None, None]:
         before = len(self.tokens)

@@ -53,7 +53,7 @@ TAKES: dict[Method, tuple[str, ...]] = {
     "speculative decoding": (*_SAMPLED, "cache object", "stop"),
     "beam search": (*_ALWAYS, *_BEAMS),
     "contrastive search": (*_ALWAYS, "top_k", "penalty_alpha", "stop"),
-    "chat": (*_ALWAYS, *_DRAWING, "stop"),
+    "chat": (*_ALWAYS, *_DRAWING, "overflow", "stop"),
 }
 
 # Names that other libraries give to options.

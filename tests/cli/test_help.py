@@ -11,6 +11,7 @@ import typer
 from llorch_jax import __version__
 from llorch_jax.cli import options
 from llorch_jax.cli.app import app
+from llorch_jax.sampling.settings import SETTINGS
 
 GROUP = typer.main.get_command(app)
 COMMANDS = sorted(GROUP.commands)
@@ -46,6 +47,7 @@ def test_the_commands_share_one_set_of_sampling_options():
     shared = {
         setting.name for panel in ("Sampling", "Penalties", "Length and ending") for setting in options.PANELS[panel]
     }
+    assert {*SETTINGS} | {"top_k", "top_p", "temperature"} <= shared  # all that the library has
     for command in ("generate", "chat"):
         assert shared <= {parameter.name for parameter in GROUP.commands[command].params}
 

@@ -99,7 +99,6 @@ def test_nothing_withheld_is_lost_where_the_model_ends():
 def test_options_that_a_conversation_cannot_use_are_refused(model):
     for options, message in (
         ({"num_beams": 2}, "num_beams: expected none with chat"),
-        ({"overflow": "reencode"}, "overflow: expected none with chat"),
         ({"max_tokens": 2}, "max_tokens: .*expected max_new_tokens"),
         ({"seed": [1]}, "seed: expected one"),
     ):
@@ -173,6 +172,29 @@ def test_another_reply_to_the_same_words(model):
     assert (chat.tokens, chat.turns) == ([], [])
     with pytest.raises(ChatError, match="a turn with a reply"):
         chat.regenerate()
+
+
+def test_a_conversation_that_outgrows_the_context_keeps_its_first_and_newest_tokens(model):
+    chat = Chat(model, RAW, overflow=lj.Reencode(sinks=4, window=100))
+    say(chat, " upon" * 484, 1)
+    before = [*chat.tokens]
+    assert 470 < len(before) < 495
+    say(chat, " The fox", 8)  # still fits
+    assert chat.tokens[: len(before)] == before
+    second = len(chat.tokens) - len(before)
+    before = [*chat.tokens]
+    reply = say(chat, " The queen said", 40)
+    new = model.tokenizer.encode(" The queen said")
+    kept = before[:4] + before[-100:]
+    assert chat.tokens[: len(kept) + len(new)] == kept + new
+    expected = lj.generate_tokens(model.params, model.config, [kept + new], max_new_tokens=40)[0]
+    assert reply == model.tokenizer.decode(expected[0])
+    assert [turn.start for turn in chat.turns] == [104 - second, 104]  # the first has lost tokens
+    chat.undo()
+    assert chat.tokens == kept
+    with pytest.raises(lj.CapacityError, match="expected a turn of"):
+        chat.reply(" word" * 500)
+    assert chat.tokens == kept
 
 
 def test_files(model, tmp_path):
