@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from llorch_jax.config import GPT2Config
     from llorch_jax.decoding.beam import Beams, beam_search
     from llorch_jax.decoding.contrastive import contrastive_search
+    from llorch_jax.decoding.exporting import register_exports
     from llorch_jax.decoding.loop import compile_count, decode_step, generate_tokens, prefill, stream_tokens
     from llorch_jax.decoding.overflow import Reencode
     from llorch_jax.decoding.session import Session, load_session, save_session
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         ConfigError,
         ConstraintError,
         DraftError,
+        ExportError,
         LlorchError,
         ModelError,
         NonFiniteError,
@@ -81,6 +83,7 @@ _HOMES = {
     "DraftModel": "decoding.speculative.drafts",
     "DynamicCache": "cache",
     "EvictingCache": "cache",
+    "ExportError": "errors",
     "GPT2Config": "config",
     "Generation": "text.results",
     "GenerationOptions": "text.options",
@@ -138,6 +141,7 @@ _HOMES = {
     "plan_memory": "cache",
     "prefill": "decoding.loop",
     "quantize": "quantization",
+    "register_exports": "decoding.exporting",
     "save_cache": "cache",
     "save_model": "loading.checkpoint",
     "save_session": "decoding.session",
@@ -179,6 +183,7 @@ __all__ = [
     "DraftModel",
     "DynamicCache",
     "EvictingCache",
+    "ExportError",
     "GPT2Config",
     "Generation",
     "GenerationOptions",
@@ -236,6 +241,7 @@ __all__ = [
     "plan_memory",
     "prefill",
     "quantize",
+    "register_exports",
     "save_cache",
     "save_model",
     "save_session",

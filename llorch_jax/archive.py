@@ -6,7 +6,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from llorch_jax.errors import LlorchError
+from llorch_jax.errors import ExportError, LlorchError
 from llorch_jax.files import check_regular, explaining, parse_json, replace_file, shown
 
 FORMAT = "llorch_jax archive 1"
@@ -101,6 +101,36 @@ def read_archive(path: Path, kind: Kind, fingerprint: str | None) -> Any:
         reason = "nested too deeply" if isinstance(unexpected, RecursionError) else unexpected
         raise kind.error(f"{name}: expected a {what} of this version, got something else ({reason})") from None
     return value
+
+
+def to_json(value: Any, name: str, classes: Sequence[type]) -> str:
+    """A value without arrays as JSON.
+
+    Args:
+        value: made of these classes, tuples, dicts, numbers, texts and None.
+        name: of the value, for messages.
+        classes: dataclasses and named tuples that may occur in it.
+
+    Raises:
+        ExportError: the value holds something else.
+    """
+    try:
+        content = _describe(value, name, {}, {cls.__name__ for cls in classes})
+    except _Unexpected as unexpected:
+        raise ExportError(str(unexpected)) from None
+    return json.dumps(content)
+
+
+def from_json(text: str, classes: Sequence[type]) -> Any:
+    """The opposite of `to_json`.
+
+    Raises:
+        ExportError: the text is something else, or was written by another version.
+    """
+    try:
+        return _build(parse_json(text), {}, {cls.__name__: cls for cls in classes})
+    except (_Unexpected, ValueError) as unexpected:
+        raise ExportError(f"expected values of this version, got something else ({unexpected})") from None
 
 
 class _Unexpected(Exception):

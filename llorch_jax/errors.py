@@ -71,3 +71,7 @@ class SessionError(LlorchError):
 
 class NonFiniteError(LlorchError):
     """The model computed NaN or infinite logits, so that no token can be chosen."""
+
+
+class ExportError(LlorchError):
+    """A program cannot be serialized, or was serialized by something else."""

@@ -118,7 +118,7 @@ class Session:
         return jax.device_put((tokens, counts + added))
 
 
-_CLASSES = (Session, steps.DecodeState, DecodingParams, History, Greedy, Sampling, Mirostat, *CACHE_CLASSES)
+SESSION_CLASSES = (Session, steps.DecodeState, DecodingParams, History, Greedy, Sampling, Mirostat, *CACHE_CLASSES)
 
 
 def _check_loaded(session: Session) -> None:
@@ -142,7 +142,7 @@ def _check_loaded(session: Session) -> None:
         )
 
 
-_KIND = Kind("session", Session, _CLASSES, SessionError, _check_loaded)
+_KIND = Kind("session", Session, SESSION_CLASSES, SessionError, _check_loaded)
 
 
 def save_session(path: str | os.PathLike[str], session: Session, *, fingerprint: str = "") -> None:
