@@ -91,7 +91,5 @@ def test_a_function_of_ones_own_as_a_policy_is_refused():
     policy = lambda scores: scores  # noqa: E731
     cache = lj.make_cache(CONFIG, "recent:8", batch_size=1).replace(policy=policy)
     exported = export.export(jax.jit(unchanged))(cache)
-    with pytest.raises(
-        lj.ExportError, match=r"expected arrays, numbers or one of .* to save as EvictingCache\.policy, got"
-    ):
+    with pytest.raises(lj.ExportError, match=r"expected .* to save as EvictingCache\.policy, got"):
         exported.serialize()
