@@ -179,7 +179,19 @@ def sort_enough(
         finish: of logits [B, C] and ids int32 [B, C]; compiled for every C.
         counted: bool [B], the rows that count; None for all.
     """
-    total = jax.nn.logsumexp(values, axis=-1, keepdims=True)
+    limited = None
+    if top_k is not None:
+        limited = per_row(top_k) < jnp.iinfo(jnp.int32).max
+        top_k = jnp.where(limited[:, 0], jnp.minimum(top_k, values.shape[-1]), top_k)
+
+    def total_of(values: jax.Array) -> jax.Array:
+        return jax.nn.logsumexp(values, axis=-1, keepdims=True)
+
+    if limited is None:
+        total = total_of(values)
+    else:  # rows with a top-k need no sum over all logits
+        unlimited = ~limited if counted is None else ~limited & counted[:, None]
+        total = jax.lax.cond(jnp.any(unlimited), total_of, lambda x: jnp.zeros_like(x[:, :1]), values)
 
     def attempt(size: int, *larger: int) -> jax.Array:
         largest, ids = jax.lax.top_k(values, size)
@@ -192,8 +204,7 @@ def sort_enough(
             return finish_sorted()
         reached = jnp.sum(jnp.exp(largest - total), axis=-1, keepdims=True) >= per_row(top_p)
         enough = reached & (per_row(top_p) < 1)
-        if top_k is not None:
-            limited = per_row(top_k) < jnp.iinfo(jnp.int32).max
+        if top_k is not None and limited is not None:
             enough = jnp.where(limited, per_row(top_k) <= size, enough)
         if counted is not None:
             enough = enough | ~counted[:, None]

@@ -20,6 +20,7 @@ ROWS = [
     {"bad_words": [[2], [4, 1]], "logit_bias": {7: 6.0, 8: -np.inf}, "min_new_tokens": 9, "temperature": 0},
     {"forced_tokens": [None, None, 5]},
     {"typical_p": 0.6, "temperature": 0},
+    {"top_k": 5000, "top_p": 0.5},
     {"xtc_probability": 1.0, "xtc_threshold": 0.0001, "top_k": 50},
     {"dynatemp_range": 0.5, "temperature": 0.8, "top_n_sigma": 2.0, "epsilon_cutoff": 1e-4, "eta_cutoff": 1e-4},
 ]
