@@ -22,9 +22,14 @@ settings.load_profile("thorough" if profiles.THOROUGH else "quick")
 
 
 def pytest_configure(config):
-    """Compiled programs are kept in pytest's cache, shared by workers and runs (`--cache-clear` empties it)."""
+    """Compiled programs are kept in pytest's cache, shared by workers, their children and runs.
+
+    `--cache-clear` empties it.
+    """
     if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("programs")))
+        directory = str(config.cache.mkdir("programs"))
+        os.environ |= {"JAX_COMPILATION_CACHE_DIR": directory, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        jax.config.update("jax_compilation_cache_dir", directory)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
