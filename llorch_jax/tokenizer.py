@@ -1,15 +1,11 @@
-"""Tokenizer: text to token ids and back, over the `tokenizers` library; StreamDecoder: ids to text one by one.
+"""Tokenizer: text to token ids and back, over the `tokenizers` library.
 
 GPT-2's tokenizer is byte-level BPE (Radford et al. 2019, section 2.2): every byte is a symbol of the vocabulary, so
 any text has an encoding, and a character may be spread over several tokens.
 """
 
-import abc
-import codecs
 import json
-import operator
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +17,7 @@ from tokenizers import pre_tokenizers
 from llorch_jax import files
 from llorch_jax.errors import CheckpointError, TokenError
 from llorch_jax.tokenizer_files import END_OF_TEXT, MERGES, SETTINGS, VOCAB, WHOLE, read_directory, read_pair
+from llorch_jax.tokenizer_streams import ByteStream, StreamDecoder, WindowStream, check_id
 
 
 class Tokenizer:
@@ -50,7 +47,7 @@ class Tokenizer:
         self._eos_token = END_OF_TEXT if eos_token is None else eos_token
         self._drops_text = _drops_text(backend)
         added = backend.get_added_tokens_decoder()
-        self._special_ids = frozenset(id for id, token in added.items() if token.special)
+        self.special_ids = frozenset(id for id, token in added.items() if token.special)
         self._is_byte_level = _is_byte_level(backend)
         self._bytes: dict[int, bytes] = {}  # of the ids that were decoded so far
         if self._is_byte_level:
@@ -120,7 +117,7 @@ class Tokenizer:
         Raises:
             TokenError: there is no such id.
         """
-        token = self._backend.id_to_token(_check_id("id", id))
+        token = self._backend.id_to_token(check_id("id", id))
         if token is None:
             raise TokenError(f"id: expected the id of one of the tokenizer's {self.vocab_size} tokens, got {id}")
         return token
@@ -131,8 +128,8 @@ class Tokenizer:
         Raises:
             TokenError: `id` is no integer of 0 or greater.
         """
-        id = _check_id("id", id)
-        return len(self._bytes_of(id) if self._is_byte_level else self.decode([id]).encode())
+        id = check_id("id", id)
+        return len(self.bytes_of(id) if self._is_byte_level else self.decode([id]).encode())
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a text; special tokens written out in the text become their ids.
@@ -169,12 +166,12 @@ class Tokenizer:
         given = _check_ids(ids)
         if not self._is_byte_level:
             return self._backend.decode(given, skip_special_tokens=skip_special_tokens)
-        skipped = self._special_ids if skip_special_tokens else frozenset()
-        return b"".join(self._bytes_of(id) for id in given if id not in skipped).decode("utf-8", "replace")
+        skipped = self.special_ids if skip_special_tokens else frozenset()
+        return b"".join(self.bytes_of(id) for id in given if id not in skipped).decode("utf-8", "replace")
 
-    def stream(self, skip_special_tokens: bool = False) -> "StreamDecoder":
+    def stream(self, skip_special_tokens: bool = False) -> StreamDecoder:
         """A decoder for ids that come one at a time; it yields what `decode` yields for all of them."""
-        kind = _ByteStream if self._is_byte_level else _WindowStream
+        kind = ByteStream if self._is_byte_level else WindowStream
         return kind(self, skip_special_tokens)
 
     def to_json(self) -> str:
@@ -196,93 +193,13 @@ class Tokenizer:
             settings["eos_token"] = self._eos_token
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
-    def _bytes_of(self, id: int) -> bytes:
+    def bytes_of(self, id: int) -> bytes:
         """What an id of a byte-level tokenizer stands for; nothing where there is no such token."""
         found = self._bytes.get(id)
         if found is None:
             token = self._backend.id_to_token(id)
             found = self._bytes[id] = b"" if token is None else _token_bytes(token)
         return found
-
-
-class StreamDecoder(abc.ABC):
-    """Decodes ids one by one; made by `Tokenizer.stream`.
-
-    The concatenation of all that `push` and the final `flush` return is `Tokenizer.decode` of all ids, whatever the
-    ids. A push costs the same however many came before it.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
-        self._tokenizer = tokenizer
-        self._skipped: frozenset[int] = tokenizer._special_ids if skip_special_tokens else frozenset()
-
-    def push(self, id: int) -> str:
-        """The text that this id makes certain, maybe none; a character still incomplete is held back.
-
-        Raises:
-            TokenError: `id` is no integer of 0 or greater; the decoder stays as it was.
-        """
-        id = _check_id("id", id)
-        return "" if id in self._skipped else self._push(id)
-
-    @abc.abstractmethod
-    def flush(self) -> str:
-        """The text held back, incomplete bytes as U+FFFD; the decoder is then ready for another sequence."""
-
-    @abc.abstractmethod
-    def _push(self, id: int) -> str: ...
-
-
-class _ByteStream(StreamDecoder):
-    """For byte-level tokenizers: Python's incremental UTF-8 decoder replaces invalid bytes just as the library does."""
-
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
-        super().__init__(tokenizer, skip_special_tokens)
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def flush(self) -> str:
-        return self._utf8.decode(b"", final=True)
-
-    def _push(self, id: int) -> str:
-        return self._utf8.decode(self._tokenizer._bytes_of(id))
-
-
-class _WindowStream(StreamDecoder):
-    """For other tokenizers: decodes the newest ids again after those already shown, and returns what is new.
-
-    The library's own `DecodeStream` works so too, but raises "Invalid prefix" where a byte token changes what the byte
-    tokens before it decode to, and has no flush. Here nothing is shown while a run of byte tokens (`<0xE2>`) lasts.
-    """
-
-    _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
-        super().__init__(tokenizer, skip_special_tokens)
-        self._ids: list[int] = []
-        self._shown = 0  # how many of `_ids` are shown already and serve as context only
-
-    def flush(self) -> str:
-        text = self._new_text()
-        self._ids, self._shown = [], 0
-        return text
-
-    def _push(self, id: int) -> str:
-        token = self._tokenizer._backend.id_to_token(id)
-        if token is None:
-            return ""
-        self._ids.append(id)
-        if self._BYTE_TOKEN.fullmatch(token):
-            return ""
-        text = self._new_text()
-        if not text or text.endswith("\ufffd"):
-            return ""
-        self._ids = self._ids[self._shown :]
-        self._shown = len(self._ids)
-        return text
-
-    def _new_text(self) -> str:
-        shown = self._tokenizer.decode(self._ids[: self._shown])
-        return self._tokenizer.decode(self._ids)[len(shown) :]
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -362,15 +279,5 @@ def _check_ids(ids: Any) -> list[int]:
         raise TokenError(f"ids: expected integers, got dtype {array.dtype}")
     given: list[int] = array.tolist()
     for position, id in enumerate(given):
-        _check_id(f"ids[{position}]", id)
+        check_id(f"ids[{position}]", id)
     return given
-
-
-def _check_id(name: str, id: Any) -> int:
-    try:
-        index = -1 if isinstance(id, bool) else operator.index(id)
-    except TypeError:
-        index = -1
-    if not 0 <= index < 2**31:
-        raise TokenError(f"{name}: expected the id of a token, 0 or greater, got {id!r:.80}")
-    return index

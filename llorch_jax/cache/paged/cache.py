@@ -11,16 +11,16 @@ from flax import struct
 from llorch_jax.cache.axes import array, setting
 from llorch_jax.cache.base import KVCache, replace_item
 from llorch_jax.cache.codecs import Codec, Stored, make_codec, residual_of
-from llorch_jax.cache.fields import check_range, check_whole_numbers
-from llorch_jax.cache.paged.allocator import PageBook, PageStats, blocks, ends_of, pages_passed
+from llorch_jax.cache.paged.allocator import PageBook, PageStats, blocks
 from llorch_jax.cache.paged.arrays import copy_pages, write_pages
+from llorch_jax.cache.paged.checks import check_intact, check_pages, check_written
 from llorch_jax.cache.paged.rows import insert_rows, join_rows
 from llorch_jax.cache.paged.view import PagedView
 from llorch_jax.cache.recent import Recent
 from llorch_jax.cache.room import check_sizes, cropped
 from llorch_jax.cache.static import empty_recent
 from llorch_jax.config import GPT2Config
-from llorch_jax.errors import CacheError, CapacityError
+from llorch_jax.errors import CacheError
 from llorch_jax.tracing import is_concrete, whole
 
 PAGE_SIZE = 32
@@ -128,19 +128,7 @@ class PagedCache(KVCache):
 
     def check_fields(self) -> None:
         super().check_fields()
-        check_whole_numbers(self, {"limit": self.page_size})
-        tables = np.asarray(self.tables)
-        lengths = np.asarray(self.lengths)
-        check_range("lengths", lengths, 0, self._slots_for_tokens())
-        columns = np.arange(tables.shape[1])
-        passed = pages_passed(lengths, self.window, self.page_size)
-        used = (columns >= passed[:, None]) & (columns < blocks(lengths, self.page_size)[:, None])
-        check_range("tables", tables, np.where(used, 0, -1), self.num_pages - 1)
-        check_range("sources", self.sources, -1, self.num_pages - 1)
-        for row, pages in enumerate(tables):
-            named = pages[pages >= 0]
-            if len(np.unique(named)) < len(named):
-                raise CacheError(f"tables[{row}]: expected a page for each block, got one for several of them")
+        check_pages(self)
 
     def keeps_all(self, tokens: int) -> bool:
         return self.window is None or tokens <= self.window
@@ -181,7 +169,7 @@ class PagedCache(KVCache):
         super().check_room(count, lengths=lengths)
         if not is_concrete(self, count):
             return self
-        self._check_intact(self.lengths if lengths is None else lengths)
+        check_intact(self, self.lengths if lengths is None else lengths)
         book = self.book(lengths, pinned)
         tables, sources = book.reserve(count)
         if np.array_equal(tables, book.tables):
@@ -223,7 +211,8 @@ class PagedCache(KVCache):
 
     def advance(self, count: Any) -> Self:
         if is_concrete(self, count):
-            self._check_written(count)
+            super().check_room(count)
+            check_written(self, count)
         return self.replace(lengths=self.lengths + jnp.asarray(count, jnp.int32))
 
     def crop(self, length: Any) -> Self:
@@ -241,7 +230,7 @@ class PagedCache(KVCache):
         lengths = cropped(self.lengths, length)
         tables = self._before_copies(jnp.max(self.sources, axis=0))
         if is_concrete(self, length):
-            self._check_intact(lengths)
+            check_intact(self, lengths)
             tables = _without_reserve(tables, lengths, self.page_size)
             return self.replace(tables=tables, sources=jnp.full_like(self.sources, -1), lengths=lengths)
         same_page = lengths // self.page_size == self.lengths // self.page_size  # its copy may still be to be made
@@ -304,35 +293,6 @@ class PagedCache(KVCache):
             capacity=self.limit,
             window=self.window,
         )
-
-    def _check_written(self, count: Any) -> None:
-        """Raises where `advance` would count tokens that cannot have been written."""
-        super().check_room(count)
-        count = np.broadcast_to(np.asarray(count), self.lengths.shape)
-        ends = ends_of(np.asarray(self.tables)) * self.page_size
-        for row in np.flatnonzero(np.asarray(self.lengths) + count > ends):
-            raise CapacityError(
-                f"cache: row {row} has pages for {ends[row]} tokens, {self.lengths[row]} of them taken, and was to be "
-                f"advanced by {count[row]}; update it first"
-            )
-        unwritten = np.argwhere((np.asarray(self.sources) >= 0) & (count > 0))
-        if unwritten.size:
-            raise CacheError(f"advance: row {unwritten[0, 1]} was not updated in layer {unwritten[0, 0]}")
-
-    def _check_intact(self, lengths: Any) -> None:
-        """Raises CacheError where rows of `lengths` int [B] lack pages that their next query looks at."""
-        if self.window is None or not is_concrete(self.tables, lengths):
-            return
-        known = np.asarray(lengths)
-        tables = np.asarray(self.tables)
-        first = np.where((tables >= 0).any(axis=1), (tables >= 0).argmax(axis=1), 0)
-        lost = (known > 0) & (pages_passed(known, self.window, self.page_size) < first)
-        if lost.any():
-            row = int(np.argmax(lost))
-            raise CacheError(
-                f"cache: row {row} cannot go on from {known[row]} tokens: pages before token "
-                f"{first[row] * self.page_size} have passed out of the model's window of {self.window} and been freed"
-            )
 
     def _last_pages(self) -> jax.Array:
         """int32 [B], the page that the next token of each row falls into, or any page where there is none."""
