@@ -55,7 +55,8 @@ def stream(model: Model, prompt: str, max_new_tokens: int = 64, **options: Any) 
     The text of all pieces, put together, is the text of `generate` with the same arguments. A search cannot be
     streamed, as it may still change its mind about every token.
     """
-    return stream_text(model, prompt, GenerationOptions.create(max_new_tokens=max_new_tokens, **options))
+    (text,) = prompt_list([prompt])
+    return stream_text(model, text, GenerationOptions.create(max_new_tokens=max_new_tokens, **options))
 
 
 def continue_texts(model: Model, prompts: Sequence[Prompt], options: GenerationOptions) -> list[Generation]:

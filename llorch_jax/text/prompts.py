@@ -42,6 +42,9 @@ def prompt_list(prompt: str | Sequence[str]) -> list[str]:
     if not isinstance(prompt, list | tuple) or not prompt:
         got = "none" if isinstance(prompt, list | tuple) else type(prompt).__name__
         raise TokenError(f"prompt: expected a text or a list of texts, got {got}")
+    for text in prompt:
+        if not isinstance(text, str):
+            raise TokenError(f"text: expected a str, got {type(text).__name__}")
     return list(prompt)
 
 
