@@ -1,7 +1,6 @@
 """The settings of text generation: one set for every way of generating, checked once, before anything runs."""
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from llorch_jax.sampling import Sampler, check_sampler, make_sampler
 from llorch_jax.sampling.masking import Masked
 from llorch_jax.sampling.settings import SETTINGS
 from llorch_jax.text.constrained.constraint import Constraints, take_constraint
+from llorch_jax.text.names import nearest
 from llorch_jax.text.stopping import check_stops
 from llorch_jax.text.vocabulary import breaker_ids, known_ids, tokenizer_of
 from llorch_jax.tracing import is_whole, whole
@@ -54,44 +54,6 @@ TAKES: dict[Method, tuple[str, ...]] = {
     "beam search": (*_ALWAYS, *_BEAMS),
     "contrastive search": (*_ALWAYS, "top_k", "penalty_alpha", "stop"),
     "chat": (*_ALWAYS, *_DRAWING, "overflow", "stop"),
-}
-
-# Names that other libraries give to options.
-_ELSEWHERE = {
-    "alpha": "penalty_alpha",
-    "bad_words_ids": "bad_words",
-    "beam_width": "num_beams",
-    "best_of": "best_of of generate_n",
-    "do_sample": "temperature, where 0 takes the most likely token",
-    "draft": "draft of generate_speculative",
-    "dry_sequence_breakers": "dry_breakers",
-    "eos_id": "stop_ids",
-    "eos_token_id": "stop_ids",
-    "gbnf": "grammar",
-    "guided_choice": "choices",
-    "guided_grammar": "grammar",
-    "guided_json": "json_schema",
-    "guided_regex": "regex",
-    "json": "json_schema",
-    "logprobs": "top_logprobs",
-    "max_length": "max_new_tokens",
-    "max_tokens": "max_new_tokens",
-    "min_length": "min_new_tokens",
-    "min_tokens": "min_new_tokens",
-    "mirostat": "mirostat_tau",
-    "n": "n of generate_n",
-    "n_predict": "max_new_tokens",
-    "num_groups": "num_beam_groups",
-    "num_return_sequences": "n of generate_n",
-    "random_seed": "seed",
-    "repeat_penalty": "repetition_penalty",
-    "response_format": "json_schema",
-    "stop_sequences": "stop",
-    "stop_strings": "stop",
-    "stop_token_ids": "stop_ids",
-    "temp": "temperature",
-    "top_n_tokens": "top_logprobs",
-    "typical": "typical_p",
 }
 
 
@@ -164,7 +126,7 @@ class GenerationOptions:
         """
         for name in given:
             if name not in KNOWN:
-                raise OptionError(f"{name}: got an unknown option; {_nearest(name)}")
+                raise OptionError(f"{name}: got an unknown option; {nearest(name, KNOWN)}")
         given = {name: value for name, value in given.items() if value is not None or name in _NEVER_NONE}
         if is_whole(given.get("num_beams")) and given["num_beams"] == 1:
             del given["num_beams"]
@@ -325,13 +287,6 @@ def _brief(value: Any) -> str:
 
 def _is_texts(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(each, str) and each for each in value)
-
-
-def _nearest(name: str) -> str:
-    if name in _ELSEWHERE:
-        return f"expected {_ELSEWHERE[name]}"
-    near = difflib.get_close_matches(name, KNOWN, n=1)
-    return f"did you mean {near[0]}?" if near else f"expected one of {', '.join(KNOWN)}"
 
 
 def per_prompt(name: str, values: Sequence[int], prompts: int) -> list[int]:
