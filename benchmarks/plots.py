@@ -52,10 +52,17 @@ def _with_limits(group: list[Report]) -> Figure:
     limits = [line["against"] for _, line in rows]
     axes.scatter(limits, names, 350, "tab:orange", marker="|", linewidths=3, label=group[0]["against"], zorder=3)
     axes.invert_yaxis()
-    axes.set(xlabel=rows[0][1]["unit"], xlim=(0, None))
+    axes.set(xlabel=rows[0][1]["unit"])
+    _from_zero(axes, samples)
     _whole_numbers(axes.xaxis)
     _legend(figure)
     return figure
+
+
+def _from_zero(axes: Any, samples: Sequence[Report]) -> None:
+    """Starts the horizontal axis at 0, unless all are negative, as differences of times on a tiny model may be."""
+    if max(each["high"] for each in samples) > 0:
+        axes.set_xlim(0)
 
 
 def _legend(figure: Figure, columns: int = 3) -> None:
@@ -169,7 +176,7 @@ def _peers(kind: str) -> Plot:
             axes.barh(names, [s["median"] for s in samples], 0.65, xerr=_spread(samples), capsize=3, color=colors)
             axes.invert_yaxis()
             axes.set_title(case_words(case), fontsize="medium")
-            axes.set_xlim(0)
+            _from_zero(axes, samples)
         panels[-1, 0].set(xlabel="ms per decode step" if kind == "step" else "ms per prefill")
         return figure
 

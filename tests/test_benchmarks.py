@@ -306,3 +306,11 @@ def test_sampling_is_measured_beside_a_step(monkeypatch):
     figures = sampling.measure("tiny", 2, 20, 1)
     assert [row["name"] for row in figures["rows"]] == list(chosen)
     assert all(row["value"]["median"] > 0 for row in figures["rows"])
+
+
+def test_a_comparison_whose_differences_are_negative_is_drawn(reports, tmp_path):
+    figures = copy.deepcopy(reports["compare"])
+    for line in figures["rows"]:
+        line["time"] = {"median": -1.0, "low": -2.0, "high": -1.0}
+    html_report.write_report([figures], tmp_path)
+    assert len(list(tmp_path.glob("*.png"))) == 2
