@@ -13,6 +13,7 @@ from llorch_jax.cli.options import explain
 from llorch_jax.cli.terminal import note, show_bytes, waiting
 from llorch_jax.cli.values import resolve
 from llorch_jax.errors import ChatError, LlorchError
+from llorch_jax.files import exists
 from llorch_jax.params import count_params
 from llorch_jax.text.chat import RAW, Chat, Template
 
@@ -236,7 +237,7 @@ def start(
     with interrupts.mode(interrupts.Mode.KEEP), rescue.on_failure(terminal.unsaved):
         lines.use_history()
         terminal.greet()
-        if session is not None and session.exists():
+        if session is not None and exists(session, ChatError):
             terminal.load(str(session))
         terminal.keep_up_to_date()  # shows at once whether the file can be written
         try:

@@ -25,14 +25,19 @@ def on_failure(unsaved: Callable[[], Mapping[str, Chat]]) -> Iterator[None]:
 
 
 def _rescue(chat: Chat, name: str) -> None:
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    for folder in (Path(state) / "llorch_jax", Path(gettempdir())):
-        with contextlib.suppress(OSError, LlorchError):
+    for place in (_state_folder, gettempdir):
+        with contextlib.suppress(OSError, RuntimeError, LlorchError):  # no home, a full disk, no permission
+            folder = Path(place())
             folder.mkdir(parents=True, exist_ok=True)
             chat.save(folder / name, with_cache=False)
             note(f"the conversation is kept in {folder / name}; chat --session FILE goes on with it")
             return
     note("error: the conversation could not be kept anywhere", style="red")
+
+
+def _state_folder() -> Path:
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "llorch_jax"
 
 
 def _plain(name: str) -> str:

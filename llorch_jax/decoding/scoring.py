@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 
 from llorch_jax.buckets import bucket
 from llorch_jax.config import GPT2Config
+from llorch_jax.errors import NonFiniteError
 from llorch_jax.model import run
 from llorch_jax.params import Params
 
@@ -23,13 +25,24 @@ def token_logprobs(params: Params, config: GPT2Config, ids: Sequence[int] | np.n
 
     Returns:
         float32 [T], of ids[1:].
+
+    Raises:
+        NonFiniteError: the model's logits are NaN or infinite.
     """
     known = np.asarray(ids, np.int32)
     count = len(known) - 1
     padding = (0, bucket(count, config.n_positions) - count)
     inputs = np.pad(known[:-1], padding)[None]
     targets = np.pad(known[1:], padding)[None]
-    return np.asarray(_logprobs(params, config, inputs, targets))[0, :count]
+    found = np.asarray(_logprobs(params, config, inputs, targets))[0, :count]
+    check_finite(found)
+    return found
+
+
+def check_finite(logprobs: Any) -> None:
+    """Raises NonFiniteError unless log-probabilities of known tokens, or sums of them, are finite; host only."""
+    if not np.isfinite(np.asarray(logprobs)).all():
+        raise NonFiniteError("logits: expected finite numbers, got NaN or infinity; check the weights")
 
 
 @partial(jax.jit, static_argnames="config")

@@ -13,6 +13,7 @@ from llorch_jax.cache.static import StaticCache
 from llorch_jax.checks import check_context, check_tokens
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.loop import decode_step, prefill
+from llorch_jax.decoding.scoring import check_finite
 from llorch_jax.errors import CacheError, TokenError
 from llorch_jax.params import Params
 
@@ -55,6 +56,7 @@ def fidelity(params: Params, config: GPT2Config, tokens: Any, prompt: int, cache
         TokenError: the tokens are misshapen or out of range, or the prompt is not shorter than they are.
         CapacityError: they do not fit the context or the cache.
         CacheError: the cache is not empty, or of another model.
+        NonFiniteError: the model's logits are NaN or infinite.
     """
     ids = np.asarray(check_tokens(config, tokens))
     batch, length = ids.shape
@@ -70,6 +72,7 @@ def fidelity(params: Params, config: GPT2Config, tokens: Any, prompt: int, cache
         expected, exact = decode_step(params, config, ids[:, step], exact)
         got, cache = decode_step(params, config, ids[:, step], cache)
         sums += np.asarray(_compared(expected, got, ids[:, step + 1]), np.float64)
+    check_finite(sums)
     count = batch * (length - 1 - prompt)
     kl, agreed, loss, exact_loss = (sums / count).tolist()
     return Fidelity(kl, agreed, math.exp(loss), math.exp(exact_loss), count, cache.memory_usage())

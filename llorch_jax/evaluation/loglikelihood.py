@@ -16,6 +16,7 @@ from llorch_jax.checks import check_context, check_tokens
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.loop import prefill
 from llorch_jax.decoding.overflow import padded
+from llorch_jax.decoding.scoring import check_finite
 from llorch_jax.errors import TokenError
 from llorch_jax.loading.checkpoint import Model
 from llorch_jax.model import run
@@ -73,6 +74,7 @@ def choices(model: Model, prefix: str, continuations: Sequence[str]) -> list[Cho
         ModelError: the model has no tokenizer.
         TokenError: there is no continuation, one has no token, or the prefix has none and the model no begin-of-text.
         CapacityError: prefix and continuation do not fit the context.
+        NonFiniteError: the model's logits are NaN or infinite.
     """
     if isinstance(continuations, str) or not continuations:
         raise TokenError(f"continuations: expected a list of at least one text, got {continuations!r}")
@@ -145,6 +147,7 @@ def score_pairs(
     Raises:
         TokenError: ids are outside the vocabulary.
         CapacityError: a pair does not fit the context. In both cases nothing has run.
+        NonFiniteError: the model's logits are NaN or infinite.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, (prefix, continuation) in enumerate(pairs):
@@ -158,8 +161,9 @@ def score_pairs(
         members = [number for prefix in chunk for number in groups[prefix]]
         rows = [row for row, prefix in enumerate(chunk) for _ in groups[prefix]]
         found = _score_chunk(params, config, chunk, rows, [pairs[i][1] for i in members], batch_size, allowed)
-        for number, result in zip(members, found, strict=True):
-            results[number] = result
+        for number, (logprobs, is_greedy) in zip(members, found, strict=True):
+            check_finite(logprobs)
+            results[number] = (logprobs, is_greedy)
         progress(len(members))
     return results
 

@@ -60,6 +60,7 @@ def score(model: Model, text: str, *, stride: int | None = None) -> Score:
     Raises:
         ModelError: the model has no tokenizer.
         TokenError: there is no token to score.
+        NonFiniteError: the model's logits are NaN or infinite.
         LlorchError: the stride is out of range.
     """
     tokenizer, config = tokenizer_of(model), model.config

@@ -5,7 +5,7 @@ tells which part is wrong.
 """
 
 import dataclasses
-import json
+import io
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -23,6 +23,7 @@ from llorch_jax.checks import check_append
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.loop import decode_step, prefill
 from llorch_jax.errors import CapacityError, ReferenceFileError
+from llorch_jax.files import exists, read_bytes, read_json, shown
 from llorch_jax.model import run
 from llorch_jax.params import Params
 from llorch_jax.sampling import Sampling, apply_temperature
@@ -177,18 +178,25 @@ def load_reference(path: str | Path) -> tuple[dict[str, np.ndarray], float]:
     """
     path = Path(path)
     try:
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+        content = io.BytesIO(read_bytes(path, ReferenceFileError))
+        with np.load(content, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
+    except ReferenceFileError:
+        raise
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ReferenceFileError(f"{path}: expected a readable .npz file of reference arrays ({error})") from None
+        raise ReferenceFileError(
+            f"{shown(path)}: expected a readable .npz file of reference arrays ({error})"
+        ) from None
     if "tokens" not in arrays:
         raise ReferenceFileError(f"{path}: expected an array `tokens`, got {', '.join(sorted(arrays)) or 'none'}")
     sidecar = path.with_suffix(".json")
     try:
-        about = json.loads(sidecar.read_text("utf-8")) if sidecar.exists() else {}
+        about = read_json(sidecar, ReferenceFileError) if exists(sidecar, ReferenceFileError) else {}
         return arrays, float(about.get("parameters", {}).get("temperature", 0.8))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ReferenceFileError(f"{sidecar}: expected JSON with a number parameters.temperature ({error})") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ReferenceFileError(
+            f"{shown(sidecar)}: expected JSON with a number parameters.temperature ({error})"
+        ) from None
 
 
 def compare(captured: Mapping[str, Any], reference: Mapping[str, Any]) -> list[Verdict]:

@@ -14,6 +14,7 @@ import numpy as np
 from llorch_jax.cache.base import KVCache
 from llorch_jax.decoding.overflow import Reencode, check_overflow
 from llorch_jax.errors import BatchFileError, CapacityError, LlorchError, OptionError
+from llorch_jax.files import read_text
 from llorch_jax.loading.checkpoint import Model
 from llorch_jax.sampling import Sampling, check_sampler
 from llorch_jax.sampling.masking import Masked
@@ -78,12 +79,7 @@ class JobReader:
         Raises:
             BatchFileError: the file cannot be read, or a line is not as it should be; the message names line and field.
         """
-        if source.exists() and not source.is_file():
-            raise BatchFileError(f"{source}: expected a regular file, got another kind")
-        try:
-            lines = source.read_text(encoding="utf-8").split("\n")  # splitlines would split at U+2028, too
-        except (OSError, ValueError) as error:
-            raise BatchFileError(f"{source}: expected a readable file in UTF-8 ({error})") from None
+        lines = read_text(source, BatchFileError).split("\n")  # splitlines would split at U+2028, too
         jobs: list[Job] = []
         for number, text in enumerate(lines, 1):
             if text.strip():

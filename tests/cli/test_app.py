@@ -246,7 +246,7 @@ class TestValidate:
         assert all(verdict.startswith("FAIL") for _, verdict in self.rows(out))
 
     def test_no_reference(self, run, folder, tmp_path):
-        check_error(run("validate", folder, "-r", tmp_path / "none.npz"), r"none\.npz: expected a readable \.npz")
+        check_error(run("validate", folder, "-r", tmp_path / "none.npz"), r"none\.npz: cannot be read")
 
 
 class TestErrors:

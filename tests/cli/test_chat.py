@@ -211,7 +211,7 @@ def test_a_kill_loses_nothing_of_a_session_but_the_turn_under_way(folder, tmp_pa
     assert text_of(folder, tmp_path / "talk").startswith("Once")
 
 
-@pytest.mark.parametrize("name", ["/dev/null/talk", "no/such/folder/talk", "/dev/full"])
+@pytest.mark.parametrize("name", ["/dev/null/talk", "no/such/folder/talk", "/dev/full", "x" * 300])
 def test_a_session_that_cannot_be_written_is_refused_at_the_start(folder, name):
     with chat(folder, "--session", name) as terminal:
         code, seen = terminal.finish()

@@ -9,6 +9,7 @@ from scipy.special import log_softmax
 
 import llorch_jax as lj
 from llorch_jax.cache import make_cache
+from llorch_jax.errors import NonFiniteError
 from llorch_jax.evaluation.fidelity import fidelity
 
 CONFIG = make_config(layers=2, heads=2, head_dim=8)
@@ -45,6 +46,13 @@ def test_divergence_is_that_of_the_two_distributions():
     )
     assert found.kl == pytest.approx(float(np.sum(np.exp(exact) * (exact - other))), rel=1e-3)
     assert found.tokens == 1
+
+
+def test_logits_that_are_not_finite_are_an_error():
+    broken = make_params(CONFIG)
+    broken = broken.replace(ln_f=broken.ln_f.replace(weight=broken.ln_f.weight * np.nan))
+    with pytest.raises(NonFiniteError, match="check the weights"):
+        fidelity(broken, CONFIG, TOKENS, 16, make_cache(CONFIG, "dynamic", batch_size=2))
 
 
 @pytest.mark.parametrize("prompt", [0, 23, 2.0])

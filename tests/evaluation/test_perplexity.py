@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from profiles import examples
 
 import llorch_jax as lj
+from llorch_jax.errors import NonFiniteError
 
 GPT2 = lj.Tokenizer.gpt2()
 
@@ -118,6 +119,17 @@ def test_bytes_of_an_unscored_first_token_do_not_count(bare):
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_bytes_of_tokens_are_those_of_the_text(text):
     assert sum(GPT2.num_bytes(id) for id in GPT2.encode(text)) == len(text.encode())
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_not_finite_are_an_error(bare, value):
+    broken = dataclasses.replace(
+        bare, params=bare.params.replace(ln_f=jax.tree.map(lambda x: x * value, bare.params.ln_f))
+    )
+    with pytest.raises(NonFiniteError, match="check the weights"):
+        lj.score(broken, "Once upon")
+    with pytest.raises(NonFiniteError, match="check the weights"):
+        lj.choices(broken, "Once", [" a", " bc"])
 
 
 @pytest.mark.parametrize("stride", [0, -1, 65])

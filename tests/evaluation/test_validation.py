@@ -1,6 +1,7 @@
 """The twelve validation points: their values, their comparison with a reference, and reference files."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -248,6 +249,11 @@ class TestReferenceFiles:
         with pytest.raises(ReferenceFileError, match="expected an array `tokens`, got none"):
             load_reference(self.write(tmp_path))
 
+    def test_a_sidecar_of_deep_json(self, tmp_path):
+        path = self.write(tmp_path, "[" * 100_000 + "]" * 100_000, tokens=TOKENS)
+        with pytest.raises(ReferenceFileError, match=r"reference\.json: .*nested too deeply"):
+            load_reference(path)
+
     @pytest.mark.parametrize("content", [b"", b"no arrays", b"PK\x03\x04", json.dumps({"tokens": [1]}).encode()])
     def test_other_files(self, tmp_path, content):
         path = tmp_path / "reference.npz"
@@ -280,8 +286,9 @@ class TestReferenceFiles:
             load_reference(path)
 
     def test_missing_file_and_directory(self, tmp_path):
-        for path in (tmp_path / "none.npz", Path(tmp_path)):
-            with pytest.raises(ReferenceFileError, match=f"{path.name}: expected a readable .npz file"):
+        os.mkfifo(tmp_path / "fifo.npz")
+        for path in (tmp_path / "none.npz", Path(tmp_path), tmp_path / "fifo.npz"):
+            with pytest.raises(ReferenceFileError, match=f"{path.name}: (cannot be read|expected a regular file)"):
                 load_reference(path)
 
 

@@ -195,8 +195,10 @@ def test_options_that_no_file_has_are_refused(model, source, tmp_path):
 
 
 def test_missing_and_unwritable_files(model, source, tmp_path):
-    with pytest.raises(BatchFileError, match="expected a readable file"):
-        generate_file(model, tmp_path / "none", tmp_path / "out")
+    os.mkfifo(tmp_path / "fifo")
+    for name, message in (("none", "cannot be read"), ("x" * 300, "cannot be read"), ("fifo", "got a pipe")):
+        with pytest.raises(BatchFileError, match=message):
+            generate_file(model, tmp_path / name, tmp_path / "out")
     with pytest.raises(BatchFileError, match="expected a file"):
         generate_file(model, source, tmp_path, max_new_tokens=1)
     with pytest.raises(BatchFileError, match="batch_size: expected"):
