@@ -23,10 +23,13 @@ or zero. Blocks of GGUF's Q8_0 and Q4_0 are such groups, bit for bit.
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+
+from llorch_jax.kernels import matmul as kernels
 
 EXACT = jax.lax.Precision.HIGHEST  # float32 products in full precision on every backend
 _BLOCK = 2**18  # elements of a block of rows that is converted at once: 1 MB of float32
@@ -95,7 +98,7 @@ class Dense:
 
 
 def matmul(weight: Matrix, x: jax.Array) -> jax.Array:
-    """`weight @ x` in float32.
+    """`weight @ x` in float32: by a native kernel where x has a few columns, and there is one for the weights.
 
     Args:
         weight: [out, in], in floating point or quantized.
@@ -104,9 +107,35 @@ def matmul(weight: Matrix, x: jax.Array) -> jax.Array:
     Returns:
         float32 [out, M].
     """
+    if isinstance(weight, QuantizedMatrix):
+        form = kernels.Form(weight.bits, weight.group_size)
+        codes, scales = weight.codes, weight.scales
+    else:
+        form = kernels.Form(weight.dtype.itemsize * 8, None)
+        codes, scales = weight, jnp.zeros((0, 0), jnp.float16)
+    if not kernels.serves(form, codes, x):
+        return plain_matmul(weight, x)
+    return kernels.matmul(form, codes, scales, x, _plain_product(form))
+
+
+def plain_matmul(weight: Matrix, x: jax.Array) -> jax.Array:
+    """`matmul` without native kernels: the twin that they are tested against, and that serves in their place."""
     if isinstance(weight, QuantizedMatrix) or weight.dtype != jnp.float32:
         return _product_by_blocks(weight, x)
     return _product(weight, x)
+
+
+@cache
+def _plain_product(form: kernels.Form) -> kernels.Product:
+    """`plain_matmul` of the arrays that a matrix of this form consists of."""
+
+    def product(codes: jax.Array, scales: jax.Array, x: jax.Array) -> jax.Array:
+        if form.bits > 8:
+            return plain_matmul(codes, x)
+        padding = codes.shape[1] * 8 // form.bits - x.shape[0]
+        return plain_matmul(QuantizedMatrix(codes, scales, form.bits, form.group_size, padding), x)
+
+    return product
 
 
 def take_rows(weight: Matrix, ids: jax.Array) -> jax.Array:

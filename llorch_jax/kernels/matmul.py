@@ -1,0 +1,114 @@
+"""Products of a matrix, in floating point or in codes, and a few columns, by a native kernel.
+
+The kernel reads every weight once for up to MAX_COLUMNS columns, on the threads of XLA's own pool; see docs/kernels.md.
+A column's result has the same bits whatever stands in the other columns and however many threads there are. With codes
+for weights, it rounds each column of x to 16 bits of that column's largest magnitude: the error's norm is at most
+sqrt(in) / 113,000 of the column's, and usually a hundred times smaller. A column with an infinity or a NaN in it gives
+NaN then.
+
+How codes and scales lie in memory is written down in `linear`, where the twins are, too: the products in jnp that serve
+where the kernels do not, and that give derivatives and batches.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llorch_jax.kernels.library import library
+
+MAX_COLUMNS = 16
+_FLOATS = ("float32", "bfloat16", "float16")
+_STEP = 64  # columns of the weights: the kernel's workspace is padded to a multiple
+
+Product = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # of codes, scales and x
+
+
+class Form(NamedTuple):
+    """How the elements of a matrix are stored.
+
+    Attributes:
+        bits: per element: 32 or 16 for floating point, 8 or 4 for codes.
+        group_size: columns per scale; None for one scale per row, or none at all.
+    """
+
+    bits: int
+    group_size: int | None
+
+
+def serves(form: Form, weight: jax.Array, x: jax.Array) -> bool:
+    """Whether `matmul` takes this product: a few columns, on one CPU device, or on each inside `shard_map`.
+
+    Args:
+        form: of the matrix.
+        weight: the elements or codes, [out, ...].
+        x: [in, M].
+    """
+    few = 1 <= x.shape[1] <= MAX_COLUMNS and x.shape[0] > 0 and weight.shape[0] > 0
+    if not few or x.dtype != jnp.float32 or not _has_kernel(form, weight):
+        return False
+    if jax.default_backend() != "cpu" or library().isa is None:
+        return False
+    return jax.device_count() == 1 or bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def _has_kernel(form: Form, weight: jax.Array) -> bool:
+    if form.bits > 8:
+        return str(weight.dtype) in _FLOATS
+    if form.group_size is None:
+        return form.bits == 8
+    return form.group_size == 32 or (form.group_size % 64 == 0 and form.group_size <= 1024)
+
+
+def matmul(form: Form, weight: jax.Array, scales: jax.Array, x: jax.Array, twin: Product) -> jax.Array:
+    """The product of a matrix and a few columns.
+
+    Args:
+        form: of the matrix; `serves` says which there are kernels for.
+        weight: float32, bfloat16 or float16 [out, in]; int8 [out, width]; or uint8 [out, width / 2].
+        scales: float32 [out, 1], or float16 [out, groups]; float16 [0, 0] where the matrix has none.
+        x: float32 [in, M], in <= width.
+        twin: the same product in jnp, hashable; derivatives and `vmap` go through it.
+
+    Returns:
+        float32 [out, M].
+    """
+    return _product(form, twin, weight, scales, x)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _product(form: Form, twin: Product, weight: jax.Array, scales: jax.Array, x: jax.Array) -> jax.Array:
+    return _batchable(form, twin)(weight, scales, x)
+
+
+@_product.defjvp
+def _product_jvp(form: Form, twin: Product, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """The kernel's value, and the twin's derivative."""
+    _, tangent = jax.jvp(twin, primals, tangents)
+    return _product(form, twin, *primals), tangent
+
+
+@cache
+def _batchable(form: Form, twin: Product) -> Any:
+    """The kernel as a function that `vmap` replaces by the twin."""
+    product = jax.custom_batching.custom_vmap(jax.jit(partial(_call, form)))
+
+    @product.def_vmap
+    def batch(axis_size: int, in_batched: list[bool], *operands: jax.Array) -> tuple[jax.Array, bool]:
+        axes = tuple(0 if batched else None for batched in in_batched)
+        return jax.vmap(twin, in_axes=axes, axis_size=axis_size)(*operands), True
+
+    return product
+
+
+def _call(form: Form, weight: jax.Array, scales: jax.Array, x: jax.Array) -> jax.Array:
+    columns = x.shape[1]
+    width = weight.shape[1] * 2 if form.bits == 4 else weight.shape[1]
+    padded = -(-width // _STEP) * _STEP
+    y = jax.ShapeDtypeStruct((weight.shape[0], columns), jnp.float32)
+    workspace = jax.ShapeDtypeStruct((4 * columns * (padded + 1),), jnp.uint8)
+    call = jax.ffi.ffi_call("llorch_matmul", (y, workspace))
+    return call(weight, scales, x, bits=np.int64(form.bits), group=np.int64(form.group_size or 0))[0]

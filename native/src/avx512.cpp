@@ -1,0 +1,7 @@
+#define LLORCH_ISA avx512
+#define LLORCH_BYTES 64
+#include "products.h"
+
+namespace llorch {
+extern const Kernels kAvx512{"avx512", avx512::prepare, avx512::multiply};
+}  // namespace llorch

@@ -1,0 +1,48 @@
+#include "dispatch.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace llorch {
+namespace {
+
+#if defined(LLORCH_X86)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
+const Kernels* find() {
+  const char* wanted = std::getenv("LLORCH_JAX_ISA");
+  if (wanted != nullptr && *wanted == '\0') wanted = nullptr;
+  const auto fits = [&](const Kernels& kernels) {
+    return wanted == nullptr || std::strcmp(wanted, kernels.name) == 0;
+  };
+#if defined(LLORCH_X86)
+  __builtin_cpu_init();
+  if (fits(kAvx512) && has_avx512()) return &kAvx512;
+  if (fits(kAvx2) && has_avx2()) return &kAvx2;
+#endif
+  return fits(kPortable) ? &kPortable : nullptr;
+}
+
+}  // namespace
+
+const Kernels* kernels() {
+  static const Kernels* const found = find();
+  return found;
+}
+
+}  // namespace llorch
+
+// For Python: the instruction set in use, or nullptr.
+extern "C" __attribute__((visibility("default"))) const char* llorch_isa() {
+  const llorch::Kernels* kernels = llorch::kernels();
+  return kernels == nullptr ? nullptr : kernels->name;
+}

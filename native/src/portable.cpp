@@ -1,0 +1,7 @@
+#define LLORCH_ISA portable
+#define LLORCH_BYTES 16
+#include "products.h"
+
+namespace llorch {
+extern const Kernels kPortable{"portable", portable::prepare, portable::multiply};
+}  // namespace llorch

@@ -1,0 +1,436 @@
+// Products of a weight matrix and a few columns, for one instruction set. Include simd.h's macros first.
+//
+// A row of the weights is taken once from memory, however many columns there are. For every element of the result one
+// vector of sums runs along the row; its lanes are added at the end. Nothing in that depends on the number of columns,
+// on the other columns or on the thread, so that a column's result has the same bits wherever it stands.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace llorch::LLORCH_ISA {
+
+// Rows and columns per tile: as many sums as there are registers for, and enough to hide the latency of adding. Up to
+// kNarrow columns are taken with more rows at once, because they are as fast as memory.
+constexpr int kTileRows = 4;
+constexpr int kTileColumns = LLORCH_BYTES == 64 ? 4 : 2;
+constexpr int kNarrowRows = 8;
+constexpr int kNarrow = LLORCH_BYTES == 64 ? 2 : 1;
+
+// ---- The columns: transposed, and for codes quantized to 16 bits ----------------------------------------------------
+
+template <int kColumns>
+void transpose(const Product& product) {
+  const size_t stride = padded(product.width);
+  constexpr size_t kBlock = 16;
+  size_t k = 0;
+  for (; k + kBlock <= product.depth; k += kBlock) {
+    const float* from = product.x + k * kColumns;
+    for (size_t column = 0; column < kColumns; ++column) {
+      float* to = product.vectors + column * stride + k;
+      for (size_t i = 0; i < kBlock; ++i) to[i] = from[i * kColumns + column];
+    }
+  }
+  for (size_t column = 0; column < kColumns; ++column) {
+    float* to = product.vectors + column * stride;
+    for (size_t i = k; i < product.depth; ++i) to[i] = product.x[i * kColumns + column];
+    for (size_t i = product.depth; i < stride; ++i) to[i] = 0;
+  }
+}
+
+// Where the code of element k of a row stands among those of its column, in the order in which 4-bit codes unpack:
+// for each `kShorts` bytes of the row, first the elements of all low nibbles, then those of all high nibbles.
+LLORCH_INLINE size_t place_of_nibble(size_t k, size_t group) {
+  const size_t half = group / 2;
+  const size_t within = k % group;
+  const size_t high = within >= half;
+  const size_t byte = k / group * half + within - high * half;
+  return byte / kShorts * 2 * kShorts + high * kShorts + byte % kShorts;
+}
+
+// The largest magnitude of each column, as bits: larger than infinity's where there is a NaN.
+template <int kColumns>
+LLORCH_INLINE void find_largest(const Product& product, uint32_t (&largest)[kColumns]) {
+  for (size_t column = 0; column < kColumns; ++column) largest[column] = 0;
+  for (size_t k = 0; k < product.depth; ++k) {
+    for (size_t column = 0; column < kColumns; ++column) {
+      uint32_t bits;
+      __builtin_memcpy(&bits, product.x + k * kColumns + column, sizeof(bits));
+      bits &= 0x7fffffff;
+      largest[column] = bits > largest[column] ? bits : largest[column];
+    }
+  }
+}
+
+// 16-bit codes of each column, with one scale: the error of an element is at most 1/65534 of the largest magnitude.
+template <int kColumns>
+void quantize(const Product& product) {
+  constexpr uint32_t kInfinity = 0x7f800000;
+  constexpr float kSmallest = 1e-30f;       // columns below it count as zero
+  constexpr float kRounder = 12582912.0f;   // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  constexpr int32_t kRounderBits = 0x4b400000;
+  uint32_t largest[kColumns];
+  float inverse[kColumns];
+  find_largest<kColumns>(product, largest);
+  for (size_t column = 0; column < kColumns; ++column) {
+    float magnitude;
+    __builtin_memcpy(&magnitude, &largest[column], sizeof(magnitude));
+    const bool finite = largest[column] < kInfinity;
+    const bool zero = magnitude < kSmallest;
+    product.code_scales[column] = finite ? (zero ? 0.0f : magnitude / 32767.0f) : __builtin_nanf("");
+    inverse[column] = finite && !zero ? 32767.0f / magnitude : 0.0f;
+  }
+  const size_t stride = padded(product.width);
+  for (size_t i = 0; i < kColumns * stride; ++i) product.codes[i] = 0;
+  const bool nibbles = product.format == Format::kInt4;
+  // Sixteen consecutive elements stand together in either order, because groups are multiples of 32.
+  constexpr size_t kBlock = LLORCH_BYTES == 16 ? 8 : 16;
+  for (size_t k = 0; k < product.depth; k += kBlock) {
+    const size_t count = product.depth - k < kBlock ? product.depth - k : kBlock;
+    const size_t place = nibbles ? place_of_nibble(k, product.group) : k;
+    for (size_t column = 0; column < kColumns; ++column) {
+      int16_t* to = product.codes + column * stride + place;
+      // A column that is not finite has no codes: its scale alone makes its results NaN.
+      if (inverse[column] == 0.0f) continue;
+      for (size_t i = 0; i < count; ++i) {
+        const float rounded = product.x[(k + i) * kColumns + column] * inverse[column] + kRounder;
+        int32_t bits;
+        __builtin_memcpy(&bits, &rounded, sizeof(bits));
+        to[i] = static_cast<int16_t>(bits - kRounderBits);
+      }
+    }
+  }
+}
+
+template <int kColumns>
+LLORCH_INLINE void prepare_columns(const Product& product) {
+  if (product.format == Format::kInt8 || product.format == Format::kInt4) {
+    quantize<kColumns>(product);
+  } else {
+    transpose<kColumns>(product);
+  }
+}
+
+template <int kColumns>
+LLORCH_INLINE void prepare_some(const Product& product) {
+  if (product.columns == kColumns) return prepare_columns<kColumns>(product);
+  if constexpr (kColumns > 1) prepare_some<kColumns - 1>(product);
+}
+
+static void prepare(const Product& product) { prepare_some<kMaxColumns>(product); }
+
+// ---- Weights --------------------------------------------------------------------------------------------------------
+
+struct Float32 {
+  using Stored = float;
+  static LLORCH_INLINE Floats get(const Stored* from) { return load<Floats>(from); }
+};
+
+struct BFloat16 {
+  using Stored = uint16_t;
+  static LLORCH_INLINE Floats get(const Stored* from) { return from_bfloat16(load<HalfWords>(from)); }
+};
+
+struct Float16 {
+  using Stored = uint16_t;
+  static LLORCH_INLINE Floats get(const Stored* from) { return from_float16(load<HalfWords>(from)); }
+};
+
+// Some rows of the weights, `distance` rows apart, and some columns.
+struct Tile {
+  size_t row;
+  size_t distance;
+  size_t column;
+};
+
+// Asks for a share of the rows of the next tile while this one is summed for a group of columns. With more than one
+// group, the weights are in the cache from the second on, and memory would rest.
+class Ahead {
+ public:
+  Ahead(const char* from, size_t distance, size_t rows, size_t step_bytes)
+      : from_(from), distance_(distance), rows_(rows), step_bytes_(step_bytes) {}
+  LLORCH_INLINE void step() {
+    for (size_t row = 0; row < rows_; ++row) __builtin_prefetch(from_ + row * distance_, 0, 2);
+    from_ += step_bytes_;
+  }
+
+ private:
+  const char* from_;
+  size_t distance_;
+  size_t rows_;
+  size_t step_bytes_;
+};
+
+template <typename Weight, int kRows, int kColumns>
+LLORCH_INLINE void float_tile(const Product& product, const Tile& at, Ahead& ahead) {
+  using Stored = typename Weight::Stored;
+  const size_t width = product.width;
+  const size_t stride = padded(width);
+  const Stored* weights = static_cast<const Stored*>(product.weights) + at.row * width;
+  const float* vectors = product.vectors + at.column * stride;
+  const size_t distance = at.distance * width;
+  const size_t whole = width / kLanes * kLanes;
+  Stored rest[kRows][kLanes] = {};
+  for (int r = 0; r < kRows; ++r) copy(rest[r], weights + r * distance + whole, width - whole);
+  Floats sums[kRows][kColumns] = {};
+  for (size_t k = 0; k < width; k += kLanes) {
+    ahead.step();
+    const Stored* from = k < whole ? weights + k : rest[0];
+    const size_t row_stride = k < whole ? distance : kLanes;
+    Floats weight[kRows];
+    LLORCH_UNROLL for (int r = 0; r < kRows; ++r) weight[r] = Weight::get(from + r * row_stride);
+    LLORCH_UNROLL for (int c = 0; c < kColumns; ++c) {
+      const Floats x = load<Floats>(vectors + c * stride + k);
+      LLORCH_UNROLL for (int r = 0; r < kRows; ++r) sums[r][c] = multiply_add(weight[r], x, sums[r][c]);
+    }
+  }
+  LLORCH_UNROLL for (int r = 0; r < kRows; ++r) {
+    LLORCH_UNROLL for (int c = 0; c < kColumns; ++c) product.y[(at.row + r * at.distance) * product.columns + at.column + c] = sum(sums[r][c]);
+  }
+}
+
+template <typename Weight>
+struct FloatTiles {
+  static constexpr size_t kStepBytes = kLanes * sizeof(typename Weight::Stored);
+  static size_t row_bytes(const Product& product) { return product.width * sizeof(typename Weight::Stored); }
+  template <int kRows, int kColumns>
+  static LLORCH_INLINE void tile(const Product& product, const Tile& at, Ahead& ahead) {
+    float_tile<Weight, kRows, kColumns>(product, at, ahead);
+  }
+};
+
+// 8-bit codes with one scale per row. Sums are taken to float32 before they can overflow 32 bits: a step adds at most
+// 2 * 128 * 32767 to a lane.
+template <int kRows, int kColumns>
+LLORCH_INLINE void int8_row_tile(const Product& product, const Tile& at, Ahead& ahead) {
+  constexpr size_t kBlock = 128 * kShorts;
+  const size_t width = product.width;
+  const size_t stride = padded(width);
+  const int8_t* weights = static_cast<const int8_t*>(product.weights) + at.row * width;
+  const int16_t* codes = product.codes + at.column * stride;
+  const size_t distance = at.distance * width;
+  const size_t whole = width / kShorts * kShorts;
+  int8_t rest[kRows][kShorts] = {};
+  for (int r = 0; r < kRows; ++r) copy(rest[r], weights + r * distance + whole, width - whole);
+  Floats totals[kRows][kColumns] = {};
+  for (size_t begin = 0; begin < width; begin += kBlock) {
+    const size_t end = begin + kBlock < width ? begin + kBlock : width;
+    Ints sums[kRows][kColumns] = {};
+    for (size_t k = begin; k < end; k += kShorts) {
+      ahead.step();
+      const int8_t* from = k < whole ? weights + k : rest[0];
+      const size_t row_stride = k < whole ? distance : kShorts;
+      Shorts weight[kRows];
+      LLORCH_UNROLL for (int r = 0; r < kRows; ++r) weight[r] = widen(load<HalfBytes>(from + r * row_stride));
+      LLORCH_UNROLL for (int c = 0; c < kColumns; ++c) {
+        const Shorts x = load<Shorts>(codes + c * stride + k);
+        LLORCH_UNROLL for (int r = 0; r < kRows; ++r) sums[r][c] = add_products_of_pairs(sums[r][c], weight[r], x);
+      }
+    }
+    LLORCH_UNROLL for (int r = 0; r < kRows; ++r) {
+      LLORCH_UNROLL for (int c = 0; c < kColumns; ++c) totals[r][c] += to_floats(sums[r][c]);
+    }
+  }
+  const float* scales = static_cast<const float*>(product.scales) + at.row;
+  LLORCH_UNROLL for (int r = 0; r < kRows; ++r) {
+    LLORCH_UNROLL for (int c = 0; c < kColumns; ++c) {
+      const float scale = scales[r * at.distance] * product.code_scales[at.column + c];
+      product.y[(at.row + r * at.distance) * product.columns + at.column + c] = sum(totals[r][c]) * scale;
+    }
+  }
+}
+
+struct Int8RowTiles {
+  static constexpr size_t kStepBytes = kShorts;
+  static size_t row_bytes(const Product& product) { return product.width; }
+  template <int kRows, int kColumns>
+  static LLORCH_INLINE void tile(const Product& product, const Tile& at, Ahead& ahead) {
+    int8_row_tile<kRows, kColumns>(product, at, ahead);
+  }
+};
+
+// The scales of some consecutive groups of one row, in float32.
+constexpr size_t kScales = 16;
+
+LLORCH_INLINE void read_scales(const uint16_t* from, size_t count, float (&to)[kScales]) {
+  uint16_t bits[kScales] = {};
+  copy(bits, from, count < kScales ? count : kScales);
+  for (size_t i = 0; i < kScales; i += kLanes) store(to + i, from_float16(load<HalfWords>(bits + i)));
+}
+
+// Codes with one scale per group: of 32 columns, or of a multiple of 64. Groups::kSpan of them, 1 or 2, are summed together.
+template <typename Groups, int kRows, int kColumns>
+LLORCH_INLINE void group_tile(const Product& product, const Tile& at, Ahead& ahead) {
+  const size_t groups = product.width / product.group;
+  const size_t stride = padded(product.width);
+  const size_t row_bytes = Groups::row_bytes(product);
+  const size_t group_bytes = row_bytes / groups;
+  const char* weights = static_cast<const char*>(product.weights) + at.row * row_bytes;
+  const int16_t* codes = product.codes + at.column * stride;
+  const uint16_t* scales = static_cast<const uint16_t*>(product.scales) + at.row * groups;
+  Floats totals[kRows][kColumns] = {};
+  for (size_t first = 0; first < groups; first += kScales) {
+    float scale[kRows][kScales];
+    LLORCH_UNROLL for (int r = 0; r < kRows; ++r) read_scales(scales + r * at.distance * groups + first, groups - first, scale[r]);
+    const size_t count = groups - first < kScales ? groups - first : kScales;
+    for (size_t g = 0; g < count; g += Groups::kSpan) {
+      const char* from = weights + (first + g) * group_bytes;
+      const size_t bytes = (count - g < Groups::kSpan ? 1 : Groups::kSpan) * group_bytes;
+      Ints sums[kRows][kColumns] = {};
+      Groups::template add<kRows, kColumns>(from, at.distance * row_bytes, bytes, codes, stride, (first + g) * product.group, sums,
+                                            ahead);
+      LLORCH_UNROLL for (int r = 0; r < kRows; ++r) {
+        const Floats by = Groups::spread(scale[r] + g);
+        LLORCH_UNROLL for (int c = 0; c < kColumns; ++c) totals[r][c] = multiply_add(to_floats(sums[r][c]), by, totals[r][c]);
+      }
+    }
+  }
+  LLORCH_UNROLL for (int r = 0; r < kRows; ++r) {
+    LLORCH_UNROLL for (int c = 0; c < kColumns; ++c) {
+      product.y[(at.row + r * at.distance) * product.columns + at.column + c] = sum(totals[r][c]) * product.code_scales[at.column + c];
+    }
+  }
+}
+
+struct Int8Groups {
+  static constexpr size_t kSpan = 1;
+  static size_t row_bytes(const Product& product) { return product.width; }
+  static LLORCH_INLINE Floats spread(const float* scale) { return broadcast(*scale); }
+
+  template <int kRows, int kColumns>
+  static LLORCH_INLINE void add(const char* from, size_t distance, size_t bytes, const int16_t* codes, size_t stride,
+                                size_t k, Ints (&sums)[kRows][kColumns], Ahead& ahead) {
+    for (size_t i = 0; i < bytes; i += kShorts) {
+      ahead.step();
+      Shorts weight[kRows];
+      LLORCH_UNROLL for (int r = 0; r < kRows; ++r) weight[r] = widen(load<HalfBytes>(from + r * distance + i));
+      LLORCH_UNROLL for (int c = 0; c < kColumns; ++c) {
+        const Shorts x = load<Shorts>(codes + c * stride + k + i);
+        LLORCH_UNROLL for (int r = 0; r < kRows; ++r) sums[r][c] = add_products_of_pairs(sums[r][c], weight[r], x);
+      }
+    }
+  }
+};
+
+// 4-bit codes; a group of 32 fills half a vector of 64 bytes, so that two groups share one there.
+template <bool kPairs>
+struct Int4Groups {
+  static constexpr size_t kSpan = kPairs ? 2 : 1;
+  static size_t row_bytes(const Product& product) { return product.width / 2; }
+
+  static LLORCH_INLINE Floats spread(const float* scale) {
+    Floats by = broadcast(scale[0]);
+    if constexpr (kPairs) {
+      const Floats second = broadcast(scale[1]);
+      Ints upper;
+      for (int i = 0; i < kLanes; ++i) upper[i] = i >= kLanes / 2 ? -1 : 0;
+      by = upper ? second : by;
+    }
+    return by;
+  }
+
+  template <int kRows, int kColumns>
+  static LLORCH_INLINE void add(const char* from, size_t distance, size_t bytes, const int16_t* codes, size_t stride,
+                                size_t k, Ints (&sums)[kRows][kColumns], Ahead& ahead) {
+    for (size_t i = 0; i < bytes; i += kShorts) {
+      ahead.step();
+      Shorts low[kRows];
+      Shorts high[kRows];
+      LLORCH_UNROLL for (int r = 0; r < kRows; ++r) {
+        const Shorts pair = bytes_of(from + r * distance + i, bytes - i);
+        low[r] = (pair & 15) - 8;
+        high[r] = (pair >> 4) - 8;
+      }
+      LLORCH_UNROLL for (int c = 0; c < kColumns; ++c) {
+        const int16_t* at = codes + c * stride + k + 2 * i;
+        const Shorts x_low = load<Shorts>(at);
+        const Shorts x_high = load<Shorts>(at + kShorts);
+        LLORCH_UNROLL for (int r = 0; r < kRows; ++r) {
+          sums[r][c] = add_products_of_pairs(sums[r][c], low[r], x_low);
+          sums[r][c] = add_products_of_pairs(sums[r][c], high[r], x_high);
+        }
+      }
+    }
+  }
+
+  // `count` bytes as 16-bit integers; where they are fewer than a vector, the rest meets columns that are zero.
+  static LLORCH_INLINE Shorts bytes_of(const char* from, size_t count) {
+    if (count >= kShorts) return widen(load<HalfUnsignedBytes>(from));
+    uint8_t rest[kShorts] = {};
+    copy(rest, reinterpret_cast<const uint8_t*>(from), count);
+    return widen(load<HalfUnsignedBytes>(rest));
+  }
+};
+
+template <typename Groups>
+struct GroupTiles {
+  static constexpr size_t kStepBytes = kShorts;
+  static size_t row_bytes(const Product& product) { return Groups::row_bytes(product); }
+  template <int kRows, int kColumns>
+  static LLORCH_INLINE void tile(const Product& product, const Tile& at, Ahead& ahead) {
+    group_tile<Groups, kRows, kColumns>(product, at, ahead);
+  }
+};
+
+// ---- Rows -----------------------------------------------------------------------------------------------------------
+
+// All columns of one tile of rows.
+template <typename Tiles, int kRows, int kColumns>
+LLORCH_INLINE void tile_columns(const Product& product, size_t row, size_t distance, bool more) {
+  const size_t row_bytes = Tiles::row_bytes(product);
+  const size_t passes = (product.columns + kColumns - 1) / kColumns;
+  const size_t share = passes > 1 && more ? (kRows + passes - 1) / passes : 0;
+  const char* next = static_cast<const char*>(product.weights) + (row + 1) * row_bytes;
+  size_t asked = 0;
+  for (size_t column = 0; column < product.columns; column += kColumns) {
+    const size_t rows = asked + share <= kRows ? share : kRows - asked;
+    Ahead ahead(next + asked * distance * row_bytes, distance * row_bytes, share ? rows : 0, Tiles::kStepBytes);
+    asked += rows;
+    const Tile at{row, distance, column};
+    const size_t left = product.columns - column;
+    if (left >= kColumns) {
+      Tiles::template tile<kRows, kColumns>(product, at, ahead);
+    } else if (left == 1) {
+      Tiles::template tile<kRows, 1>(product, at, ahead);
+    } else if (left == 2) {
+      Tiles::template tile<kRows, (kColumns > 2 ? 2 : 1)>(product, at, ahead);
+    } else {
+      Tiles::template tile<kRows, (kColumns > 3 ? 3 : 1)>(product, at, ahead);
+    }
+  }
+}
+
+// The rows of a tile stand far from each other, and the next tile has the rows that follow on them: so memory is read
+// in several long streams at once. The processor asks ahead within each, and gets twice as much as from a single one.
+template <typename Tiles, int kRows, int kColumns>
+void multiply_rows(const Product& product, size_t first, size_t last) {
+  const size_t distance = (last - first) / kRows;
+  for (size_t i = 0; i < distance; ++i) {
+    tile_columns<Tiles, kRows, kColumns>(product, first + i, distance, i + 1 < distance);
+  }
+  for (size_t row = first + distance * kRows; row < last; ++row) {
+    tile_columns<Tiles, 1, kColumns>(product, row, 0, false);
+  }
+}
+
+template <typename Tiles>
+void multiply_as(const Product& product, size_t first, size_t last) {
+  if (product.columns <= kNarrow) return multiply_rows<Tiles, kNarrowRows, kNarrow>(product, first, last);
+  return multiply_rows<Tiles, kTileRows, kTileColumns>(product, first, last);
+}
+
+static void multiply(const Product& product, size_t first, size_t last) {
+  switch (product.format) {
+    case Format::kFloat32: return multiply_as<FloatTiles<Float32>>(product, first, last);
+    case Format::kBFloat16: return multiply_as<FloatTiles<BFloat16>>(product, first, last);
+    case Format::kFloat16: return multiply_as<FloatTiles<Float16>>(product, first, last);
+    case Format::kInt8:
+      if (product.group == 0) return multiply_as<Int8RowTiles>(product, first, last);
+      return multiply_as<GroupTiles<Int8Groups>>(product, first, last);
+    case Format::kInt4:
+      if (product.group / 2 < kShorts) return multiply_as<GroupTiles<Int4Groups<true>>>(product, first, last);
+      return multiply_as<GroupTiles<Int4Groups<false>>>(product, first, last);
+  }
+}
+
+}  // namespace llorch::LLORCH_ISA

@@ -1,0 +1,151 @@
+// Vectors of one instruction set. Every translation unit that includes this header sets LLORCH_ISA (a namespace) and
+// LLORCH_BYTES (the width of a vector) first. Nothing here or in products.h may call an inline function of the
+// standard library: the linker keeps one copy of such a function, and it could be one with instructions that the
+// machine does not have.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#if !defined(LLORCH_ISA) || !defined(LLORCH_BYTES)
+#error "Define LLORCH_ISA and LLORCH_BYTES before including simd.h."
+#endif
+
+#define LLORCH_INLINE inline __attribute__((always_inline))
+// An array of sums stays in registers only where the loops over it are unrolled before the compiler decides about that.
+#define LLORCH_UNROLL _Pragma("GCC unroll 16")
+
+namespace llorch::LLORCH_ISA {
+
+constexpr int kLanes = LLORCH_BYTES / 4;   // of float and int32
+constexpr int kShorts = LLORCH_BYTES / 2;  // of int16
+
+typedef float Floats __attribute__((vector_size(LLORCH_BYTES)));
+typedef int32_t Ints __attribute__((vector_size(LLORCH_BYTES)));
+typedef uint32_t Words __attribute__((vector_size(LLORCH_BYTES)));
+typedef int16_t Shorts __attribute__((vector_size(LLORCH_BYTES)));
+typedef uint16_t HalfWords __attribute__((vector_size(LLORCH_BYTES / 2)));
+typedef int8_t HalfBytes __attribute__((vector_size(LLORCH_BYTES / 2)));
+typedef uint8_t HalfUnsignedBytes __attribute__((vector_size(LLORCH_BYTES / 2)));
+
+template <typename Vector>
+LLORCH_INLINE Vector load(const void* from) {
+  Vector vector;
+  __builtin_memcpy(&vector, from, sizeof(vector));
+  return vector;
+}
+
+template <typename Vector>
+LLORCH_INLINE void store(void* to, Vector vector) {
+  __builtin_memcpy(to, &vector, sizeof(vector));
+}
+
+// A copy without a call: one would push all sums out of their registers, even where it is not reached.
+template <typename Element>
+LLORCH_INLINE void copy(Element* to, const Element* from, size_t count) {
+  for (size_t i = 0; i < count; ++i) to[i] = from[i];
+}
+
+LLORCH_INLINE Floats broadcast(float value) { return value - Floats{}; }
+
+// a * b + c, rounded once where the instruction set has it.
+LLORCH_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
+#if LLORCH_BYTES == 64
+  return _mm512_fmadd_ps(a, b, c);
+#elif LLORCH_BYTES == 32
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// Adds a[2i] * b[2i] + a[2i + 1] * b[2i + 1] to lane i.
+LLORCH_INLINE Ints add_products_of_pairs(Ints sums, Shorts a, Shorts b) {
+#if LLORCH_BYTES == 64
+  return (Ints)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
+#elif LLORCH_BYTES == 32
+  return sums + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return sums + (Ints)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+  const Ints even = ((Ints)a << 16 >> 16) * ((Ints)b << 16 >> 16);
+  const Ints odd = ((Ints)a >> 16) * ((Ints)b >> 16);
+  return sums + even + odd;
+#endif
+}
+
+LLORCH_INLINE Floats to_floats(Ints values) { return __builtin_convertvector(values, Floats); }
+
+LLORCH_INLINE Shorts widen(HalfBytes values) {
+#if LLORCH_BYTES == 64
+  return (Shorts)_mm512_maskz_cvtepi8_epi16(0xffffffff, (__m256i)values);
+#elif LLORCH_BYTES == 32
+  return (Shorts)_mm256_cvtepi8_epi16((__m128i)values);
+#else
+  return __builtin_convertvector(values, Shorts);
+#endif
+}
+
+LLORCH_INLINE Shorts widen(HalfUnsignedBytes values) {
+#if LLORCH_BYTES == 64
+  return (Shorts)_mm512_maskz_cvtepu8_epi16(0xffffffff, (__m256i)values);
+#elif LLORCH_BYTES == 32
+  return (Shorts)_mm256_cvtepu8_epi16((__m128i)values);
+#else
+  return __builtin_convertvector(values, Shorts);
+#endif
+}
+
+LLORCH_INLINE Words widen(HalfWords values) {
+#if LLORCH_BYTES == 64
+  return (Words)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)values);
+#elif LLORCH_BYTES == 32
+  return (Words)_mm256_cvtepu16_epi32((__m128i)values);
+#else
+  return __builtin_convertvector(values, Words);
+#endif
+}
+
+LLORCH_INLINE Floats from_bfloat16(HalfWords bits) { return (Floats)(widen(bits) << 16); }
+
+LLORCH_INLINE Floats from_float16(HalfWords bits) {
+#if LLORCH_BYTES == 64
+  return _mm512_maskz_cvtph_ps(0xffff, (__m256i)bits);
+#elif LLORCH_BYTES == 32
+  return _mm256_cvtph_ps((__m128i)bits);
+#else
+  // Exponents are biased by 127 instead of 15. Subnormal numbers are multiples of 2^-24, made from integers because
+  // float32 products may flush subnormals to zero; infinities and NaNs keep the largest exponent.
+  const Words word = widen(bits);
+  const Words magnitude = word & 0x7fff;
+  const Words normal = (magnitude << 13) + (112u << 23);
+  const Words special = (magnitude << 13) | 0x7f800000;
+  const Words subnormal = (Words)(to_floats((Ints)magnitude) * 0x1p-24f);
+  Words result = magnitude >= 0x7c00 ? special : normal;
+  result = magnitude < 0x0400 ? subnormal : result;
+  return (Floats)(result | ((word & 0x8000) << 16));
+#endif
+}
+
+// The sum of all lanes, always added in the same order: halves onto each other. It works on registers only: an array
+// in memory, even a short-lived one, would keep the sums that come here in memory all along.
+typedef float Quarter __attribute__((vector_size(16)));
+
+LLORCH_INLINE float sum_quarter(Quarter values) { return (values[0] + values[2]) + (values[1] + values[3]); }
+
+LLORCH_INLINE float sum(Floats values) {
+#if LLORCH_BYTES == 64
+  const __m256 half = _mm512_maskz_extractf32x8_ps(0xff, values, 0) + _mm512_maskz_extractf32x8_ps(0xff, values, 1);
+  return sum_quarter(_mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
+#elif LLORCH_BYTES == 32
+  return sum_quarter(_mm256_castps256_ps128(values) + _mm256_extractf128_ps(values, 1));
+#else
+  return sum_quarter(values);
+#endif
+}
+
+}  // namespace llorch::LLORCH_ISA
