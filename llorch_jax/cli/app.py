@@ -91,7 +91,7 @@ def main(
 def generate_command(
     settings: dict[str, Any],
     prompt: Annotated[
-        str | None, typer.Argument(metavar="[PROMPT]", help="Text to continue; - reads standard input.")
+        str | None, typer.Argument(metavar="PROMPT", help="Text to continue; - reads standard input.")
     ] = None,
     model: ModelOption = "demo",
     cache: CacheOption = "static",
@@ -140,7 +140,10 @@ def generate_command(
         bool, option("--overwrite", help="Replace the output file.", panel="Prompts from a file")
     ] = False,
 ) -> None:
-    """Continue a text, or the prompts of a file."""
+    """Continue a text, or the prompts of a file.
+
+    In the options N is a whole number, X any number, and P a number from 0 to 1.
+    """
     if (prompt is None) == (file is None) or (file is None) != (out is None):
         raise typer.BadParameter("expected a prompt, or --file and --out")
     if top_logprobs and not as_json and file is None:
@@ -187,7 +190,10 @@ def chat_command(
         option("--session", metavar="FILE", help="Conversation to go on with, kept up to date.", panel="Conversation"),
     ] = None,
 ) -> None:
-    """Talk with a model, or write a text in turns; /help lists the commands."""
+    """Talk with a model, or write a text in turns; /help lists the commands.
+
+    In the options N is a whole number, X any number, and P a number from 0 to 1.
+    """
     if max_new_tokens < 1:
         raise typer.BadParameter(f"--max-new-tokens: expected 1 or more, got {max_new_tokens}")
     from llorch_jax.cli import chat
