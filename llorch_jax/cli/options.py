@@ -185,7 +185,6 @@ _OTHERS = (
 
 # Advice that is for Python.
 _PHRASES = {
-    "use Greedy() for the most likely token": "0 takes the most likely token",
     "pass overwrite=True": "give --overwrite",
 }
 
