@@ -261,7 +261,7 @@ class TestErrors:
             (["--beams", "2", "--temperature", "1"], "error: --temperature: expected none with beam search"),
             (["--choice", "a", "--stop", "b"], "error: --stop: expected none"),
             (["--temperature", "-1"], r"error: --temperature: expected 0, .* got -1\.0"),
-            (["--temperature", "0", "--top-k", "-1"], "error: --top-k: .* got -1"),
+            (["--temperature", "0", "--top-k", "-2"], "error: --top-k: .* got -2"),
             (["--top-p", "1.5"], r"error: --top-p: .* got 1\.5"),
             (["--logit-bias", "x=1"], "error: --logit-bias: expected ID=X, .* got x=1"),
             (["--grammar", "none.lark"], "error: --grammar: expected .*; none.lark: cannot be read"),
