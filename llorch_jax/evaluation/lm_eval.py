@@ -221,13 +221,13 @@ def options_of(settings: dict[str, Any], max_gen_toks: int) -> GenerationOptions
     given = {name: value for name, value in settings.items() if value is not None}
     lengths = [given.pop(name) for name in _LENGTHS if name in given]
     until = given.pop("until", [])
+    if not isinstance(until, str | list | tuple):
+        raise OptionError(f"until: expected a text or a list of texts, got {until!r:.80}")
     stops = [until] if isinstance(until, str) else list(until)
-    temperature = float(given.pop("temperature", 1.0 if given.get("do_sample") else 0.0))
+    temperature = _number("temperature", given.pop("temperature", 1.0 if given.get("do_sample") else 0.0))
     draws = bool(given.pop("do_sample", temperature > 0)) and temperature > 0
     if not draws:
         given = {name: value for name, value in given.items() if name not in _DRAWING}
-    if given.get("top_k", 1) < 1:  # 0 and -1 mean all tokens
-        del given["top_k"]
     return GenerationOptions.create(
         max_new_tokens=_count("max_gen_toks", lengths[0] if lengths else max_gen_toks),
         temperature=temperature if draws else 0.0,
@@ -291,6 +291,14 @@ def _count(name: str, value: int | str) -> int:
     if count < 1:
         raise OptionError(f"{name}: expected a whole number from 1 up, got {value!r:.80}")
     return count
+
+
+def _number(name: str, value: float | str) -> float:
+    """A number, which the harness may give as text."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise OptionError(f"{name}: expected a number, got {value!r:.80}") from None
 
 
 def _batch_size(batch_size: int | str | None, most: int | str | None) -> int:

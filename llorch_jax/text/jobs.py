@@ -13,7 +13,7 @@ import numpy as np
 
 from llorch_jax.cache.base import KVCache
 from llorch_jax.decoding.overflow import Reencode, check_overflow
-from llorch_jax.errors import BatchFileError, CapacityError, LlorchError, OptionError
+from llorch_jax.errors import BatchFileError, CapacityError, ConstraintError, LlorchError, OptionError
 from llorch_jax.files import read_text
 from llorch_jax.loading.checkpoint import Model
 from llorch_jax.sampling import Sampling, check_sampler
@@ -117,12 +117,14 @@ class JobReader:
         self._check_room(len(ids), options)
 
     def _check_constraint(self, options: GenerationOptions) -> None:
+        constraint = options.constraint
+        if not isinstance(constraint, Constraint):
+            raise ConstraintError(f"constraint: expected one Constraint with a file of prompts, got {constraint!r:.80}")
         from llorch_jax.text.constrained.matching import compiler_of
 
         eos_ids = Ending.of(self._model, options, 1).ids
         compiler = compiler_of(tokenizer_of(self._model), self._model.config.vocab_size, eos_ids)
-        assert isinstance(options.constraint, Constraint)
-        compiler.matcher(options.constraint, eos_ids)
+        compiler.matcher(constraint, eos_ids)
 
     def _check_room(self, count: int, options: GenerationOptions) -> None:
         """Raises CapacityError if a prompt of `count` tokens and its new ones do not fit."""

@@ -140,6 +140,9 @@ def test_unknown_settings_are_named_before_anything_runs(harness, monkeypatch):
     monkeypatch.setattr(lm_eval, "continue_texts", lambda *_: pytest.fail("ran"))
     with pytest.raises(lj.OptionError, match="repeat_penalty: got an unknown option; expected repetition_penalty"):
         harness.generate_until([request("a", {}), request("a", {"repeat_penalty": 2.0})])
+    for name, value in (("temperature", "warm"), ("top_k", "some"), ("until", 5), ("max_gen_toks", [])):
+        with pytest.raises(lj.LlorchError, match=f"{name}: expected"):
+            harness.generate_until([request("a", {}), request("a", {"do_sample": True, name: value})])
 
 
 @pytest.mark.parametrize(

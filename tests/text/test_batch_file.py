@@ -111,6 +111,7 @@ def test_results_of_other_jobs_are_refused_and_left(model, source, tmp_path, mon
         ('{"prompt": "A", "seed": ' + "9" * 5000 + "}", r"line 2: expected .* number of too many digits"),
         ('{"prompt": "A", "id": ' + "[" * 100000 + "]" * 100000 + "}", r"line 2: expected .* nested too deeply"),
         ('{"prompt": "A", "regex": "(a"}', r"line 2: regex: "),
+        ('{"prompt": "A", "constraint": {"a": 1}}', r"line 2: constraint: expected one Constraint with a file"),
         ('{"prompt": "A", "num_beams": 2, "top_k": 5}', r"line 2: top_k: expected none with beam search"),
         ('{"prompt": "A", "num_beams": "x"}', r"line 2: num_beams: expected a whole number"),
         ('{"prompt": "A", "num_beams": 4, "num_beam_groups": 3}', r"line 2: num_beam_groups: expected a divisor"),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from llorch_jax.errors import ConstraintError
+from llorch_jax.files import parse_json
 
 Kind = Literal["regex", "json_schema", "grammar", "choices"]
 
@@ -42,9 +43,11 @@ class Constraint:
                 return cls("json_schema", json.dumps(schema))
             except (TypeError, ValueError) as error:
                 raise ConstraintError(f"json_schema: expected values that JSON has ({error})") from None
+            except RecursionError:
+                raise ConstraintError("json_schema: expected a schema that is nested less deeply") from None
         source = _text("json_schema", schema, "a mapping or a str")
         try:
-            known = isinstance(json.loads(source), dict)
+            known = isinstance(parse_json(source), dict)
         except ValueError:
             known = False
         if not known:

@@ -243,6 +243,7 @@ def test_other_rows_growing_caches_and_reencoding_change_nothing():
         ({"json_schema": {"type": "text"}}, "json_schema: Invalid type: text"),
         ({"json_schema": {"type": "array", "uniqueItems": True}}, 'json_schema: .*"uniqueItems"'),
         ({"json_schema": {"const": {1, 2}}}, "json_schema: expected values that JSON has"),
+        ({"json_schema": "[" * 100_000}, "json_schema: expected the JSON of an object"),
         ({"json_schema": 5}, "json_schema: expected a mapping or a str, got 5"),
         ({"grammar": "start: noun"}, "grammar: .*noun"),
         ({"grammar": "root ::= ("}, "grammar: .*GBNF"),
@@ -261,6 +262,14 @@ def test_bad_constraints_are_named(settings, message):
         assert "\n" not in str(error.value)
         assert "<state>" not in str(error.value)
         assert len(str(error.value)) < 350
+
+
+def test_a_schema_that_is_nested_too_deeply_is_refused():
+    schema = {}
+    for _ in range(100_000):
+        schema = {"items": schema}
+    with pytest.raises(lj.ConstraintError, match="json_schema: expected a schema that is nested less deeply"):
+        lj.generate(RECITING, "o", 5, json_schema=schema)
 
 
 def test_stop_strings_are_refused():
