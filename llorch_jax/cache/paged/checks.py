@@ -12,7 +12,7 @@ from llorch_jax.tracing import is_concrete
 
 def check_pages(cache: Any) -> None:
     """Raises CacheError unless lengths, tables and copies to be made fit each other and the pool."""
-    check_whole_numbers(cache, {"limit": cache.page_size})
+    check_whole_numbers(cache, {"limit": cache.page_size} | ({} if cache.window is None else {"window": 1}))
     tables = np.asarray(cache.tables)
     lengths = np.asarray(cache.lengths)
     check_range("lengths", lengths, 0, cache._slots_for_tokens())
