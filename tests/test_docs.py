@@ -4,6 +4,7 @@ A block of Python starts from nothing. In `console` blocks, lines after `$ ` are
 print; `cat FILE` shows a file that the next commands read. Blocks of `text` are pictures and output.
 """
 
+import ast
 import re
 import shlex
 from dataclasses import dataclass
@@ -97,3 +98,25 @@ def test_commands_run_as_pasted(block, tmp_path, monkeypatch, capsys):
         captured = capsys.readouterr()
         assert code == 0, captured.err
         assert captured.out or captured.err
+
+
+def tests_in(path: Path) -> set[str]:
+    """The tests of a file, those of classes as Class::test."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}::{each.name}" for each in node.body if isinstance(each, ast.FunctionDef)}
+        elif isinstance(node, ast.FunctionDef):
+            found.add(node.name)
+    return {name for name in found if name.split("::")[-1].startswith("test_")}
+
+
+def test_every_promise_names_tests_that_exist():
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ") and "held by" not in line]
+    assert len(rows) >= 30
+    for row in rows:
+        named = re.findall(r"`([\w/]+\.py)::([\w:]+)`", row)
+        assert named, f"expected a test that holds the promise: {row}"
+        for file, test in named:
+            assert test in tests_in(ROOT / "tests" / file), f"{file}: expected {test}, which docs/reliability.md names"

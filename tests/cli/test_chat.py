@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -218,3 +219,21 @@ def test_a_session_that_cannot_be_written_is_refused_at_the_start(folder, name):
     assert code == 1
     assert re.search(r"error: .*(cannot be|regular file)", seen)
     assert "> " not in seen
+
+
+def test_a_session_that_cannot_be_written_any_more_is_kept_elsewhere(folder, tmp_path, state):
+    place = tmp_path / "place"
+    place.mkdir()
+    with chat(folder, "--session", place / "talk", env=state) as terminal:
+        terminal.until(PROMPT)
+        terminal.send("Once\n")
+        terminal.until(PROMPT)
+        shutil.rmtree(place)
+        terminal.send(" more\n")
+        terminal.until("error: .*cannot be written.*" + PROMPT)
+        terminal.send("/quit\n")
+        code, seen = terminal.finish()
+    assert code == 1
+    (kept,) = (tmp_path / "state" / "llorch_jax").iterdir()
+    assert f"the conversation is kept in {kept}" in seen
+    assert " more" in text_of(folder, kept)

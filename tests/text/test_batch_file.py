@@ -1,5 +1,6 @@
 """Prompts from a file: what each gets, runs that are stopped and go on, and files that are not what they should be."""
 
+import errno
 import json
 import os
 import re
@@ -193,6 +194,25 @@ def test_options_that_no_file_has_are_refused(model, source, tmp_path):
     for options in ({"sampler": lj.Greedy()}, {"cache": cache}):
         with pytest.raises(lj.OptionError, match="with a file of prompts"):
             generate_file(model, source, tmp_path / "out", **options)
+
+
+def test_a_full_disk_is_one_line_and_the_next_run_goes_on(model, source, tmp_path, monkeypatch):
+    generate_file(model, source, tmp_path / "whole", batch_size=2, **SETTINGS)
+    calls = []
+
+    def fsync(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    target = tmp_path / "out"
+    with pytest.raises(BatchFileError, match=r"out: expected a file that can be written \(No space left on device\)"):
+        generate_file(model, source, target, batch_size=2, **SETTINGS)
+    monkeypatch.undo()
+    target.write_bytes(target.read_bytes()[:-7])  # as much as the disk had room for
+    assert 0 < generate_file(model, source, target, batch_size=2, **SETTINGS) < 5
+    assert target.read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 def test_missing_and_unwritable_files(model, source, tmp_path):
