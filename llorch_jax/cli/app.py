@@ -221,11 +221,21 @@ def score_command(
 
 @app.command(name="inspect")
 @with_settings("Model", "Cache")
-def inspect_command(settings: dict[str, Any], model: ModelArgument = "demo", cache: CacheOption = "static") -> None:
+def inspect_command(
+    settings: dict[str, Any],
+    model: ModelArgument = "demo",
+    cache: CacheOption = "static",
+    kernels: Annotated[
+        bool, option("--kernels", help="Show which native kernels run on this machine instead.", panel="Output")
+    ] = False,
+) -> None:
     """Show a model's configuration and the bytes of its parameters and cache, without loading the weights."""
     from llorch_jax.cli import models
 
-    models.inspect(model, cache, settings)
+    if kernels:
+        models.inspect_kernels()
+    else:
+        models.inspect(model, cache, settings)
 
 
 @app.command(name="validate")

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from llorch_jax import kernels
 from llorch_jax.cache.planning import plan_memory
 from llorch_jax.cli import interrupts
 from llorch_jax.cli.loading import load_model
@@ -35,6 +36,15 @@ def show_score(source: str, text: str, settings: dict[str, Any], stride: int | N
         print(json.dumps({**summary, **dataclasses.asdict(result)}))
     else:
         print(*(f"{name} {value:.4f}" for name, value in summary.items()), sep="\n")
+
+
+def inspect_kernels() -> None:
+    """Prints which native kernels run on this machine, or why none do."""
+    found = kernels.describe()
+    if found.isa is None:
+        print(f"native kernels: none, XLA's own products run instead; {found.reason}")
+    else:
+        print(f"native kernels: {found.isa}, for weights in {', '.join(found.formats)}")
 
 
 def inspect(source: str, cache: str, settings: dict[str, Any]) -> None:

@@ -15,8 +15,10 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
+from jax.interpreters import mlir
 
 from llorch_jax.kernels.library import library
 
@@ -94,7 +96,7 @@ def _product_jvp(form: Form, twin: Product, primals: Any, tangents: Any) -> tupl
 @cache
 def _batchable(form: Form, twin: Product) -> Any:
     """The kernel as a function that `vmap` replaces by the twin."""
-    product = jax.custom_batching.custom_vmap(jax.jit(partial(_call, form)))
+    product = jax.custom_batching.custom_vmap(jax.jit(partial(_matmul_p.bind, form=form, twin=twin)))
 
     @product.def_vmap
     def batch(axis_size: int, in_batched: list[bool], *operands: jax.Array) -> tuple[jax.Array, bool]:
@@ -102,6 +104,24 @@ def _batchable(form: Form, twin: Product) -> Any:
         return jax.vmap(twin, in_axes=axes, axis_size=axis_size)(*operands), True
 
     return product
+
+
+_matmul_p = jax.extend.core.Primitive("llorch_matmul")
+
+
+@_matmul_p.def_abstract_eval  # type: ignore[untyped-decorator]
+def _shape(weight: Any, scales: Any, x: Any, *, form: Form, twin: Product) -> Any:
+    return jax.core.ShapedArray((weight.shape[0], x.shape[1]), np.dtype(np.float32))
+
+
+def _lower(ctx: Any, *operands: Any, form: Form, twin: Product) -> Any:
+    """The kernel, or in a program that is exported, and may run where there is no kernel, its twin."""
+    exported = ctx.module_context.lowering_parameters.for_export
+    function = twin if exported else partial(_call, form)
+    return mlir.lower_fun(function, multiple_results=False)(ctx, *operands)
+
+
+mlir.register_lowering(_matmul_p, _lower)
 
 
 def _call(form: Form, weight: jax.Array, scales: jax.Array, x: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 import llorch_jax as lj
+from llorch_jax import kernels
 from llorch_jax.cli import app, loading
 
 PROMPT = "Once"
@@ -158,6 +159,12 @@ class TestOtherCommands:
             "logprobs": expected.logprobs,
             "num_bytes": 9,
         }
+
+    def test_inspect_says_which_kernels_run(self, run):
+        code, out, _ = run("inspect", "--kernels")
+        isa = kernels.describe().isa
+        assert code == 0
+        assert out.startswith(f"native kernels: {isa or 'none'}, ")
 
     def test_inspect_needs_no_weights(self, run, model, tmp_path):
         folder = tmp_path / "[bold]"  # not to be taken for markup

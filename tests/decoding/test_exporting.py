@@ -63,7 +63,8 @@ def test_a_decode_step_gives_the_same_logits(layout, weights):
 
     logits, after = read_back(step, params, token, cache).call(params, token, cache)
     expected, cache = lj.decode_step(params, CONFIG, token, cache)
-    assert_close(logits, expected)
+    # An exported program has no native kernels in it, and another last digit may tip over a code of the cache.
+    assert_close(logits, expected, None if cache.codec.lossless and weights == "float32" else 0.02)
     assert type(after) is type(cache)
     np.testing.assert_array_equal(after.lengths, cache.lengths)
 
