@@ -150,7 +150,7 @@ class Tokenizer:
             raise TokenError(f"text: expected text that the tokenizer can encode ({error})") from None
         if self._drops_text and (decoded := self.decode(ids)) != text:
             lost = "".join(sorted(set(text) - set(decoded)))
-            raise TokenError(f"text: expected characters that the tokenizer's vocabulary covers, got {lost!r}")
+            raise TokenError(f"text: expected characters that the tokenizer's vocabulary covers, got {lost!r:.80}")
         return whole
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = False) -> str:

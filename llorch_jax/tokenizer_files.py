@@ -274,7 +274,9 @@ def _read_vocab(path: Path) -> dict[str, int]:
     seen: set[int] = set()
     for token, id in vocab.items():
         if type(id) is not int or not 0 <= id < 2**32 or id in seen:
-            raise CheckpointError(f"{path}: expected distinct ids of 0 or greater, got {id!r} for token {token!r}")
+            raise CheckpointError(
+                f"{path}: expected distinct ids of 0 or greater, got {id!r:.80} for token {token!r:.80}"
+            )
         seen.add(id)
     return vocab
 

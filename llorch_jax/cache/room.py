@@ -63,7 +63,7 @@ def check_rows(rows: Any, batch_size: int) -> jax.Array:
     if is_concrete(rows):
         known = np.asarray(rows)
         if known.ndim != 1 or known.size == 0 or known.dtype.kind not in "iu":
-            raise CacheError(f"rows: expected a list of row numbers, got {rows!r}")
+            raise CacheError(f"rows: expected a list of row numbers, got {rows!r:.80}")
         if known.min() < 0 or known.max() >= batch_size:
             raise CacheError(f"rows: expected row numbers 0 .. {batch_size - 1}, got {known.tolist()}")
     return jnp.asarray(rows, jnp.int32)
@@ -74,5 +74,5 @@ def cropped(lengths: jax.Array, length: Any) -> jax.Array:
     if is_concrete(length):
         known = np.asarray(length)
         if known.dtype.kind not in "iu" or known.shape not in ((), lengths.shape) or np.any(known < 0):
-            raise CacheError(f"crop: expected whole numbers from 0 up, one or {lengths.size}, got {length!r}")
+            raise CacheError(f"crop: expected whole numbers from 0 up, one or {lengths.size}, got {length!r:.80}")
     return jnp.minimum(lengths, jnp.asarray(length, jnp.int32))

@@ -52,7 +52,7 @@ def check_overflow(overflow: str | Reencode) -> Reencode | None:
         return Reencode()
     if isinstance(overflow, Reencode):
         return overflow
-    raise CapacityError(f"overflow: expected 'error', 'reencode' or a Reencode, got {overflow!r}")
+    raise CapacityError(f"overflow: expected 'error', 'reencode' or a Reencode, got {overflow!r:.80}")
 
 
 def context_of(config: GPT2Config, cache: KVCache | None) -> int:

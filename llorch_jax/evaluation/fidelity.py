@@ -61,7 +61,7 @@ def fidelity(params: Params, config: GPT2Config, tokens: Any, prompt: int, cache
     ids = np.asarray(check_tokens(config, tokens))
     batch, length = ids.shape
     if type(prompt) is not int or not 1 <= prompt <= length - 2:
-        raise TokenError(f"prompt: expected 1 .. {length - 2} of the {length} tokens, got {prompt!r}")
+        raise TokenError(f"prompt: expected 1 .. {length - 2} of the {length} tokens, got {prompt!r:.80}")
     check_context(config, np.zeros(batch, np.int32), length - 1)
     if not cache.is_empty():
         raise CacheError(f"cache: expected an empty one, got rows of {np.asarray(cache.lengths).tolist()} tokens")

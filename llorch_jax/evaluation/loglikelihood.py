@@ -77,12 +77,12 @@ def choices(model: Model, prefix: str, continuations: Sequence[str]) -> list[Cho
         NonFiniteError: the model's logits are NaN or infinite.
     """
     if isinstance(continuations, str) or not continuations:
-        raise TokenError(f"continuations: expected a list of at least one text, got {continuations!r}")
+        raise TokenError(f"continuations: expected a list of at least one text, got {continuations!r:.80}")
     tokenizer = tokenizer_of(model)
     pairs = [encode_pair(tokenizer, prefix, text, first_token(model.config)) for text in continuations]
     for i, (_, ids) in enumerate(pairs):
         if not ids:
-            raise TokenError(f"continuations[{i}]: expected at least one token, got {continuations[i]!r}")
+            raise TokenError(f"continuations[{i}]: expected at least one token, got {continuations[i]!r:.80}")
     allowed = known_ids(tokenizer, model.config.vocab_size)
     found = score_pairs(model.params, model.config, pairs, allowed=allowed)
     return [

@@ -71,7 +71,7 @@ def _explain(repo_id: str, revision: str | None, error: Exception) -> str:
     if isinstance(error, errors.GatedRepoError):
         return f"{repo_id}: access is restricted; ask for it on the repository's page, then log in with `hf auth login`"
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"{repo_id}: expected a branch, tag or commit of the repository, got revision {revision!r}"
+        return f"{repo_id}: expected a branch, tag or commit of the repository, got revision {revision!r:.80}"
     if isinstance(error, errors.RepositoryNotFoundError):
         return f"{repo_id}: expected a directory or a public repository on the hub, found neither; check the name"
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):

@@ -116,6 +116,14 @@ def test_impossible_settings_are_named(params, impossible):
         lj.generate_tokens(params, CONFIG, prompts(1, 9), 60, overflow=impossible)
 
 
+def test_a_long_value_is_named_in_a_short_line(params):
+    with pytest.raises(
+        lj.CapacityError, match="overflow: expected 'error', 'reencode' or a Reencode, got 'xxx"
+    ) as refused:
+        lj.generate_tokens(params, CONFIG, prompts(1, 9), 4, overflow="x" * 5000)
+    assert len(str(refused.value)) < 200
+
+
 def test_a_pool_too_small_for_a_later_part_is_told_at_once(params):
     tokens, lengths = prompts(2, 20), [20, 3]
     pool = lj.PagedCache.init(CONFIG, batch_size=2, page_size=4, num_pages=8)  # enough for the first part only

@@ -91,7 +91,7 @@ class HeavyHitters:
 
     def __post_init__(self) -> None:
         if not isinstance(self.recent, int | float) or not 0 <= self.recent <= 1:
-            raise CacheError(f"recent: expected a share of the budget, 0 .. 1, got {self.recent!r}")
+            raise CacheError(f"recent: expected a share of the budget, 0 .. 1, got {self.recent!r:.80}")
 
     def __call__(self, votes: jax.Array, positions: jax.Array, lengths: jax.Array, budget: int) -> jax.Array:
         recent = newest(positions, lengths, round(self.recent * budget))
@@ -146,12 +146,14 @@ def remembers(policy: Policy) -> bool:
 def check_settings(policy: Any, budget: Any, slack: Any) -> None:
     """Raises CacheError for what cannot be a policy, a budget or a slack."""
     if not callable(policy) or isinstance(policy, type):
-        raise CacheError(f"policy: expected a function (votes, positions, lengths, budget) -> slots, got {policy!r}")
+        raise CacheError(
+            f"policy: expected a function (votes, positions, lengths, budget) -> slots, got {policy!r:.80}"
+        )
     for name, value in (("budget", budget), ("slack", slack)):
         if type(value) is not int or value < 1:
-            raise CacheError(f"{name}: expected 1 or more tokens, got {value!r}")
+            raise CacheError(f"{name}: expected 1 or more tokens, got {value!r:.80}")
 
 
 def _check_whole(name: str, value: object, least: int) -> None:
     if type(value) is not int or value < least:
-        raise CacheError(f"{name}: expected a whole number from {least} up, got {value!r}")
+        raise CacheError(f"{name}: expected a whole number from {least} up, got {value!r:.80}")
