@@ -13,18 +13,18 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
-from llorch_jax.archive import Kind, read_archive, write_archive
+from llorch_jax.archive import read_archive, write_archive
 from llorch_jax.buckets import bucket
 from llorch_jax.cache.base import KVCache
-from llorch_jax.cache.files import CACHE_CLASSES, fingerprint
+from llorch_jax.cache.files import fingerprint
 from llorch_jax.decoding.overflow import check_overflow
 from llorch_jax.decoding.request import prepare
 from llorch_jax.decoding.streaming import Segment
 from llorch_jax.errors import CacheError, CapacityError, ChatError, OptionError
 from llorch_jax.loading.checkpoint import Model
 from llorch_jax.sampling import History
+from llorch_jax.text.conversation_file import CONVERSATION, SavedConversation
 from llorch_jax.text.ending import Ending, Transcript
 from llorch_jax.text.options import GenerationOptions
 from llorch_jax.text.prompts import key_of_seed
@@ -74,43 +74,6 @@ class Turn:
     generated: int = 0
     timings: Timings | None = None
     ended: Ended | None = None
-
-
-@struct.dataclass
-class _Saved:
-    """A conversation in a file.
-
-    Attributes:
-        tokens: int32 [N], of the whole text.
-        turns: int32 [T, 2], numbers of tokens before each turn and before its reply.
-        cache: None where it was not saved.
-    """
-
-    tokens: jax.Array
-    turns: jax.Array
-    cache: Any
-
-
-def _check_loaded(saved: _Saved) -> None:
-    """Raises ChatError unless the fields of a conversation that was read from a file fit each other."""
-    tokens = np.asarray(saved.tokens)
-    turns = np.asarray(saved.turns)
-    for name, array, shape in (("tokens", tokens, (tokens.size,)), ("turns", turns, (turns.size // 2, 2))):
-        if array.shape != shape or array.dtype != np.int32 or array.min(initial=0) < 0:
-            raise ChatError(f"{name}: expected int32 {list(shape)} of 0 or greater, got {array.dtype} {[*array.shape]}")
-    if np.any(np.diff([0, *turns.ravel(), len(tokens)]) < 0):
-        raise ChatError(f"turns: expected ascending numbers up to {len(tokens)}, got {turns.tolist()!r:.80}")
-    if saved.cache is None:
-        return
-    if not isinstance(saved.cache, KVCache):
-        raise ChatError(f"cache: expected one, got {saved.cache!r:.80}")
-    saved.cache.check_fields()
-    lengths = np.asarray(saved.cache.lengths)
-    if lengths.shape != (1,) or lengths[0] > len(tokens):
-        raise ChatError(f"cache: expected one row of no more than {len(tokens)} tokens, got lengths {lengths!r:.80}")
-
-
-_KIND = Kind("conversation", _Saved, (_Saved, *CACHE_CLASSES), ChatError, _check_loaded)
 
 
 class Chat:
@@ -344,8 +307,8 @@ class Chat:
         """
         tokens = jnp.asarray(self.tokens, jnp.int32)
         turns = np.array([(turn.start, turn.reply) for turn in self.turns], np.int32).reshape(-1, 2)
-        saved = _Saved(tokens, jnp.asarray(turns), self.cache if with_cache else None)
-        write_archive(Path(path), saved, _KIND, self._fingerprint())
+        saved = SavedConversation(tokens, jnp.asarray(turns), self.cache if with_cache else None)
+        write_archive(Path(path), saved, CONVERSATION, self._fingerprint())
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Takes text, turns and cache from a file that `save` wrote; where it cannot, the conversation stays as it is.
@@ -353,7 +316,7 @@ class Chat:
         Raises:
             ChatError: the file is missing, damaged, no conversation, or of another model.
         """
-        saved = read_archive(Path(path), _KIND, self._fingerprint())
+        saved = read_archive(Path(path), CONVERSATION, self._fingerprint())
         if np.asarray(saved.tokens).max(initial=0) >= self.model.config.vocab_size:
             raise ChatError(f"{path}: expected token ids below vocab_size={self.model.config.vocab_size}, got others")
         self.tokens = np.asarray(saved.tokens).tolist()
