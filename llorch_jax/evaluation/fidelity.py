@@ -16,6 +16,7 @@ from llorch_jax.decoding.loop import decode_step, prefill
 from llorch_jax.decoding.scoring import check_finite
 from llorch_jax.errors import CacheError, TokenError
 from llorch_jax.params import Params
+from llorch_jax.tracing import whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +61,7 @@ def fidelity(params: Params, config: GPT2Config, tokens: Any, prompt: int, cache
     """
     ids = np.asarray(check_tokens(config, tokens))
     batch, length = ids.shape
-    if type(prompt) is not int or not 1 <= prompt <= length - 2:
-        raise TokenError(f"prompt: expected 1 .. {length - 2} of the {length} tokens, got {prompt!r:.80}")
+    whole("prompt", prompt, TokenError, most=length - 2)
     check_context(config, np.zeros(batch, np.int32), length - 1)
     if not cache.is_empty():
         raise CacheError(f"cache: expected an empty one, got rows of {np.asarray(cache.lengths).tolist()} tokens")

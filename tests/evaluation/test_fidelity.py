@@ -57,7 +57,7 @@ def test_logits_that_are_not_finite_are_an_error():
 
 @pytest.mark.parametrize("prompt", [0, 23, 2.0])
 def test_bad_prompts(prompt):
-    with pytest.raises(lj.TokenError, match=r"prompt: expected 1 \.\. 22"):
+    with pytest.raises(lj.TokenError, match=r"prompt: expected a whole number in 1 \.\. 22"):
         fidelity(make_params(CONFIG), CONFIG, TOKENS, prompt, make_cache(CONFIG, batch_size=2))
 
 

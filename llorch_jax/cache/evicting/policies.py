@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from llorch_jax.errors import CacheError
+from llorch_jax.tracing import whole
 
 
 class Policy(Protocol):
@@ -68,7 +69,7 @@ class AttentionSinks:
     remembers: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_whole("sinks", self.sinks, 0)
+        whole("sinks", self.sinks, CacheError, least=0)
 
     def __call__(self, votes: jax.Array, positions: jax.Array, lengths: jax.Array, budget: int) -> jax.Array:
         priority = jnp.where(positions < self.sinks, jnp.inf, positions.astype(jnp.float32))
@@ -116,8 +117,8 @@ class SnapKV:
     remembers: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_whole("observation", self.observation, 1)
-        _check_whole("kernel", self.kernel, 1)
+        whole("observation", self.observation, CacheError)
+        whole("kernel", self.kernel, CacheError)
         if self.kernel % 2 == 0:
             raise CacheError(f"kernel: expected an odd number, got {self.kernel}")
 
@@ -149,11 +150,5 @@ def check_settings(policy: Any, budget: Any, slack: Any) -> None:
         raise CacheError(
             f"policy: expected a function (votes, positions, lengths, budget) -> slots, got {policy!r:.80}"
         )
-    for name, value in (("budget", budget), ("slack", slack)):
-        if type(value) is not int or value < 1:
-            raise CacheError(f"{name}: expected 1 or more tokens, got {value!r:.80}")
-
-
-def _check_whole(name: str, value: object, least: int) -> None:
-    if type(value) is not int or value < least:
-        raise CacheError(f"{name}: expected a whole number from {least} up, got {value!r:.80}")
+    whole("budget", budget, CacheError)
+    whole("slack", slack, CacheError)

@@ -319,8 +319,8 @@ def test_jitted_equals_unjitted():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"budget": 0}, "budget: expected 1 or more tokens, got 0"),
-        ({"budget": 4, "slack": 0}, "slack: expected 1 or more"),
+        ({"budget": 0}, "budget: expected a whole number from 1 up, got 0"),
+        ({"budget": 4, "slack": 0}, "slack: expected a whole number from 1 up"),
         ({"budget": 4, "policy": "h2o"}, "policy: expected a function"),
         ({"budget": 4, "policy": HeavyHitters}, "policy: expected a function"),
         ({"budget": 4, "dtype": "int8"}, "dtype"),
