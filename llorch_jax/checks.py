@@ -91,9 +91,9 @@ def check_append(
     if cache is None:
         check_context(config, np.zeros(batch, np.int32), count + later)
         return tokens, cache
+    check_cache(config, cache)
     if cache.batch_size != batch:
         raise TokenError(f"tokens: expected {cache.batch_size} rows, as many as the cache has, got {batch}")
-    check_cache(config, cache)
     if not is_concrete(cache) and columns + np.max(later) > cache.room():
         raise CapacityError(
             f"cache: expected room for {columns + np.max(later)} tokens per row, got a {type(cache).__name__} of "
@@ -105,7 +105,9 @@ def check_append(
 
 
 def check_cache(config: GPT2Config, cache: KVCache) -> None:
-    """Raises CacheError for a cache that was made for another model, or whose buffers have been donated."""
+    """Raises CacheError for what is no cache, was made for another model, or has buffers that have been donated."""
+    if not isinstance(cache, KVCache):
+        raise CacheError(f"cache: expected a KVCache, as make_cache makes, got {cache!r:.80}")
     expected = (config.cache_layers, config.kv_heads, config.head_dim)
     if cache.dims != expected:
         raise CacheError(f"cache: expected layers, kv heads and head_dim {expected} as the model has, got {cache.dims}")

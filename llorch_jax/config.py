@@ -160,6 +160,8 @@ class GPT2Config:
         Raises:
             ConfigError: a field is unknown, asks for something GPT-2 inference does not have, or contradicts another.
         """
+        if not isinstance(fields, Mapping):
+            raise ConfigError(f"fields: expected a mapping of names to values, got {fields!r:.80}")
         return cls(**_translate(dict(fields)))
 
     @classmethod

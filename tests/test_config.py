@@ -336,3 +336,9 @@ def test_a_config_survives_the_way_through_json(heads, head_dim, activation, inn
         eos_token_id=data.draw(st.sampled_from([None, 0, 10, (3, 4)])),
     )
     assert GPT2Config.from_hf_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+@pytest.mark.parametrize("fields", [None, 5, "gpt2", [1], [["n_layer", 2]]])
+def test_what_is_no_mapping_is_refused(fields):
+    with pytest.raises(ConfigError, match="fields: expected a mapping of names to values, got "):
+        GPT2Config.from_hf_dict(fields)

@@ -76,9 +76,12 @@ def choices(model: Model, prefix: str, continuations: Sequence[str]) -> list[Cho
         CapacityError: prefix and continuation do not fit the context.
         NonFiniteError: the model's logits are NaN or infinite.
     """
-    if isinstance(continuations, str) or not continuations:
+    if not isinstance(continuations, list | tuple) or not continuations:
         raise TokenError(f"continuations: expected a list of at least one text, got {continuations!r:.80}")
     tokenizer = tokenizer_of(model)
+    for name, text in (("prefix", prefix), *((f"continuations[{i}]", text) for i, text in enumerate(continuations))):
+        if not isinstance(text, str):
+            raise TokenError(f"{name}: expected a text, got {text!r:.80}")
     pairs = [encode_pair(tokenizer, prefix, text, first_token(model.config)) for text in continuations]
     for i, (_, ids) in enumerate(pairs):
         if not ids:

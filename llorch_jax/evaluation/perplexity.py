@@ -13,6 +13,7 @@ from llorch_jax.errors import LlorchError, TokenError
 from llorch_jax.loading.checkpoint import Model
 from llorch_jax.params import Params
 from llorch_jax.text.vocabulary import tokenizer_of
+from llorch_jax.tracing import whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +66,7 @@ def score(model: Model, text: str, *, stride: int | None = None) -> Score:
     """
     tokenizer, config = tokenizer_of(model), model.config
     stride = max(1, config.n_positions // 2) if stride is None else stride
-    if not 1 <= stride <= config.n_positions:
-        raise LlorchError(f"stride: expected 1 .. n_positions={config.n_positions}, got {stride}")
+    whole("stride", stride, LlorchError, most=config.n_positions)
     ids = tokenizer.encode(text)
     given = [] if config.bos_token_id is None else [config.bos_token_id]
     ids = given + ids

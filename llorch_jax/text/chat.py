@@ -135,9 +135,11 @@ class Chat:
         Closing the iterator ends the reply where it is. `max_new_tokens` replaces the option of this name.
 
         Raises:
-            ChatError: there is nothing to go on from.
+            ChatError: there is nothing to go on from, or the words are no text.
             CapacityError: the turn does not fit the context. The conversation is as it was.
         """
+        if not isinstance(words, str):
+            raise ChatError(f"words: expected a text, got {words!r:.80}")
         written = self.template.before + words + self.template.after
         new = self._tokenizer.encode(written, add_special_tokens=not self.tokens)
         return self._checked(new, max_new_tokens, self._seed)

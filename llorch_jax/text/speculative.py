@@ -61,7 +61,7 @@ def generate_speculative(
 def _draft(draft: Drafting) -> Draft:
     if isinstance(draft, Model):
         return DraftModel(draft.params, draft.config)
-    if draft == "lookup":
+    if isinstance(draft, str) and draft == "lookup":
         return PromptLookup()
     if isinstance(draft, str) or not isinstance(draft, Draft):
         shown = repr(draft)[:80] if isinstance(draft, str) else f"a {type(draft).__name__}"

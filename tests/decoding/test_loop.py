@@ -222,6 +222,7 @@ class TestErrors:
             ({"lengths": [4]}, lj.TokenError, r"lengths\[0\]: expected 1 \.\. 3.*4"),
             ({"lengths": [0]}, lj.TokenError, r"lengths"),
             ({"lengths": [1, 1]}, lj.TokenError, r"lengths.*\[1\].*\[2\]"),
+            ({"cache": "static"}, lj.CacheError, r"cache: expected a KVCache, as make_cache makes, got 'static'"),
             ({"eos_id": 97}, lj.TokenError, r"eos_id.*97"),
             ({"sampler": lj.Sampling.create(1.0)}, lj.SamplerError, r"key"),
             ({"sampler": lj.Sampling.create(1.0), "key": np.zeros(2, np.float32)}, lj.SamplerError, r"jax.random.key"),

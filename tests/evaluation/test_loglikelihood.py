@@ -108,6 +108,10 @@ def test_up_to_the_end_of_the_context(model):
     [
         ("a", [], "continuations: expected a list of at least one text, got"),
         ("a", "bc", "continuations: expected a list of at least one text, got 'bc'"),
+        ("a", 5, "continuations: expected a list of at least one text, got 5"),
+        ("a", np.array(["b"]), "continuations: expected a list of at least one text, got array"),
+        ("a", ["b", 5], r"continuations\[1\]: expected a text, got 5"),
+        (None, ["b"], "prefix: expected a text, got None"),
         ("a", ["b", ""], r"continuations\[1\]: expected at least one token"),
     ],
 )

@@ -106,6 +106,14 @@ def test_options_that_a_conversation_cannot_use_are_refused(model):
             Chat(model, RAW, **options)
 
 
+@pytest.mark.parametrize("words", [None, 5, b"Once", ["Once"]])
+def test_words_that_are_no_text_are_refused(model, words):
+    chat = Chat(model)
+    with pytest.raises(ChatError, match="words: expected a text, got "):
+        chat.reply(words)
+    assert not chat.turns
+
+
 def test_ids_that_the_tokenizer_lacks_are_never_said():
     wide = tiny.random_model(n_layer=1, n_embd=16, n_head=1, num_kv_heads=1, vocab_size=320)
     weights = wide.params.wte
