@@ -46,7 +46,13 @@ class Terminal:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
-        os.close(self.main)
+        self.hang_up()
+
+    def hang_up(self):
+        """Closes the terminal, as closing its window does: the process gets SIGHUP, and its input ends."""
+        if self.main is not None:
+            os.close(self.main)
+        self.main = None
 
     def send(self, text):
         """Types a text."""

@@ -72,6 +72,7 @@ class Terminal:
         Raises:
             Interrupted: by a signal other than SIGINT.
         """
+        interactive = lines.is_interactive()
         while True:
             try:
                 line = lines.read_turn()
@@ -79,6 +80,8 @@ class Terminal:
                     return
                 self.answer(line)
             except EOFError:
+                if interactive:
+                    interrupts.check_terminal()
                 return
             except interrupts.Interrupted as interrupt:
                 if interrupt.number != signal.SIGINT:

@@ -105,6 +105,14 @@ def check() -> None:
         raise Interrupted(number)
 
 
+def check_terminal() -> None:
+    """Raises `Interrupted` where the input has ended because the terminal has gone, and not by Ctrl-D."""
+    time.sleep(_REACTION)  # the end is seen just before SIGHUP comes
+    check()
+    if not os.isatty(0):
+        raise Interrupted(signal.SIGHUP)
+
+
 def pending() -> int | None:
     """The signal that has come and was not raised yet."""
     return _State.pending

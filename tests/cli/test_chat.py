@@ -199,6 +199,17 @@ def test_what_nobody_saved_is_kept_where_a_signal_ends_the_chat(folder, tmp_path
     assert text_of(folder, kept).startswith("Once")
 
 
+def test_what_nobody_saved_is_kept_where_the_terminal_goes_away(folder, tmp_path, state):
+    with chat(folder, env=state) as terminal:
+        terminal.until(PROMPT)
+        terminal.send("Once\n")
+        terminal.until(PROMPT)
+        terminal.hang_up()
+        assert terminal.process.wait(60) == 129
+    (kept,) = (tmp_path / "state" / "llorch_jax").iterdir()
+    assert text_of(folder, kept).startswith("Once")
+
+
 def test_a_kill_loses_nothing_of_a_session_but_the_turn_under_way(folder, tmp_path):
     with chat(folder, "--session", tmp_path / "talk") as terminal:
         terminal.until(PROMPT)
