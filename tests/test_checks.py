@@ -127,7 +127,7 @@ class TestAppend:
             check_append(CONFIG, TOKENS, full_cache([7, 2]), count=np.asarray([3, 1]))
 
     def test_a_cache_smaller_than_the_context(self):
-        message = "row 1 holds 2 tokens and 3 more were to be added, which makes 5; its capacity is 4"
+        message = "row 1 holds 2 tokens; adding 3 makes 5, but its capacity is 4"
         with pytest.raises(lj.CapacityError, match=message):
             check_append(CONFIG, TOKENS, full_cache([1, 2], capacity=4))
         with pytest.raises(lj.CapacityError, match="its capacity is 4"):

@@ -1,4 +1,4 @@
-"""Whether two caches are alike enough for the rows of one to go into the other."""
+"""Whether two caches are alike enough to move rows from one to the other."""
 
 import dataclasses
 from typing import Any
@@ -18,7 +18,7 @@ def describe(cache: Any) -> str:
 
 
 def check_alike(what: str, cache: Any, other: Any) -> None:
-    """Raises CacheError unless another cache has the class, settings and model dimensions of a cache."""
+    """Raises CacheError unless two caches have the same class, settings and model dimensions."""
     expected = describe(cache)
     got = describe(other)
     if expected != got:
@@ -26,7 +26,7 @@ def check_alike(what: str, cache: Any, other: Any) -> None:
 
 
 def check_same_sizes(cache: Any, other: Any, number: int) -> None:
-    """Raises CacheError unless the rows of `other`, the cache of this number, have arrays of the same sizes."""
+    """Raises CacheError unless the rows of `other`, cache `number` of a list, have arrays of the same sizes."""
     expected = axes.row_shapes(cache)
     got = axes.row_shapes(other)
     if expected != got:
@@ -34,10 +34,10 @@ def check_same_sizes(cache: Any, other: Any, number: int) -> None:
 
 
 def check_fits_into(cache: Any, source: Any) -> None:
-    """Raises CacheError where a row of the source has arrays larger than those of a cache's row."""
+    """Raises CacheError if the source's rows have larger arrays than the cache's rows."""
     for ours, theirs in zip(axes.row_shapes(cache), axes.row_shapes(source), strict=True):
         if any(mine < other for mine, other in zip(ours, theirs, strict=True)):
             raise CacheError(
-                f"insert: expected a source whose rows have arrays no larger than {list(ours)}, as this cache has, "
+                f"insert: expected a source whose rows have arrays no larger than {list(ours)}, those of this cache, "
                 f"got {list(theirs)}; reserve or convert first"
             )

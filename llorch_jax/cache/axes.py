@@ -1,12 +1,12 @@
-"""Named axes of a cache's arrays, and what can be done with any layout by them: rows chosen, joined, inserted; growth.
+"""Named axes of a cache's arrays, and operations that need only these: selecting, joining, inserting rows; growing.
 
 A field of a cache names the leading axes of its arrays once:
 
     keys: tuple[Stored, ...] = array("BKS")
 
 B is rows, K key/value heads, S slots, P pages, C slots of a page, N blocks of a block table, R slots of a ring, L
-cache layers. Every leaf below the field has these axes first; codecs and heads add axes of their own after them, which
-have no letter. Fields that hold dataclasses, such as `Recent`, take the axes that those name.
+cache layers. Every leaf below the field begins with these axes; codecs add further axes, which have no letter. Fields
+that hold dataclasses, such as `Recent`, have the axes that those name.
 """
 
 import dataclasses
@@ -27,12 +27,12 @@ def array(axes: str, **settings: Any) -> Any:
 
 
 def setting(**settings: Any) -> Any:
-    """A static field, part of the structure and not of the arrays."""
+    """A static field: part of the structure, not of the arrays."""
     return struct.field(pytree_node=False, **settings)
 
 
 def axes_of(tree: Any) -> Any:
-    """The tree with each array's leading axes, as a string, in its place.
+    """The tree with each array replaced by the string of its leading axes.
 
     Args:
         tree: a dataclass whose fields are made by `array` and `setting`.
@@ -55,12 +55,12 @@ def _axes_below(value: Any, axes: str | None) -> Any:
 
 
 def is_setting(field: "dataclasses.Field[Any]") -> bool:
-    """Whether a field of a cache is static, that is, no part of its arrays."""
+    """Whether a field of a cache is static, that is, holds no arrays."""
     return not field.metadata.get("pytree_node", True)
 
 
 def row_shapes(tree: Any) -> list[tuple[int, ...]]:
-    """The shapes of a row's part of every array that has rows."""
+    """The shape of one row's part of every array that has rows."""
 
     def of_row(leaf: Any, axes: str) -> tuple[int, ...]:
         axis = axes.index("B")
@@ -71,7 +71,7 @@ def row_shapes(tree: Any) -> list[tuple[int, ...]]:
 
 
 def select_rows(tree: Tree, rows: jax.Array) -> Tree:
-    """The given rows int32 [B'] of every array that has rows; other arrays, such as pools, stay as they are."""
+    """The given rows int32 [B'] of every array that has rows; other arrays, such as pools, are unchanged."""
 
     def chosen(leaf: jax.Array, axes: str) -> jax.Array:
         return jnp.take(leaf, rows, axis=axes.index("B")) if "B" in axes else leaf
@@ -89,10 +89,10 @@ def join_rows(trees: Sequence[Tree]) -> Tree:
 
 
 def insert_rows(tree: Tree, slots: jax.Array, source: Tree) -> Tree:
-    """The tree with the rows of `source` in place of its own rows `slots` int32 [R].
+    """The tree with its rows `slots` int32 [R] replaced by the rows of `source`.
 
-    Arrays of the source may be shorter along S, and fill the first slots then. A row at a time, by updates of slices,
-    which XLA does in place where the tree is donated.
+    Arrays of the source may be shorter along S; they then fill the first slots. Rows are written one at a time, by
+    updates of slices, which XLA does in place if the tree is donated.
     """
 
     def inserted(leaf: jax.Array, axes: str, new: jax.Array) -> jax.Array:
@@ -112,7 +112,7 @@ def insert_rows(tree: Tree, slots: jax.Array, source: Tree) -> Tree:
 
 
 def grow_slots(tree: Tree, slots: int) -> Tree:
-    """The tree with at least so many slots in every array that has an axis S; the new ones are zeros."""
+    """The tree with at least `slots` slots in every array that has an axis S; new ones are zeros."""
 
     def grown(leaf: jax.Array, axes: str) -> jax.Array:
         more = [(0, 0)] * leaf.ndim

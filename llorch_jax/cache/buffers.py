@@ -1,4 +1,4 @@
-"""CachePool: a pool that hands out the buffers of released caches again."""
+"""CachePool: a pool that reuses the buffers of released caches."""
 
 import threading
 from collections.abc import Hashable
@@ -17,11 +17,11 @@ Cache = TypeVar("Cache", bound=KVCache)
 
 
 class CachePool:
-    """Keeps the buffers of released caches and hands them out again, so that a call need not allocate its own.
+    """Keeps the buffers of released caches for reuse, so that a call need not allocate new ones.
 
     Thread-safe. A cache is acquired, goes through any number of steps, and the last cache of the chain is released.
-    That one is donated: its buffers belong to the pool from then on, and JAX refuses any further use of it, as of
-    every other cache that shares them.
+    That one is donated: its buffers then belong to the pool, and JAX refuses any further use of it and of every other
+    cache that shares them.
 
         pool = CachePool()
         cache = pool.acquire(StaticCache, config, batch_size=1, capacity=256)
@@ -33,17 +33,17 @@ class CachePool:
         """An empty pool.
 
         Args:
-            max_bytes: how much it keeps at most; a cache that would exceed it is dropped on release. None: no limit.
+            max_bytes: maximum number of bytes kept; a cache that would exceed it is dropped on release. None: no limit.
         """
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._free: dict[Hashable, list[KVCache]] = {}
-        self._kinds: dict[Hashable, Hashable] = {}  # from arguments to what `allocation` of the new cache would be
+        self._kinds: dict[Hashable, Hashable] = {}  # from arguments to the `allocation` of the new cache
 
     def acquire(self, cls: type[Cache], config: GPT2Config, **settings: Any) -> Cache:
-        """An empty cache as `cls.init(config, **settings)` makes it, in released buffers where there are any that fit.
+        """An empty cache as `cls.init(config, **settings)` makes it, in released buffers if suitable ones exist.
 
-        A layout that grows may come with larger buffers than a new one has.
+        The buffers of a layout that grows may be larger than those of a new cache.
 
         Raises:
             CacheError, CapacityError: as `init`.
@@ -59,14 +59,14 @@ class CachePool:
         return make()  # type: ignore[return-value]  # likewise
 
     def release(self, cache: KVCache) -> None:
-        """Takes a cache over; neither it nor any cache that shares its buffers can be used afterwards.
+        """Returns a cache to the pool; neither it nor any cache that shares its buffers can be used afterwards.
 
         Raises:
-            CacheError: it has been donated to a later step or released before, or is traced.
+            CacheError: it has already been donated to a later step or released, or is traced.
         """
         if not is_concrete(cache):
             raise CacheError("release: expected a cache outside jit, got a traced one")
-        with self._lock:  # so that of two threads that release the same cache one is refused
+        with self._lock:  # if two threads release the same cache, one is refused
             if any(leaf.is_deleted() for leaf in jax.tree.leaves(cache)):
                 raise CacheError(
                     "release: expected a cache that owns its buffers; this one was donated to a later step or released "
@@ -78,7 +78,7 @@ class CachePool:
             self._free.setdefault(mine.allocation(), []).append(mine)
 
     def drop(self) -> None:
-        """Gives all kept buffers back to the system."""
+        """Frees all kept buffers."""
         with self._lock:
             self._free.clear()
 
@@ -93,5 +93,5 @@ class CachePool:
 
 @partial(jax.jit, donate_argnames="cache")
 def _take_over(cache: Cache) -> Cache:
-    """The same cache in the same memory under new handles; the old ones become invalid."""
+    """The same cache in the same memory with new handles; the old ones become invalid."""
     return cache

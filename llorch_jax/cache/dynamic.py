@@ -25,11 +25,11 @@ class DynamicCache(StaticCache):
 
     `reserve` grows the buffers to the next bucket of slots (`buckets.bucket`). Each bucket is at least a third larger
     than the one before, so that filling a cache copies less than three times its final size, and each is compiled
-    once. Attention costs what the bucket has of slots. `crop` and `clear` keep the buffers.
+    once. The cost of attention follows the slots of the bucket. `crop` and `clear` keep the buffers.
 
     Attributes:
         keys, values, lengths, recent, codec: as in `StaticCache`.
-        limit: the largest number of slots S.
+        limit: maximum number of slots S.
     """
 
     limit: int = setting(kw_only=True)
@@ -51,13 +51,13 @@ class DynamicCache(StaticCache):
         Args:
             config: the model's hyperparameters.
             batch_size: number of rows B.
-            capacity: upper limit of tokens per row, at most `config.n_positions`, which is the default.
-            initial: tokens per row for which there are slots from the start; rounded up to a bucket, and no more than
-                the capacity.
+            capacity: maximum number of tokens per row, at most `config.n_positions`, which is the default.
+            initial: number of tokens per row for which slots are allocated at first; rounded up to a bucket, and
+                limited to the capacity.
             dtype, codec, residual: how keys and values are stored; as in `StaticCache.init`.
 
         Raises:
-            CacheError: the batch size, initial size, dtype, codec or residual is impossible.
+            CacheError: the batch size, initial size, dtype, codec or residual is invalid.
             CapacityError: the capacity is not in 1 .. n_positions.
         """
         capacity = config.n_positions if capacity is None else capacity
@@ -80,7 +80,7 @@ class DynamicCache(StaticCache):
         return self.slots
 
     def reserve(self, count: Any, *, lengths: Any = None, pinned: Any = ()) -> Self:
-        """The cache, with larger buffers where `count` (int or int32 [B]) more tokens per row need them.
+        """The cache, with larger buffers if `count` (int or int32 [B]) more tokens per row need them.
 
         Call it on the host; in `jit` it does nothing. Arguments as in `KVCache.reserve`.
 
@@ -107,9 +107,9 @@ class DynamicCache(StaticCache):
         return StaticCache.join(self._grown(slots), [cache._grown(slots) for cache in others])
 
     def allocation(self) -> Hashable:
-        """As `KVCache.allocation`; the present size of the buffers does not matter."""
+        """As `KVCache.allocation`; the current size of the buffers does not matter."""
         return jax.tree.structure(self), self.batch_size, self.dims, self.residual
 
     def _grown(self, needed: int) -> Self:
-        """The cache with at least so many slots per row."""
+        """The cache with at least `needed` slots per row."""
         return self if needed <= self.slots else grow_slots(self, bucket(needed, self.limit))

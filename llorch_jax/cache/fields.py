@@ -1,4 +1,4 @@
-"""Whether the fields of a cache fit each other, as those of a cache that was read from a file must."""
+"""Whether the fields of a cache are consistent, which is checked after reading it from a file."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from llorch_jax.cache.codecs import CODECS, Codec, make_codec
 from llorch_jax.errors import CacheError
 from llorch_jax.tracing import whole
 
-_FLOATS = ("votes",)  # of the fields beside keys, values and the float window, those that are not int32
+_FLOATS = ("votes",)  # fields that are not int32, apart from keys, values and the float window
 
 
 def check_arrays(cache: Any) -> None:
@@ -22,7 +22,7 @@ def check_arrays(cache: Any) -> None:
     """
     layers = len(cache.keys)
     if not layers or len(cache.values) != layers or len(cache.recent) not in (0, layers):
-        raise CacheError(f"keys: expected one or more layers and as many values, got {layers} and {len(cache.values)}")
+        raise CacheError(f"keys: expected as many layers as values, at least 1, got {layers} and {len(cache.values)}")
     _check_codec(cache.codec)
     if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(cache)):
         raise CacheError("cache: expected arrays in all layers, got something else")
@@ -34,7 +34,7 @@ def check_arrays(cache: Any) -> None:
 
 
 def check_whole_numbers(cache: Any, least: dict[str, int]) -> None:
-    """Raises CacheError unless the settings of these names are whole numbers of at least so much."""
+    """Raises CacheError unless each of these settings is a whole number of at least the value given for it."""
     for name, smallest in least.items():
         whole(name, getattr(cache, name), CacheError, smallest, np.iinfo(np.int32).max)
 
@@ -59,7 +59,7 @@ def _check_codec(codec: Codec) -> None:
 def _check_stored(name: str, stored: Any, codec: Codec) -> None:
     leaves = jax.tree.leaves(stored)
     if not leaves or leaves[0].ndim < 3:
-        raise CacheError(f"{name}: expected stored vectors with three axes before their own, got something else")
+        raise CacheError(f"{name}: expected stored vectors with three leading axes, got something else")
     expected = jax.eval_shape(lambda: codec.zeros(leaves[0].shape[:3]))
     got = jax.eval_shape(lambda: stored)
     if got != expected:
@@ -71,7 +71,7 @@ def _brief(tree: Any) -> str:
 
 
 def _check_axes(cache: Any, layers: int) -> None:
-    """Every letter has one size, every tuple an item per layer, and every array the dtype of its field."""
+    """Checks that each letter has one size, each tuple one item per layer, and each array the dtype of its field."""
     sizes = {"L": layers, "B": cache.lengths.shape[0] if cache.lengths.ndim else 0}
     named = axes_of(cache)
     for field, value in vars(named).items():
@@ -91,7 +91,7 @@ def _check_axes(cache: Any, layers: int) -> None:
 
 
 def _check_recent(cache: Any) -> None:
-    """The float window: float32 vectors, and in each slot of the ring a position that belongs there."""
+    """Checks the float window: float32 vectors, and in each slot of the ring a position that belongs there."""
     for layer, recent in enumerate(cache.recent):
         name = f"recent[{layer}]"
         size = recent.positions.shape[-1]

@@ -1,4 +1,4 @@
-"""Caches on disk: one safetensors file, written atomically, refused where it is damaged or of another model."""
+"""Caches on disk: one safetensors file, written atomically; damaged files and other models' files are refused."""
 
 import hashlib
 import os
@@ -32,7 +32,7 @@ _KIND = Kind("cache", KVCache, CACHE_CLASSES, CacheError, KVCache.check_fields)
 
 
 def fingerprint(params: Params, config: GPT2Config) -> str:
-    """A hash of a model's weights and configuration, by which a saved cache is tied to it: SHA-256 in hex."""
+    """A SHA-256 hash (hex) of a model's weights and configuration, which ties a saved cache to the model."""
     digest = hashlib.sha256(repr(config).encode())
     for leaf in jax.tree.leaves(params):
         array = np.asarray(leaf)
@@ -44,16 +44,15 @@ def fingerprint(params: Params, config: GPT2Config) -> str:
 def save_cache(path: str | os.PathLike[str], cache: KVCache, *, fingerprint: str = "") -> None:
     """Writes a cache of any layout to a file; the cache stays valid.
 
-    The file appears whole or not at all; one that stood there before stays until then.
+    The file is written atomically: an existing file is replaced only by a complete one.
 
     Args:
-        path: of the file, by custom `.safetensors`.
-        cache: what to save.
+        path: of the file, usually `*.safetensors`.
+        cache: the cache to save.
         fingerprint: of the model, from `fingerprint`; `load_cache` compares it.
 
     Raises:
-        CacheError: the cache was donated or is traced, its policy is a function of your own, or the file cannot be
-            written.
+        CacheError: the cache was donated or is traced, its policy is a custom function, or the file cannot be written.
     """
     check_savable(cache)
     write_archive(Path(path), cache, _KIND, fingerprint)
@@ -67,7 +66,7 @@ def load_cache(path: str | os.PathLike[str], *, fingerprint: str | None = None) 
         fingerprint: of the model that will use it, from `fingerprint`; None does not compare.
 
     Raises:
-        CacheError: the file is missing, truncated, corrupt, no cache, of another format, or of another model.
+        CacheError: the file is missing, truncated or corrupt, is not a cache, or is of another format or model.
     """
     return read_archive(Path(path), _KIND, fingerprint)
 
@@ -78,6 +77,6 @@ def check_savable(cache: KVCache) -> None:
         names = ", ".join(cls.__name__ for cls in LAYOUTS)
         raise CacheError(f"cache: expected one of {names} outside jit, got {cache!r:.80}")
     if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(cache)):
-        raise CacheError("cache: expected arrays of JAX, got others; use the cache as it was before device_get")
+        raise CacheError("cache: expected JAX arrays, got others; use the cache from before device_get")
     if any(leaf.is_deleted() for leaf in jax.tree.leaves(cache)):
         raise CacheError("cache: expected one that owns its buffers, got one that was donated to a later step")

@@ -1,6 +1,6 @@
-"""The registry of layouts: caches by name, by specification such as "rotating:256+4", and with checked settings.
+"""The registry of layouts: caches by name or by a specification such as "rotating:256+4", with checked settings.
 
-A new layout is one entry of `LAYOUTS`. Property tests, byte plans, the command line and the messages go by it.
+A new layout is one entry of `LAYOUTS`, which property tests, byte plans, the command line and messages use.
 """
 
 import dataclasses
@@ -24,14 +24,14 @@ _ANY_CODEC = ("dtype", "codec", "residual")
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A kind of cache by name.
+    """A named kind of cache.
 
     Attributes:
         cls: its class.
-        arguments: what a specification may name after the colon, in order, each with the mark that stands before it.
-        needs: settings without which the cache cannot be made.
-        takes: the other keyword settings of `cls.init`, in addition to batch_size.
-        fixed: settings that the name stands for.
+        arguments: what a specification may name, in order, each with the character before it.
+        needs: required settings.
+        takes: optional keyword settings of `cls.init`, in addition to batch_size.
+        fixed: settings that the name implies.
         lossless: whether logits are those of the static cache in float32, as long as the layout drops no token.
     """
 
@@ -44,7 +44,7 @@ class Layout:
 
     @property
     def has_capacity(self) -> bool:
-        """Whether one can choose how many tokens a row can hold."""
+        """Whether the number of tokens that a row can hold is a setting."""
         return "capacity" in self.takes
 
 
@@ -75,7 +75,7 @@ LAYOUTS: dict[str, Layout] = {
     "h2o": _evicting(HeavyHitters()),
     "snapkv": _evicting(SnapKV()),
 }
-_MOST = 2**31 - 1  # the largest number that a specification may name
+_MOST = 2**31 - 1  # the largest number in a specification
 
 
 def _syntax(name: str, layout: Layout) -> str:
@@ -108,15 +108,15 @@ def make_cache(
         config: the model's hyperparameters.
         layout: a name of `LAYOUTS`, a specification as `parse_cache_spec` reads it, or a class.
         batch_size: number of rows B.
-        capacity: tokens per row where the layout lets one choose; None means what the specification says, or
-            n_positions.
-        dtype: of keys and values as stored: float32, bfloat16 or float16.
+        capacity: maximum number of tokens per row, if the layout has that setting; None means the capacity in the
+            specification, or n_positions.
+        dtype: of stored keys and values: float32, bfloat16 or float16.
         codec: how they are stored, instead of `dtype`: float32, bfloat16, float16, int8 or int4.
-        residual: how many of the newest tokens a lossy codec keeps in float32 in addition.
+        residual: number of newest tokens that a lossy codec also keeps in float32.
         settings: further arguments of the class's `init`, such as `window` or `page_size`.
 
     Raises:
-        CacheError: the layout or a setting is unknown, missing or impossible.
+        CacheError: the layout or a setting is unknown, missing or invalid.
         CapacityError: the capacity is not in 1 .. n_positions.
     """
     entry, own = _resolve(layout)
@@ -141,12 +141,12 @@ def fit_cache(
     codec: Any = None,
     residual: int | None = None,
 ) -> KVCache:
-    """An empty cache with room for so many tokens per row and, where the layout has a capacity, for few more.
+    """An empty cache with room for `tokens` tokens per row, with a capacity not much larger.
 
-    A capacity that the specification names, as in "static:1024", is kept: then no program depends on the tokens.
+    A capacity in the specification, as in "static:1024", is kept: then no program depends on `tokens`.
 
     Raises:
-        CacheError: the layout is unknown, or does not fit the model.
+        CacheError: the layout is unknown, or does not suit the model.
     """
     entry, own = _complete(layout)
     capacity = None
@@ -159,20 +159,20 @@ def parse_cache_spec(spec: str) -> tuple[type[KVCache], dict[str, Any]]:
     """The class and settings that a specification such as "rotating:256+4" or "static:1024" stands for.
 
     Args:
-        spec: as `SYNTAX` says.
+        spec: in the form of `SYNTAX`.
 
     Returns:
         The class, and the arguments for its `init` in addition to config, batch size and codec.
 
     Raises:
-        CacheError: the specification is none of these.
+        CacheError: the specification does not have that form.
     """
     entry, settings = _complete(spec)
     return entry.cls, settings
 
 
 def layout_of(cls: type[KVCache]) -> Layout:
-    """The entry of a class; its name does not matter.
+    """The registry entry of a class, without the settings that a name implies.
 
     Raises:
         CacheError: the class is not in the registry.
@@ -184,7 +184,7 @@ def layout_of(cls: type[KVCache]) -> Layout:
 
 
 def new_cache(cls: type[KVCache], config: GPT2Config, **settings: Any) -> KVCache:
-    """What `cls.init(config, **settings)` makes, after a check of the settings' names."""
+    """The result of `cls.init(config, **settings)`, after a check of the settings' names."""
     return _init(layout_of(cls), config, settings)
 
 
@@ -202,7 +202,7 @@ def _resolve(layout: Any) -> tuple[Layout, dict[str, Any]]:
 
 
 def _complete(spec: Any) -> tuple[Layout, dict[str, Any]]:
-    """As `_resolve`, of a specification that says all that the layout needs."""
+    """As `_resolve`, for a specification that must name all required settings."""
     entry, settings = _resolve(spec)
     if not settings.keys() >= set(entry.needs):
         raise CacheError(f"cache: expected {SYNTAX}; got {spec!r:.80}")
@@ -228,7 +228,7 @@ def _numbers(spec: str, rest: str, entry: Layout) -> dict[str, int]:
 
 
 def _init(entry: Layout, config: GPT2Config, settings: dict[str, Any]) -> KVCache:
-    """A cache, after a check that its class has these settings and gets those that it needs."""
+    """A cache, after a check that its class has these settings and that the required ones are given."""
     known = ("batch_size", *entry.needs, *entry.takes)
     name = entry.cls.__name__
     for each, value in settings.items():
@@ -236,5 +236,5 @@ def _init(entry: Layout, config: GPT2Config, settings: dict[str, Any]) -> KVCach
             raise CacheError(f"{each}: {name} has {', '.join(known)}; got {each}={value!r:.80}")
     for each in entry.needs:
         if each not in settings and each not in entry.fixed:
-            raise CacheError(f"{each}: expected a value, {name} cannot do without; got none")
-    return entry.cls.init(config, **{**entry.fixed, **settings})  # type: ignore[attr-defined]  # its own arguments
+            raise CacheError(f"{each}: expected a value, which {name} requires; got none")
+    return entry.cls.init(config, **{**entry.fixed, **settings})  # type: ignore[attr-defined]  # the class's arguments

@@ -1,4 +1,4 @@
-"""Operations on whole caches: branches, batches put together and taken apart, and changes of layout."""
+"""Operations on whole caches: branching, joining and splitting batches, converting between layouts."""
 
 import itertools
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ Cache = TypeVar("Cache", bound=KVCache)
 
 
 def fork(cache: Cache, branches: int) -> Cache:
-    """A cache with every row `branches` times: row b becomes rows b * branches .. (b + 1) * branches - 1.
+    """A cache with every row repeated: row b becomes rows b * branches .. (b + 1) * branches - 1.
 
     Raises:
-        CacheError: branches is not a whole number from 1 up.
+        CacheError: branches is not a whole number of 1 or more.
     """
     return cache.fork(branches)
 
@@ -28,11 +28,11 @@ def fork(cache: Cache, branches: int) -> Cache:
 def concat(caches: Sequence[Cache]) -> Cache:
     """One cache with the rows of all caches, in order.
 
-    The caches must be of one class with the same dimensions, codec and settings, capacities included; `convert` changes
-    them. Only what a layout chooses by itself may differ, such as the present size of a `DynamicCache`.
+    The caches must be of one class, with the same dimensions, codec and settings, including capacities; `convert`
+    changes them. Only what a layout chooses itself may differ, such as the current size of a `DynamicCache`.
 
     Raises:
-        CacheError: there is no cache, or they do not fit together.
+        CacheError: there is no cache, or they do not match.
     """
     caches = list(caches)
     if not caches:
@@ -47,10 +47,10 @@ def concat(caches: Sequence[Cache]) -> Cache:
 
 
 def split(cache: Cache, sizes: Sequence[int]) -> list[Cache]:
-    """Caches of the first sizes[0] rows, the next sizes[1] rows, and so on: the opposite of `concat`.
+    """Caches of the first sizes[0] rows, the next sizes[1] rows, and so on: the inverse of `concat`.
 
     Raises:
-        CacheError: the sizes are not whole numbers from 1 up that add up to the batch size.
+        CacheError: the sizes are not whole numbers of 1 or more that add up to the batch size.
     """
     sizes = list(sizes)
     if any(type(size) is not int or size < 1 for size in sizes) or sum(sizes) != cache.batch_size:
@@ -62,18 +62,18 @@ def split(cache: Cache, sizes: Sequence[int]) -> list[Cache]:
 def convert(cache: KVCache, target: Cache) -> Cache:
     """The contents of a cache in another layout, codec or capacity. Host only.
 
-    What the target does not keep, such as tokens outside its window, is dropped. Going on is exact as far as both
-    layouts are: from a quantized cache come the rounded values, and a cache that drops tokens does not get them back.
+    What the target does not keep, such as tokens outside its window, is dropped. Rounded values of a quantized cache
+    stay rounded, and tokens that a cache has dropped are not restored.
 
     Args:
-        cache: what to convert; it stays valid.
+        cache: the cache to convert; it stays valid.
         target: an empty cache for the same model and batch size.
 
     Returns:
         The target with all tokens.
 
     Raises:
-        CacheError: the target is not empty, does not fit the cache, or keeps tokens that the cache has dropped.
+        CacheError: the target is not empty, does not match the cache, or keeps tokens that the cache has dropped.
         CapacityError: the target has no room for the longest row.
     """
     _check_target(cache, target)
@@ -86,7 +86,7 @@ def convert(cache: KVCache, target: Cache) -> Cache:
     if missing.size:
         row, position = missing[0]
         raise CacheError(
-            f"convert: expected a {type(cache).__name__} that holds all tokens which the target keeps; row {row} of "
+            f"convert: expected a {type(cache).__name__} that holds all tokens that the target keeps; row {row} of "
             f"{lengths[row]} tokens has dropped the one at position {position}"
         )
     return filled
@@ -108,7 +108,7 @@ def _check_target(cache: KVCache, target: KVCache) -> None:
 
 
 def _slots_of(cache: KVCache, lengths: np.ndarray, columns: int) -> np.ndarray:
-    """int32 [B, columns]: the slot that holds each position of each row, -1 where none does; alike in all layers."""
+    """int32 [B, columns]: the slot that holds each position of each row, the same in all layers; -1 if none does."""
     held = np.asarray(_positions(cache))
     positions = np.broadcast_to(held, (len(lengths), held.shape[1]))
     rows, slots = np.nonzero((positions >= 0) & (positions < lengths[:, None]))
@@ -125,7 +125,7 @@ def _positions(cache: KVCache) -> jax.Array:
 @jax.jit
 def _fill(cache: KVCache, target: Cache, slots: jax.Array, lengths: jax.Array) -> Cache:
     """The target with `lengths` int32 [B] tokens per row from the cache's slots int32 [B, T]."""
-    index = jnp.maximum(slots, 0)[:, None, :, None]  # a missing token becomes any other, to be dropped or refused
+    index = jnp.maximum(slots, 0)[:, None, :, None]  # any token for a missing one, which is dropped or refused later
 
     def in_order(array: jax.Array) -> jax.Array:
         return jnp.take_along_axis(array, index, axis=2).transpose(0, 2, 1, 3)  # [B, T, K, H]

@@ -1,4 +1,4 @@
-"""The bytes that a cache will take, exactly, before it is made."""
+"""The exact number of bytes that a cache will take, before it is made."""
 
 import dataclasses
 from functools import partial
@@ -18,13 +18,13 @@ class MemoryPlan:
     """Bytes of a cache before it is made; `int(plan)` is their total.
 
     Attributes:
-        total: of all arrays, equal to `memory_usage()` of the new cache.
-        full: of a `DynamicCache` that has grown to its capacity; equal to `total` for the other layouts, of which only
-            the block tables of a `PagedCache` grow.
-        per_layer: of one layer's keys and values in the new cache.
-        per_token: of one slot: keys and values of one token in all layers, scales included.
-        overhead: of everything else: lengths, block tables, what is kept twice.
-        slots: for how many tokens there is memory, all rows together.
+        total: bytes of all arrays, equal to `memory_usage()` of the new cache.
+        full: bytes of a `DynamicCache` that has grown to its capacity; equal to `total` for the other layouts, of which
+            only the block tables of a `PagedCache` grow.
+        per_layer: bytes of one layer's keys and values in the new cache.
+        per_token: bytes of one slot: keys and values of one token in all layers, including scales.
+        overhead: bytes of everything else: lengths, block tables, float windows.
+        slots: number of tokens for which there is memory, in all rows together.
     """
 
     total: int
@@ -49,7 +49,7 @@ def plan_memory(
     residual: int | None = None,
     **settings: Any,
 ) -> MemoryPlan:
-    """The bytes that `make_cache` with the same arguments allocates, exactly; nothing is allocated here.
+    """The exact number of bytes that `make_cache` allocates with the same arguments; nothing is allocated here.
 
     Raises:
         CacheError, CapacityError: as `make_cache`.

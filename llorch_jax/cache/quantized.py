@@ -11,11 +11,11 @@ from llorch_jax.errors import CacheError
 
 @struct.dataclass(repr=False)
 class QuantizedCache(StaticCache):
-    """A `StaticCache` with keys and values rounded to integers, and the newest tokens in float32 in addition.
+    """A `StaticCache` with keys and values rounded to integers, and the newest tokens also in float32.
 
-    It is a name for the most usual of many combinations: every layout takes every codec, see `codecs.IntegerCodec`. As
-    long as no row is longer than `residual` tokens, results are those of a float32 cache. After `crop` the tokens that
-    the float window no longer holds are read from the integers.
+    This names the most common of many combinations: every layout takes every codec, see `codecs.IntegerCodec`. As long
+    as no row is longer than `residual` tokens, results are those of a float32 cache. After `crop`, tokens that the
+    float window no longer holds are read from the integers.
     """
 
     @classmethod
@@ -36,12 +36,12 @@ class QuantizedCache(StaticCache):
             batch_size: number of rows B.
             capacity: slots per row S, at most `config.n_positions`, which is the default.
             bits: per element of keys and values, 8 or 4.
-            residual: how many of the newest tokens are kept in float32, 0 .. capacity; 32 by default, or the capacity
-                where that is less.
-            settings: none; the codec follows from `bits`.
+            residual: number of newest tokens also kept in float32, 0 .. capacity; 32 by default, or the capacity if
+                that is less.
+            settings: refused; the codec follows from `bits`.
 
         Raises:
-            CacheError: the batch size, bits or residual are impossible.
+            CacheError: the batch size, bits or residual is invalid.
             CapacityError: the capacity is not in 1 .. n_positions.
         """
         if settings:

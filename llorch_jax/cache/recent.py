@@ -1,4 +1,4 @@
-"""Recent: the newest tokens of a row in float32, in addition to what a lossy codec stores of them."""
+"""Recent: the newest tokens of a row in float32, in addition to their lossy codes."""
 
 from typing import Self
 
@@ -14,13 +14,13 @@ from llorch_jax.cache.writes import ring_positions, write_ring
 class Recent:
     """The newest tokens of one layer in float32, in a ring: position p in slot p % R.
 
-    Rings are the same under every layout, as they go by positions. A slot is read only for the position that it is
-    marked with, so nothing overwritten is read after `crop`.
+    Rings are the same for every layout, as they are indexed by position. A slot is read only for the position with
+    which it is marked, so nothing overwritten is read after `crop`.
 
     Attributes:
         keys: float32 [B, K, R, H].
         values: float32 [B, K, R, H].
-        positions: int32 [B, R], of the token in each slot; -1 where it is empty.
+        positions: int32 [B, R], of the token in each slot; -1 if it is empty.
     """
 
     keys: jax.Array = array("BKR")
@@ -29,13 +29,13 @@ class Recent:
 
     @classmethod
     def empty(cls, batch_size: int, heads: int, residual: int, head_dim: int) -> Self:
-        """A ring for `residual` tokens R per row that holds none."""
+        """An empty ring for `residual` tokens R per row."""
         shape = (batch_size, heads, residual, head_dim)
         marks = jnp.full((batch_size, residual), -1, jnp.int32)
         return cls(keys=jnp.zeros(shape, jnp.float32), values=jnp.zeros(shape, jnp.float32), positions=marks)
 
     def written(self, k: jax.Array, v: jax.Array, starts: jax.Array, count: jax.Array) -> "Recent":
-        """The ring after `count` int32 [B] of the tokens k and v [B, T, K, H], the first at position `starts` [B]."""
+        """The ring after writing `count` [B] of the tokens k and v [B, T, K, H] from positions `starts` [B] on."""
         newest = ring_positions(starts + count, self.positions.shape[1])
         fresh = newest >= starts[:, None]
         return Recent(

@@ -1,4 +1,4 @@
-"""RotatingCache: a ring of the newest tokens, with the first tokens of the row kept in addition."""
+"""RotatingCache: a ring of the newest tokens, plus the first tokens of the row."""
 
 from typing import Any, Self
 
@@ -26,23 +26,23 @@ from llorch_jax.tracing import is_concrete, whole
 class RotatingCache(KVCache):
     """Keys and values of the newest tokens in a ring (the rolling buffer of Mistral 7B, Jiang et al. 2023, section 2).
 
-    A query at position i looks at the positions after i - window up to i, and at the first `sinks` ones (attention
-    sinks, Xiao et al. 2024, 2309.17453). Every token keeps its own position embedding: unlike StreamingLLM, this does
-    not renumber tokens, so that a row ends at n_positions. Memory and the cost of a step depend on sinks + window only.
+    A query at position i attends to positions i - window + 1 .. i and to the first `sinks` positions (attention sinks,
+    Xiao et al. 2024, 2309.17453). Every token keeps its position embedding: unlike StreamingLLM, this does not renumber
+    tokens, so a row ends at n_positions. Memory and the cost of a step depend only on sinks + window.
 
-    Position p lies in slot p where p < sinks, else in slot sinks + (p - sinks) % window.
+    Position p is in slot p if p < sinks, else in slot sinks + (p - sinks) % window.
 
     Attributes:
-        keys: L times stored keys [B, K, S, ...], S = sinks + window.
-        values: L times stored values.
+        keys: for each of L layers, stored keys [B, K, S, ...], S = sinks + window.
+        values: for each of L layers, stored values.
         lengths: int32 [B], tokens in each row.
-        ends: int32 [B, L], one more than the highest position that each layer's ring has been given; what each slot
-            holds follows from it. It is above `lengths` where tokens are not counted by `advance` yet, or were
-            rolled back: those have overwritten older ones.
+        ends: int32 [B, L], one more than the highest position written to each layer's ring, which determines what
+            each slot holds. It exceeds `lengths` where tokens have been written but not yet counted by `advance`, or
+            have been rolled back: those have overwritten older ones.
         recent, codec: as in `StaticCache`.
-        window: newest tokens looked at, the query's own included.
-        sinks: first tokens looked at in addition.
-        limit: tokens that a row can ever hold, the model's n_positions.
+        window: number of newest tokens attended to, including the query's own.
+        sinks: number of first tokens attended to in addition.
+        limit: maximum number of tokens in a row, the model's n_positions.
     """
 
     keys: tuple[Stored, ...] = array("BKS")
@@ -72,13 +72,13 @@ class RotatingCache(KVCache):
         Args:
             config: the model's hyperparameters.
             batch_size: number of rows B.
-            window: newest tokens kept, the current one included. One that reaches past `config.n_positions` keeps
-                everything; no more than n_positions slots are allocated then.
-            sinks: first tokens of a row kept in addition, fewer than `config.n_positions`.
+            window: number of newest tokens kept, including the current one. A window beyond `config.n_positions` keeps
+                everything, in n_positions slots.
+            sinks: number of first tokens of a row kept in addition, less than `config.n_positions`.
             dtype, codec, residual: how keys and values are stored; as in `StaticCache.init`.
 
         Raises:
-            CacheError: the batch size, window, sinks, dtype, codec or residual is impossible.
+            CacheError: the batch size, window, sinks, dtype, codec or residual is invalid.
         """
         limit = config.n_positions
         check_sizes(config, batch_size, limit)
@@ -107,7 +107,7 @@ class RotatingCache(KVCache):
         return self.limit
 
     def can_roll_back(self, count: Any) -> bool:
-        """As `KVCache.can_roll_back`: not where the ring would overwrite tokens."""
+        """As `KVCache.can_roll_back`: False if the ring would overwrite tokens."""
         return bool(np.all(np.asarray(self.lengths) + np.asarray(count) <= self.sinks + self.window))
 
     def keeps_all(self, tokens: int) -> bool:
@@ -117,8 +117,8 @@ class RotatingCache(KVCache):
         """As `KVCache.update`. Queries of more than one new token need the view that `append` returns.
 
         Raises:
-            CacheError: layer or shapes do not fit, or this layer was given tokens that `advance` did not count and
-                that have overwritten tokens which the row still needs.
+            CacheError: the layer does not exist, a shape is wrong, or tokens written to this layer that `advance` has
+                not counted have overwritten tokens that the row still needs.
             CapacityError: a row has no room for the tokens.
         """
         check_new_tokens(layer, k, v, self.batch_size, self.dims, count)
@@ -146,7 +146,7 @@ class RotatingCache(KVCache):
         )
 
     def read(self, layer: int) -> SlotView:
-        """The ring as it is: of several tokens just written by `update`, what the last one may look at."""
+        """The ring in its current state: after `update` with several tokens, what the last of them may attend to."""
         positions = ring_positions(self.ends[:, layer], self.window, self.sinks)
         return SlotView(
             self.keys[layer],
@@ -163,13 +163,13 @@ class RotatingCache(KVCache):
         return view.replace(window=self.window, sinks=self.sinks)
 
     def _view_after(self, cache: Self, layer: int, k: jax.Array, v: jax.Array, count: Any) -> KVView:
-        """As `KVCache._view_after`. The view of more than one token is of the old ring and, after it, the new tokens.
+        """As `KVCache._view_after`. For more than one token the view is the old ring followed by the new tokens.
 
-        The first of them still look at old tokens that the last of them overwrite.
+        The first of these still attend to old tokens that the last of them overwrite.
         """
         if k.shape[1] == 1:
             return super()._view_after(cache, layer, k, v, count)
-        # The float window as it is afterwards: tokens that have left it are seen as they are stored.
+        # The float window after the append: tokens that have left it are seen as stored.
         old = self.read(layer).replace(exact=cache._exact(layer)).dense()
         held = jnp.where(old.positions < self.lengths[:, None], old.positions, -1)
         steps = jnp.arange(k.shape[1], dtype=jnp.int32)[None]
@@ -183,15 +183,15 @@ class RotatingCache(KVCache):
 
     def reserve(self, count: Any, *, lengths: Any = None, pinned: Any = ()) -> Self:
         self.check_room(count, lengths=lengths)
-        if lengths is None:  # else the caller has counted every step, and rolled nothing back
+        if lengths is None:  # else the caller has counted every step and rolled nothing back
             self._check_intact(self.lengths, self.ends)
         return self
 
     def crop(self, length: Any) -> Self:
-        """As `KVCache.crop`, as far as the ring still holds what the shorter row needs.
+        """As `KVCache.crop`, as long as the ring still holds what the shorter row needs.
 
-        That is so as long as a row never had more than sinks + window tokens; later only one token can be taken back,
-        or all but at most `sinks`.
+        This is the case until a row exceeds sinks + window tokens. After that, a row can be cropped only by one token,
+        or to `sinks` tokens or fewer.
 
         Raises:
             CacheError: tokens that the shorter row needs have been overwritten. In `jit` this cannot be known: the
@@ -204,7 +204,7 @@ class RotatingCache(KVCache):
         return self.replace(lengths=lengths, ends=jnp.where(unturned, jnp.minimum(self.ends, left), self.ends))
 
     def _check_intact(self, lengths: Any, ends: Any) -> None:
-        """Raises CacheError where rings written up to `ends` [B, L'] lack tokens that rows of `lengths` [B] need.
+        """Raises CacheError if rings written up to `ends` [B, L'] lack tokens that rows of `lengths` [B] need.
 
         The next query, at position n, needs the first `sinks` positions and n - window + 1 .. n - 1; a ring written up
         to `end` has lost those from `sinks` on that are below end - window.
@@ -217,7 +217,7 @@ class RotatingCache(KVCache):
         if lost.any():
             row = int(np.argmax(lost))
             raise CacheError(
-                f"cache: row {row} cannot go on from {known[row]} tokens: its ring (window={self.window}, "
-                f"sinks={self.sinks}) was written up to token {end[row]}, over tokens that the next one looks at; "
+                f"cache: row {row} cannot continue from {known[row]} tokens: its ring (window={self.window}, "
+                f"sinks={self.sinks}) was written up to token {end[row]}, over tokens that the next one attends to; "
                 f"expected {end[row] - 1} tokens or more, or {self.sinks} or fewer"
             )

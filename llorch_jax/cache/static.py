@@ -21,11 +21,11 @@ class StaticCache(KVCache):
     """Keys and values in fixed buffers; slot s of a row holds the token at position s.
 
     Attributes:
-        keys: L times stored keys [B, K, S, ...]: arrays [B, K, S, H] of floats (bfloat16 as its bits, uint16), or
-            `Quantized` codes and scales.
-        values: L times stored values, likewise.
+        keys: for each of L layers, stored keys [B, K, S, ...]: arrays [B, K, S, H] of floats (bfloat16 as its bits,
+            uint16), or `Quantized` codes and scales.
+        values: for each of L layers, stored values in the same form.
         lengths: int32 [B], tokens in each row.
-        recent: L times the newest tokens in float32, where there is a float window.
+        recent: for each of L layers, the newest tokens in float32, if there is a float window; else empty.
         codec: how vectors are stored.
     """
 
@@ -52,13 +52,13 @@ class StaticCache(KVCache):
             config: the model's hyperparameters.
             batch_size: number of rows B.
             capacity: slots per row S, at most `config.n_positions`, which is the default.
-            dtype: of keys and values as stored: float32, bfloat16 or float16. Attention computes in float32.
+            dtype: of stored keys and values: float32, bfloat16 or float16. Attention is computed in float32.
             codec: how they are stored, instead of `dtype`: float32, bfloat16, float16, int8 or int4.
-            residual: how many of the newest tokens are kept in float32 in addition, 0 .. capacity; by default 32 for
-                int8 and int4, or the capacity where that is less, and 0 for the others.
+            residual: number of newest tokens that are also kept in float32, 0 .. capacity; by default 32 for int8 and
+                int4, or the capacity if that is less, and 0 for the others.
 
         Raises:
-            CacheError: the batch size, dtype, codec or residual is impossible.
+            CacheError: the batch size, dtype, codec or residual is invalid.
             CapacityError: the capacity is not in 1 .. n_positions.
         """
         capacity = config.n_positions if capacity is None else capacity
@@ -69,7 +69,7 @@ class StaticCache(KVCache):
 
     @property
     def slots(self) -> int:
-        """Slots per row S that are allocated."""
+        """Number of allocated slots per row S."""
         return slots_of(self)
 
     @property
@@ -77,7 +77,7 @@ class StaticCache(KVCache):
         return self.slots
 
     def _write(self, layer: int, k: jax.Array, v: jax.Array, count: Any) -> Self:
-        # Padding needs no care here: it lands after the row's end, where the next token overwrites it.
+        # Padding is harmless here: it lands after the row's end, where the next token overwrites it.
         return write_slots(self, layer, k, v, self.lengths)
 
     def read(self, layer: int) -> SlotView:
@@ -86,7 +86,7 @@ class StaticCache(KVCache):
 
 
 def empty_slots(config: GPT2Config, batch_size: int, slots: int, codec: Codec, residual: int) -> dict[str, Any]:
-    """The fields of an empty cache with so many slots per row that all layouts of slots have."""
+    """The fields that all layouts with slots share, for an empty cache."""
     leading = (batch_size, config.kv_heads, slots)
     layers = range(config.cache_layers)
     return {
@@ -99,18 +99,18 @@ def empty_slots(config: GPT2Config, batch_size: int, slots: int, codec: Codec, r
 
 
 def empty_recent(config: GPT2Config, batch_size: int, residual: int) -> tuple[Recent, ...]:
-    """The empty float windows of all layers; none where `residual` is 0."""
+    """The empty float windows of all layers; empty if `residual` is 0."""
     layers = range(config.cache_layers if residual else 0)
     return tuple(Recent.empty(batch_size, config.kv_heads, residual, config.head_dim) for _ in layers)
 
 
 def slots_of(cache: KVCache) -> int:
-    """Slots per row S that a layout of slots has allocated."""
+    """Number of slots per row S that a layout with slots has allocated."""
     return jax.tree.leaves(cache.keys[0])[0].shape[2]
 
 
 def write_slots(cache: Any, layer: int, k: jax.Array, v: jax.Array, starts: jax.Array) -> Any:
-    """A cache with a layer's new tokens [B, T, K, H] in each row's slots from `starts` int32 [B] on."""
+    """A cache with new tokens [B, T, K, H] of one layer written to each row's slots from `starts` int32 [B] on."""
 
     def written(stored: Stored, new: jax.Array) -> Stored:
         return jax.tree.map(lambda buffer, part: write_rows(buffer, part, starts), stored, cache.codec.encode(new))

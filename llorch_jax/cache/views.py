@@ -1,4 +1,4 @@
-"""What a cache's queries may look at: stored vectors, and exact ones of some of the same tokens laid over them."""
+"""What queries may attend to: stored vectors, overlaid with exact vectors of some of the tokens."""
 
 import abc
 
@@ -12,12 +12,12 @@ from llorch_jax.cache.codecs import Codec, Stored
 
 @struct.dataclass
 class Exact:
-    """Vectors of some tokens as they were before they were stored; the token at position p is number (p - start) % R.
+    """Unrounded vectors of some tokens; the token at position p has index (p - start) % R.
 
     Attributes:
         keys: [B, K, R, H].
         values: [B, K, R, H].
-        positions: int32 [B, R], of each token; a number whose position is another one holds nothing.
+        positions: int32 [B, R], the position of the token at each index; an index with another position is unused.
         start: int32 [B]; None for 0.
     """
 
@@ -27,7 +27,7 @@ class Exact:
     start: jax.Array | None = None
 
     def over(self, keys: jax.Array, values: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Keys and values [B, K, S, H] of slots that hold `positions`, exact as far as they are known here.
+        """Keys and values [B, K, S, H] of slots that hold `positions`, replaced by exact ones where these are known.
 
         Args:
             keys: as stored.
@@ -51,11 +51,11 @@ class Exact:
 
 
 class StoredView(KVView):
-    """Vectors as a codec stores them, in slots of a layout.
+    """Vectors as a codec stores them, in the slots of a layout.
 
     Attributes:
         positions: int32 [B, S], [1, S] or [B, K, S]; see `DenseView`.
-        exact: what is known better than it is stored; later ones go before earlier ones.
+        exact: exact vectors of some tokens; later items take precedence.
         codec: of the stored vectors.
         window: see `DenseView`.
         sinks: see `DenseView`.
@@ -88,7 +88,7 @@ class SlotView(StoredView):
 
     Attributes:
         keys: stored, with the leading axes [B, K, S].
-        values: likewise.
+        values: stored, with the leading axes [B, K, S].
     """
 
     keys: Stored

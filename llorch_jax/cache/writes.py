@@ -1,4 +1,4 @@
-"""Writing tokens into arrays of slots, in place where they are donated: rows in order, and rings."""
+"""Writing tokens into arrays of slots, in place if these are donated: rows in order, and rings."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from jax import lax
 def write_rows(buffer: jax.Array, new: jax.Array, starts: jax.Array) -> jax.Array:
     """Writes each row's new tokens into its slots from `starts` on.
 
-    Where fewer than T slots are left, the tokens that fit are written and the others, which must be padding, dropped.
+    If fewer than T slots are left, the tokens that fit are written and the others, which must be padding, are dropped.
 
     Args:
         buffer: [B, K, S, X].
@@ -26,8 +26,8 @@ def write_rows(buffer: jax.Array, new: jax.Array, starts: jax.Array) -> jax.Arra
         start = starts[row]
         if new.shape[2] > 1:
             return _write_clipped(filled, block, row, start)
-        # A full row gets padding only, which must not land on its last token. With `cond`, unlike without, XLA also
-        # writes in place where there is one row and one head.
+        # A full row gets only padding, which must not overwrite its last token. Without `cond`, XLA would not write
+        # in place for one row and one head.
         fits = start < filled.shape[2]
         return lax.cond(fits, lambda: lax.dynamic_update_slice(filled, block, (row, 0, start, 0)), lambda: filled)
 
@@ -35,7 +35,7 @@ def write_rows(buffer: jax.Array, new: jax.Array, starts: jax.Array) -> jax.Arra
 
 
 def _write_clipped(buffer: jax.Array, block: jax.Array, row: Any, start: jax.Array) -> jax.Array:
-    """`dynamic_update_slice` of block [1, K, T, X] that drops what lies past the end instead of moving the start."""
+    """`dynamic_update_slice` of block [1, K, T, X] that drops what lies past the end instead of clamping the start."""
     _, heads, count, width = block.shape
     first = jnp.minimum(start, buffer.shape[2] - count)
     shift = start - first  # > 0 only where padding reaches past the end
@@ -45,13 +45,13 @@ def _write_clipped(buffer: jax.Array, block: jax.Array, row: Any, start: jax.Arr
 
 
 def ring_slots(positions: jax.Array, window: int, sinks: int = 0) -> jax.Array:
-    """The slot of each position: its own below `sinks`, then turning through the `window` slots after those."""
+    """The slot of each position: slot p for p < `sinks`, then a ring of `window` slots."""
     turned = sinks + (positions - sinks) % window
     return jnp.where(positions < sinks, positions, turned)
 
 
 def ring_positions(ends: jax.Array, window: int, sinks: int = 0) -> jax.Array:
-    """The newest position before `ends` int32 [B] in each slot of a ring: int32 [B, S], -1 where there is none."""
+    """The newest position before `ends` int32 [B] in each slot of a ring: int32 [B, S], -1 if there is none."""
     slot = jnp.arange(sinks + window, dtype=jnp.int32)[None]
     last = ends[:, None] - 1
     newest = last - (last - slot) % window  # congruent to the slot, as all positions in the ring are
@@ -62,14 +62,14 @@ def ring_positions(ends: jax.Array, window: int, sinks: int = 0) -> jax.Array:
 def write_ring(ring: jax.Array, new: jax.Array, starts: jax.Array, count: jax.Array, sinks: int = 0) -> jax.Array:
     """Writes `count` of each row's new tokens, whose first has position `starts`, into the slots of their positions.
 
-    Of several tokens that fall to one slot the last stays. Padding is not written: a ring has no slot to spare.
+    If several tokens go to one slot the last remains. Padding is not written, as a ring has no spare slots.
 
     Args:
         ring: [B, K, S, X].
         new: [B, T, K, X], of the ring's dtype.
         starts: int32 [B].
         count: int32 [B].
-        sinks: how many first slots do not turn.
+        sinks: number of first slots that are not part of the ring.
     """
     window = ring.shape[2] - sinks
     if new.shape[1] == 1:
@@ -80,15 +80,15 @@ def write_ring(ring: jax.Array, new: jax.Array, starts: jax.Array, count: jax.Ar
 
 @jax.jit  # compiled once for calls outside jit; inside, it is inlined
 def _write_token(ring: jax.Array, new: jax.Array, slots: jax.Array, count: jax.Array) -> jax.Array:
-    """The ring [B, K, S, X] with one token [B, 1, K, X] in `slots` int32 [B] of the rows whose count [B] is 1."""
+    """The ring [B, K, S, X] with one token [B, 1, K, X] written to slot `slots` [B] of the rows whose count is 1."""
     new = new.transpose(0, 2, 1, 3)
 
     def write(row: Any, ring: jax.Array) -> jax.Array:
         block = lax.dynamic_slice_in_dim(new, row, 1)
         start = (row, 0, slots[row], 0)
-        # A static cache can take padding after its end; here the slot holds a token that the row may still need.
-        # The second condition always holds. Where XLA knows the first one too, and there is one row, it would drop the
-        # `cond` and write twice, for attention and for the result, into copies of the ring.
+        # In a static cache padding lands after the end; here the slot holds a token that the row may still need.
+        # The second condition always holds. If XLA knew the first one too, it would, for one row, drop the `cond` and
+        # write twice, for attention and for the result, into copies of the ring.
         real = (count[row] > 0) & (slots[row] < ring.shape[2])
         return lax.cond(real, lambda: lax.dynamic_update_slice(ring, block, start), lambda: ring)
 
@@ -97,9 +97,9 @@ def _write_token(ring: jax.Array, new: jax.Array, slots: jax.Array, count: jax.A
 
 @jax.jit
 def _write_block(ring: jax.Array, new: jax.Array, steps: jax.Array) -> jax.Array:
-    """The ring [B, K, S, X] with those of T tokens [B, T, K, X] that `steps` int32 [B, S] names.
+    """The ring [B, K, S, X] with token steps[b, s] of the new tokens [B, T, K, X] in slot s of row b.
 
-    Where the step is negative a slot keeps what it holds.
+    A slot whose step, int32 [B, S], is negative is unchanged.
     """
     taken = jax.vmap(lambda tokens, steps: tokens.at[steps].get(mode="clip"))(new, steps)  # [B, S, K, X]
     return jnp.where(steps[:, None, :, None] >= 0, taken.transpose(0, 2, 1, 3), ring)

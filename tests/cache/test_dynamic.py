@@ -158,7 +158,7 @@ def test_update_outside_jit_grows():
 
 def test_misuse_is_refused():
     cache = DynamicCache.init(SMALL, capacity=20)
-    with pytest.raises(CapacityError, match="21 more were to be added"):
+    with pytest.raises(CapacityError, match="adding 21 makes"):
         cache.check_room(21)
     with pytest.raises(CapacityError, match="capacity is 16"):  # nothing can have been written there
         cache.advance(17)

@@ -116,7 +116,7 @@ def test_impossible_settings_are_refused():
         parse_cache_spec("static:9999999999")
     with pytest.raises(CacheError, match="page_size from 1 to 2147483647 in 'paged:0'"):
         parse_cache_spec("paged:0")
-    with pytest.raises(CacheError, match="window: expected a value, RotatingCache cannot do without"):
+    with pytest.raises(CacheError, match="window: expected a value, which RotatingCache requires"):
         plan_memory(SMALL, "rotating")
     with pytest.raises(
         CacheError, match="window: StaticCache has batch_size, capacity, dtype, codec, residual; got window=3"

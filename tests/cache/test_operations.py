@@ -199,12 +199,12 @@ def test_counts_and_lengths_that_cannot_be(spec):
     _, heads, head_dim = cache.dims
     k = jnp.ones((2, 2, heads, head_dim))
     for count in (-1, [-1, 2], 1.5, [1, 1, 1]):
-        with pytest.raises(CacheError, match="count: expected numbers from 0 up, one or one per row"):
+        with pytest.raises(CacheError, match="count: expected one number of 0 or more, or one per row"):
             cache.advance(np.asarray(count))
-    with pytest.raises(CacheError, match="count: expected at most 2, the tokens given, got 5"):
+    with pytest.raises(CacheError, match="count: expected at most 2, the number of tokens, got 5"):
         cache.update(0, k, k, 5)
     for length in (-1, 2.5, True, [1, 2, 3]):
-        with pytest.raises(CacheError, match="crop: expected whole numbers from 0 up, one or 2"):
+        with pytest.raises(CacheError, match="crop: expected 1 or 2 whole numbers of 0 or more"):
             cache.crop(length)
 
 

@@ -111,5 +111,5 @@ class TestErrors:
         for rows in ([2], [-1], [], [[0]], [0.5]):
             with pytest.raises(lj.CacheError, match="rows: expected"):
                 cache.select(rows)
-        with pytest.raises(lj.CacheError, match="crop: expected whole numbers from 0 up, one or 2, got -1"):
+        with pytest.raises(lj.CacheError, match="crop: expected 1 or 2 whole numbers of 0 or more, got -1"):
             cache.crop(-1)

@@ -8,7 +8,7 @@ from llorch_jax.cache.codecs.integers import IntegerCodec, Quantized, dequantize
 from llorch_jax.errors import CacheError
 from llorch_jax.tracing import whole
 
-RESIDUAL = 32  # newest tokens that integer codecs keep in float32 as well, unless told otherwise
+RESIDUAL = 32  # default number of newest tokens that integer codecs also keep in float32
 CODECS = (*FLOATS, "int8", "int4")
 
 __all__ = [
@@ -31,12 +31,12 @@ def make_codec(codec: Any, head_dim: int, dtype: Any = "float32") -> Codec:
     """A codec for vectors of `head_dim` elements.
 
     Args:
-        codec: a name of `CODECS`; None for floating point of `dtype`; or a `Codec`, for a codec of your own.
-        head_dim: elements H of a vector.
-        dtype: float32, bfloat16 or float16, where `codec` is None.
+        codec: a name of `CODECS`; None for floating point of `dtype`; or a custom `Codec`.
+        head_dim: number of elements H of a vector.
+        dtype: float32, bfloat16 or float16, if `codec` is None.
 
     Raises:
-        CacheError: there is no such codec or dtype, or the codec is of another head_dim.
+        CacheError: there is no such codec or dtype, or the codec is for another head_dim.
     """
     if codec is None:
         return FloatCodec(float_name(dtype), head_dim)
@@ -52,16 +52,16 @@ def make_codec(codec: Any, head_dim: int, dtype: Any = "float32") -> Codec:
 
 
 def residual_of(codec: Codec, residual: Any, capacity: int) -> int:
-    """How many of the newest tokens are kept in float32 as well.
+    """Number of newest tokens that are also kept in float32.
 
     Args:
         codec: how the others are stored.
-        residual: what was asked for; None means `RESIDUAL`, or the capacity where that is less, for integer codecs and
-            0 for others.
-        capacity: tokens that a row can hold.
+        residual: the requested number; None means `RESIDUAL`, or the capacity if that is less, for integer codecs and 0
+            for others.
+        capacity: number of tokens that a row can hold.
 
     Raises:
-        CacheError: the number is impossible, or the codec is lossless.
+        CacheError: the number is invalid, or the codec is lossless.
     """
     if residual is None:
         return min(RESIDUAL, capacity) if codec.exact_append else 0
@@ -72,7 +72,7 @@ def residual_of(codec: Codec, residual: Any, capacity: int) -> int:
 
 
 def codec_of(stored: Stored, head_dim: int | None = None) -> Codec:
-    """The codec that made stored vectors; `head_dim` is needed where 4-bit codes may hold an odd number of elements."""
+    """The codec that made stored vectors; `head_dim` is needed if 4-bit codes may hold an odd number of elements."""
     if isinstance(stored, Quantized):
         bits = 8 if stored.zero is None else 4
         elements = stored.codes.shape[-1] * (8 // bits)

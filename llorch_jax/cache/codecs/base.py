@@ -1,11 +1,11 @@
-"""What a codec is: how a layout's vectors, one per token and head, are stored."""
+"""The protocol of codecs: how a layout's vectors, one per token and head, are stored."""
 
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
-# A pytree of arrays with the layout's leading axes, such as [B, K, S], and one more axis of the codec's own.
+# A pytree of arrays with the layout's leading axes, such as [B, K, S], and one more axis that the codec adds.
 Stored = Any
 
 
@@ -13,15 +13,15 @@ Stored = Any
 class Codec(Protocol):
     """How vectors of `head_dim` elements are stored; hashable, and so static in `jit`.
 
-    A layout says where a slot lives, a codec how the vector in it is stored: any layout takes any codec. What `encode`
-    returns has the same leading axes as its input, so that layouts move slots about without knowing what they hold.
+    A layout says where a slot lives, a codec how the vector in it is stored: any layout takes any codec. The result of
+    `encode` has the same leading axes as its input, so that layouts can move slots without knowing what they hold.
 
     Attributes:
         name: as in `make_codec`.
-        head_dim: elements H of a vector.
+        head_dim: number of elements H of a vector.
         dtype: of decoded vectors.
-        lossless: whether float32 vectors come back as they were.
-        exact_append: whether the queries of an append see the tokens of that append exactly, not as they are stored.
+        lossless: whether decoding returns float32 vectors unchanged.
+        exact_append: whether the queries of an append see the tokens of that append exactly rather than as stored.
     """
 
     @property
@@ -37,7 +37,7 @@ class Codec(Protocol):
 
     @property
     def bits_per_element(self) -> float:
-        """Bits that one element takes, scales included."""
+        """Bits per element, including scales."""
         ...
 
     def zeros(self, leading: tuple[int, ...]) -> Stored:
@@ -45,7 +45,7 @@ class Codec(Protocol):
         ...
 
     def encode(self, x: jax.Array) -> Stored:
-        """Vectors [..., H] of any float dtype as they are stored."""
+        """The stored form of vectors [..., H] of any float dtype."""
         ...
 
     def decode(self, stored: Stored) -> jax.Array:

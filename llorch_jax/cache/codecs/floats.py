@@ -24,7 +24,7 @@ class FloatCodec:
 
     Attributes:
         name: float32, bfloat16 or float16.
-        head_dim: elements H of a vector.
+        head_dim: number of elements H of a vector.
     """
 
     name: str
@@ -54,7 +54,7 @@ class FloatCodec:
         return lax.bitcast_convert_type(x, jnp.uint16) if self.name == "bfloat16" else x
 
     def decode(self, stored: jax.Array) -> jax.Array:
-        """Vectors [..., H] in the dtype that they have."""
+        """Vectors [..., H] in their original dtype."""
         return lax.bitcast_convert_type(stored, jnp.bfloat16) if self.name == "bfloat16" else stored
 
 

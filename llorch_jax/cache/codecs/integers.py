@@ -1,4 +1,4 @@
-"""IntegerCodec: vectors as 8-bit or 4-bit integers with a scale of their own."""
+"""IntegerCodec: vectors as 8-bit or 4-bit integers with one scale per vector."""
 
 import dataclasses
 from typing import ClassVar, NamedTuple
@@ -13,8 +13,8 @@ class Quantized(NamedTuple):
     Attributes:
         codes: int8 [..., H] at 8 bits; uint8 [..., ceil(H / 2)] at 4 bits, element i in the low nibble of byte i and
             element i + ceil(H / 2) in its high nibble.
-        scale: float32 [..., 1], the difference between neighbouring codes; 0 where all elements are equal.
-        zero: float32 [..., 1], what code 0 stands for; None at 8 bits, where it is 0.
+        scale: float32 [..., 1], the difference between neighbouring codes; 0 if all elements are equal.
+        zero: float32 [..., 1], the value of code 0; None at 8 bits, where it is 0.
     """
 
     codes: jax.Array
@@ -27,15 +27,16 @@ class IntegerCodec:
     """Vectors rounded to integers.
 
     At 8 bits the codes are symmetric, -127 .. 127 times absmax / 127; at 4 bits asymmetric, the minimum plus 0 .. 15
-    times range / 15, which diverges from float32 a quarter less than symmetric codes. An element is at most half a
-    scale off. KIVI (Liu et al. 2024, 2402.02750) scales keys per channel over groups of tokens, which is more exact but
-    ties writes to group borders; here every token is written at once, and never again.
+    times range / 15, which diverges from float32 a quarter less than symmetric codes. The error of an element is at
+    most half a scale. KIVI (Liu et al. 2024, 2402.02750) scales keys per channel over groups of tokens, which is more
+    exact but ties writes to group boundaries; here every token is written immediately and only once.
 
-    The queries of one append see its own tokens exactly, so that a prompt read at once into an empty cache is exact.
+    The queries of an append see the tokens of that append exactly, so a prompt that is read at once into an empty cache
+    is exact.
 
     Attributes:
         bits: 8 or 4.
-        head_dim: elements H of a vector.
+        head_dim: number of elements H of a vector.
     """
 
     bits: int
@@ -76,7 +77,7 @@ class IntegerCodec:
 def quantize(x: jax.Array, bits: int) -> Quantized:
     """Vectors [..., H] of any float dtype, with one scale each, at 8 bits (symmetric) or 4 bits (asymmetric).
 
-    An element is at most half a scale off. Elements must be finite and less than half of float32's largest.
+    The error of an element is at most half a scale. Elements must be finite and less than half of float32's maximum.
     """
     x = x.astype(jnp.float32)
     if bits == 8:

@@ -1,4 +1,4 @@
-"""EvictingCache: at most a budget of tokens per row and head, chosen by a policy."""
+"""EvictingCache: a limited number of tokens per row and head, chosen by a policy."""
 
 from collections.abc import Hashable, Sequence
 from functools import partial
@@ -29,29 +29,29 @@ SLACK = 32
 
 @struct.dataclass(repr=False)
 class EvictingCache(KVCache):
-    """Keys and values of the tokens that a policy keeps, each head its own; see `policies`.
+    """Keys and values of the tokens that a policy keeps, chosen separately for each head; see `policies`.
 
-    A row takes up new tokens until it has `budget + slack` of them. The next `reserve` then lets the policy choose
-    `budget` of them and compacts the row; rows are judged one by one, so that none depends on its batch. A prompt that
-    is longer is read in full first, in buffers that are larger for that time. Tokens keep their positions, and the row
-    still ends at n_positions.
+    A row accepts tokens until it holds `budget + slack` of them. The next `reserve` then lets the policy choose
+    `budget` of them and compacts the row. Rows are evicted independently, so that none depends on its batch. A longer
+    prompt is first read in full, in buffers that are temporarily larger. Tokens keep their positions, and the row still
+    ends at n_positions.
 
     Slots are in the order of positions. A row's first `kept` slots were left by its last eviction, when it had seen
-    `seen` tokens; the later ones hold the positions from `seen` on.
+    `seen` tokens; the later slots hold the positions from `seen` on.
 
     Attributes:
-        keys: L times stored keys [B, K, S, ...].
-        values: L times stored values.
-        origins: L arrays int32 [B, K, S], the position of what an eviction left in a slot.
-        votes: L arrays float32 [B, K, S], attention that the tokens have received; none where the policy asks for none.
+        keys: for each of L layers, stored keys [B, K, S, ...].
+        values: for each of L layers, stored values.
+        origins: L arrays int32 [B, K, S], the position of the token that the last eviction left in a slot.
+        votes: L arrays float32 [B, K, S], attention that the tokens have received; empty if the policy asks for none.
         lengths: int32 [B], tokens that each row has seen; the next one gets this position.
-        kept: int32 [B].
-        seen: int32 [B].
+        kept: int32 [B], tokens left by the row's last eviction.
+        seen: int32 [B], tokens that the row had seen at its last eviction.
         recent, codec: as in `StaticCache`.
         policy: what to keep.
-        budget: tokens that a row and head has after an eviction, at most.
-        slack: how many more it may have before the next one.
-        limit: tokens that a row can ever see, the model's n_positions.
+        budget: maximum number of tokens of a row and head after an eviction.
+        slack: number of further tokens before the next eviction.
+        limit: maximum number of tokens that a row can see, the model's n_positions.
     """
 
     keys: tuple[Stored, ...] = array("BKS")
@@ -86,13 +86,13 @@ class EvictingCache(KVCache):
         Args:
             config: the model's hyperparameters.
             batch_size: number of rows B.
-            budget: tokens that an eviction leaves, 1 or more. One that reaches past n_positions keeps everything.
-            policy: what it leaves; `AttentionSinks()` by default. A function of your own must be hashable.
-            slack: tokens from one eviction to the next, 1 or more.
+            budget: number of tokens that an eviction keeps, 1 or more. One above n_positions keeps everything.
+            policy: which tokens are kept; `AttentionSinks()` by default. A custom function must be hashable.
+            slack: number of tokens between evictions, 1 or more.
             dtype, codec, residual: how keys and values are stored; as in `StaticCache.init`.
 
         Raises:
-            CacheError: the batch size, budget, policy, slack, dtype, codec or residual is impossible.
+            CacheError: the batch size, budget, policy, slack, dtype, codec or residual is invalid.
         """
         policy = AttentionSinks() if policy is None else policy
         check_sizes(config, batch_size, config.n_positions)
@@ -138,21 +138,21 @@ class EvictingCache(KVCache):
 
     @property
     def slots(self) -> int:
-        """Slots per row S that are allocated; more than `budget + slack` while a long prompt is in."""
+        """Number of allocated slots per row S; more than `budget + slack` while it holds a long prompt."""
         return slots_of(self)
 
     @property
     def held(self) -> jax.Array:
-        """int32 [B], how many tokens each head of a row holds."""
+        """int32 [B], number of tokens that each head of a row holds."""
         return self.kept + self.lengths - self.seen
 
     @property
     def full_slots(self) -> int:
-        """How many tokens a row may hold before an eviction."""
+        """Number of tokens that a row may hold before an eviction."""
         return min(self.budget + self.slack, self.limit)
 
     def can_roll_back(self, count: Any) -> bool:
-        """As `KVCache.can_roll_back`: not where tokens would be evicted, or where queries vote."""
+        """As `KVCache.can_roll_back`: False if tokens would be evicted, or if queries vote."""
         return not self.votes and bool(np.all(np.asarray(self.held) + np.asarray(count) <= self.full_slots))
 
     def keeps_all(self, tokens: int) -> bool:
@@ -166,7 +166,7 @@ class EvictingCache(KVCache):
         queries = votes_asked(self.policy)
         if not queries or k.shape[1] < queries:
             return cache
-        # Only the newest queries vote, and here they are all new: those before have no longer a say.
+        # Only the newest queries vote, and here all of them are in this append: earlier votes no longer count.
         outvoted = (self._counts(k, count) >= queries)[:, None, None]
         return cache.replace(votes=replace_item(self.votes, layer, jnp.where(outvoted, 0, self.votes[layer])))
 
@@ -184,7 +184,7 @@ class EvictingCache(KVCache):
         return jnp.where(same, first[:, 0], -1)
 
     def observe(self, layer: int, q: jax.Array, view: KVView, queries: Queries, scale: float) -> Self:
-        """Adds the attention that slots receive from the queries that vote; see `policies`."""
+        """Adds the attention that slots receive from the voting queries; see `policies`."""
         asked = votes_asked(self.policy)
         if asked == 0:
             return self
@@ -193,19 +193,20 @@ class EvictingCache(KVCache):
         ends = self._counts(q, queries.count)[:, None]
         voters = ends - 1 - jnp.arange(voting, dtype=jnp.int32)[None]  # the newest ones, int32 [B, voting]
         mass = attention_mass(q, view.dense(), queries, scale, voters)
-        # The view of a first append shows its own tokens only, which are in the first slots.
+        # The view of a first append shows only the tokens of that append, which are in the first slots.
         votes = self.votes[layer]
         mass = jnp.pad(mass, ((0, 0), (0, 0), (0, max(0, self.slots - mass.shape[2]))))[..., : self.slots]
         return self.replace(votes=replace_item(self.votes, layer, votes + mass))
 
     def reserve(self, count: Any, *, lengths: Any = None, pinned: Any = ()) -> Self:
-        """The cache with room for `count` (int or int32 [B]) more tokens per row, after evicting what must go.
+        """The cache with room for `count` (int or int32 [B]) more tokens per row, after evictions where necessary.
 
-        Call it on the host; in `jit` it does nothing. What rows hold is read from the device.
+        Call it on the host; in `jit` it does nothing. The numbers of tokens held are read from the device.
 
         Raises:
             CapacityError: a row would be longer than the limit.
-            CacheError: the row was cropped to where tokens are missing, or the policy chose wrongly.
+            CacheError: a row was cropped to a length whose tokens have been evicted, or the policy returned invalid
+                slots.
         """
         self.check_room(count)
         if not is_concrete(self, count):
@@ -225,9 +226,9 @@ class EvictingCache(KVCache):
         return max(0, min(self.limit - longest, min(self.full_slots, self.slots) - fullest))
 
     def crop(self, length: Any) -> Self:
-        """As `KVCache.crop`: back to where a row was at its last eviction, or to nothing.
+        """As `KVCache.crop`, but no further back than the row's last eviction, or to an empty row.
 
-        Votes that the rolled-back queries gave to the tokens left stay counted.
+        Votes of the rolled-back queries for the remaining tokens stay counted.
 
         Raises:
             CacheError: tokens that the shorter row needs have been evicted. In `jit` this cannot be known: the next
@@ -245,12 +246,12 @@ class EvictingCache(KVCache):
         return KVCache.insert(self._with_slots(source.slots), slots, source)
 
     def join(self, others: Sequence[Self]) -> Self:
-        """As `KVCache.join`; what a long prompt has enlarged may differ."""
+        """As `KVCache.join`; buffers that a long prompt has enlarged may differ in size."""
         slots = max(cache.slots for cache in (self, *others))
         return KVCache.join(self._with_slots(slots), [cache._with_slots(slots) for cache in others])
 
     def allocation(self) -> Hashable:
-        """As `KVCache.allocation`; the present size of the buffers does not matter."""
+        """As `KVCache.allocation`; the current size of the buffers does not matter."""
         return jax.tree.structure(self), self.batch_size, self.dims, self.residual
 
     def _check_intact(self, lengths: Any) -> None:
@@ -262,15 +263,15 @@ class EvictingCache(KVCache):
         if lost.any():
             row = int(np.argmax(lost))
             raise CacheError(
-                f"cache: row {row} cannot go on from {known[row]} tokens, as tokens before were evicted when it had "
+                f"cache: row {row} cannot continue from {known[row]} tokens, as earlier ones were evicted when it had "
                 f"{seen[row]}; expected {seen[row]} or more, or 0"
             )
 
     def compacted(self, full: np.ndarray) -> Self:
-        """The cache with `budget` tokens in the rows of `full` bool [B], in as many slots as a row may use. Host only.
+        """The cache with `budget` tokens in the rows of `full` bool [B], and no more slots than a row uses. Host only.
 
         Raises:
-            CacheError: the policy chose wrongly.
+            CacheError: the policy returned invalid slots.
         """
         chosen = _choose(self)
         if full.any():
@@ -278,7 +279,7 @@ class EvictingCache(KVCache):
         return _compact(self, chosen, jnp.asarray(full), min(self.full_slots, self.slots))
 
     def _with_slots(self, slots: int) -> Self:
-        """The cache with at least so many slots per row."""
+        """The cache with at least `slots` slots per row."""
         return grow_slots(self, slots)
 
 
@@ -304,7 +305,7 @@ def _compact(cache: EvictingCache, chosen: jax.Array, full: jax.Array, slots: in
     chosen = jnp.where(full[None, :, None, None], chosen, unchanged)  # [L, B, K, S']
 
     def taken(layers: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The chosen slots of each layer's arrays [B, K, S, ...]; of none where there is nothing."""
+        """The chosen slots of each layer's arrays [B, K, S, ...]; empty for an empty tuple."""
 
         def take(index: jax.Array, array: jax.Array) -> jax.Array:
             return jnp.take_along_axis(array, index if array.ndim == 3 else index[..., None], axis=2)
@@ -328,9 +329,9 @@ def _compact(cache: EvictingCache, chosen: jax.Array, full: jax.Array, slots: in
 
 
 def _check_chosen(chosen: np.ndarray, held: np.ndarray, full: np.ndarray) -> None:
-    """Raises CacheError unless each row of `full` [B] keeps different slots that hold a token."""
+    """Raises CacheError unless each row of `full` [B] keeps distinct slots that hold a token."""
     rows = np.sort(chosen[:, full], axis=-1)  # [L, B', K, budget]
     if chosen.dtype.kind != "i" or (rows[..., 1:] == rows[..., :-1]).any() or rows.min() < 0:
-        raise CacheError(f"policy: expected different slots, int32, got {rows.tolist()!s:.200}")
+        raise CacheError(f"policy: expected distinct slots, int32, got {rows.tolist()!s:.200}")
     if (rows[..., -1] >= held[:, None]).any():
         raise CacheError(f"policy: expected slots below the {held.tolist()} tokens held, got {rows.tolist()!s:.200}")

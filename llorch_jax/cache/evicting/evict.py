@@ -1,4 +1,4 @@
-"""Eviction from caches of any layout: `evict`, and the policies that say what stays."""
+"""Eviction from caches of any layout: `evict`, and the policies that decide what is kept."""
 
 from typing import Any
 
@@ -26,27 +26,27 @@ __all__ = ["AttentionSinks", "EvictingCache", "HeavyHitters", "Policy", "Recency
 def evict(
     cache: KVCache, policy: Policy, budget: int, *, votes: tuple[jax.Array, ...] | None = None, slack: int = SLACK
 ) -> EvictingCache:
-    """Reduces a cache to `budget` tokens per row and head. Host only; the cache given stays valid.
+    """Reduces a cache to `budget` tokens per row and head. Host only; the input stays valid.
 
     Args:
-        cache: of any layout but a rotating one, which has dropped tokens by a rule of its own.
+        cache: of any layout except a rotating one, which has already dropped tokens by position.
         policy: what to keep; see `policies`.
-        budget: tokens to keep per row and head, 1 or more; rows that have no more stay whole.
+        budget: number of tokens to keep per row and head, 1 or more; rows that hold no more are unchanged.
         votes: L arrays float32 [B, K, S], the attention that the slots of `cache.read(layer)` have received, for
-            policies that ask for it. An `EvictingCache` has gathered its own.
-        slack: of the result: tokens from one eviction to the next.
+            policies that ask for it. An `EvictingCache` has collected them already.
+        slack: of the result: number of tokens between evictions.
 
     Returns:
-        A cache of its own that evicts again whenever it holds `budget + slack` tokens.
+        A cache with separate buffers that evicts again whenever it holds `budget + slack` tokens.
 
     Raises:
-        CacheError: a setting is impossible, votes are missing or misshapen, or the policy chose wrongly.
+        CacheError: a setting is invalid, votes are missing or misshapen, or the policy returned invalid slots.
     """
     check_settings(policy, budget, slack)
     if not is_concrete(cache):
         raise CacheError("evict: expected a cache outside jit, got a traced one")
     if not (isinstance(cache, EvictingCache) or cache.keeps_all(cache.capacity)):
-        raise CacheError(f"evict: expected a cache that keeps all tokens or evicts them, got a {type(cache).__name__}")
+        raise CacheError(f"evict: expected an EvictingCache or one that keeps all tokens, got a {type(cache).__name__}")
     budget = min(budget, cache.capacity)
     whole = _as_evicting(cache, policy, budget, slack, _checked_votes(cache, policy, votes))
     full = np.asarray(whole.held) > budget
@@ -56,19 +56,19 @@ def evict(
 def _as_evicting(
     cache: KVCache, policy: Policy, budget: int, slack: int, votes: tuple[jax.Array, ...]
 ) -> EvictingCache:
-    """All tokens of a cache as an EvictingCache of the same slots, to be compacted."""
+    """All tokens of a cache as an EvictingCache with the same slots, to be compacted."""
     settings: dict[str, Any] = {"policy": policy, "budget": budget, "slack": slack, "votes": votes}
     if isinstance(cache, EvictingCache):
         return cache.replace(**settings)
     views = [cache.read(layer) for layer in range(cache.dims[0])]
-    stored = [view.slots() for view in views]  # as they are: encoding anew would round again
+    stored = [view.slots() for view in views]  # not decoded: encoding again would round again
     batch, heads = cache.batch_size, cache.dims[1]
     slots = views[0].positions.shape[-1]
     return EvictingCache(
         keys=tuple(keys for keys, _ in stored),
         values=tuple(values for _, values in stored),
         origins=tuple(jnp.zeros((batch, heads, slots), jnp.int32) for _ in views),
-        lengths=jnp.copy(cache.lengths),  # of their own, as the result may be donated
+        lengths=jnp.copy(cache.lengths),  # copied, as the result may be donated
         kept=jnp.zeros_like(cache.lengths),
         seen=jnp.zeros_like(cache.lengths),
         recent=jax.tree.map(jnp.copy, cache.recent),
@@ -88,8 +88,8 @@ def _checked_votes(cache: KVCache, policy: Policy, votes: tuple[jax.Array, ...] 
     got = [list(array.shape) for array in votes or ()]
     if got != expected:
         raise CacheError(
-            f"votes: expected an array of shape {expected[0]} for each of {len(expected)} layers, for "
-            f"{type(policy).__name__} goes by the attention that tokens receive; got {got or 'none'} (an EvictingCache "
-            "with this policy gathers them as it is filled)"
+            f"votes: expected an array of shape {expected[0]} for each of {len(expected)} layers, as "
+            f"{type(policy).__name__} depends on the attention that tokens receive; got {got or 'none'} (an "
+            "EvictingCache with this policy collects them as it is filled)"
         )
     return tuple(jnp.asarray(array, jnp.float32) for array in votes or ())

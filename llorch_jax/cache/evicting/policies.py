@@ -1,16 +1,17 @@
-"""Eviction policies: pure functions that say which tokens a cache keeps when it has too many.
+"""Eviction policies: pure functions that decide which tokens a cache keeps when it has too many.
 
 A policy is called as `policy(votes, positions, lengths, budget)` for one layer and returns the slots to keep:
 
-    votes: float32 [B, K, S], the attention that each slot has received, or zeros where the policy asks for none.
-    positions: int32 [B, K, S], of the token in each slot; negative where a slot is empty.
-    lengths: int32 [B], tokens that each row has seen.
-    budget: how many tokens each row may keep per head, at most S.
-    returns: int32 [B, K, budget], different slots in any order; where a row holds more than `budget` tokens all of
-        them must hold one, else the empty ones are left out.
+    votes: float32 [B, K, S], the attention that each slot has received, or zeros if the policy asks for none.
+    positions: int32 [B, K, S], position of the token in each slot; negative if the slot is empty.
+    lengths: int32 [B], number of tokens that each row has seen.
+    budget: number of tokens that each row may keep per head, at most S.
+    returns: int32 [B, K, budget], distinct slots in any order. If a row holds more than `budget` tokens, all of its
+        slots must hold one; otherwise empty ones are ignored.
 
-A function of your own needs nothing else. Two attributes say what votes it wants: `queries`, how many of the newest
-of each append vote (0, the default, for none; None for all), and `remembers`, whether votes outlast an eviction.
+A custom function needs nothing else. Two optional attributes say which votes it needs: `queries`, how many of the
+newest queries of each append vote (0, the default, for none; None for all), and `remembers`, whether votes are kept
+after an eviction.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from llorch_jax.tracing import whole
 
 
 class Policy(Protocol):
-    """What `EvictingCache` and `evict` call; the module says with what."""
+    """What `EvictingCache` and `evict` call; the module's docstring describes the arguments."""
 
     def __call__(self, votes: jax.Array, positions: jax.Array, lengths: jax.Array, budget: int) -> jax.Array:
         """The slots to keep, int32 [B, K, budget]."""
@@ -33,12 +34,12 @@ class Policy(Protocol):
 
 
 def keep_best(priority: jax.Array, positions: jax.Array, budget: int) -> jax.Array:
-    """The slots int32 [B, K, budget] of the tokens of highest priority, float32 [B, K, S]; the first of equals."""
+    """The slots int32 [B, K, budget] of the tokens of highest priority, float32 [B, K, S]; ties go to the first."""
     return lax.top_k(jnp.where(positions >= 0, priority, -jnp.inf), budget)[1].astype(jnp.int32)
 
 
 def newest(positions: jax.Array, lengths: jax.Array, count: int) -> jax.Array:
-    """Which slots hold one of a row's `count` newest tokens: bool [B, K, S]."""
+    """Whether each slot holds one of the row's `count` newest tokens: bool [B, K, S]."""
     return positions >= lengths[:, None, None] - count
 
 
@@ -55,13 +56,13 @@ class RecencyWindow:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSinks:
-    """Keeps the first tokens of a row, which gather attention that heads have no use for, and the newest ones.
+    """Keeps the first tokens of a row, which absorb attention that heads have no use for, and the newest ones.
 
-    StreamingLLM (Xiao et al. 2023, 2309.17453, section 3.2), but that tokens keep their positions: GPT-2's are learned
-    and part of the keys.
+    StreamingLLM (Xiao et al. 2023, 2309.17453, section 3.2), except that tokens keep their positions: GPT-2's are
+    learned and part of the keys.
 
     Attributes:
-        sinks: how many first tokens; they are part of the budget.
+        sinks: number of first tokens; they count towards the budget.
     """
 
     sinks: int = 4
@@ -78,9 +79,9 @@ class AttentionSinks:
 
 @dataclasses.dataclass(frozen=True)
 class HeavyHitters:
-    """Keeps the newest tokens and those that have received most attention so far, for each head.
+    """Keeps the newest tokens and those that have received the most attention so far, for each head.
 
-    H2O (Zhang et al. 2023, 2306.14048, section 4): attention is summed over all queries since a token came in.
+    H2O (Zhang et al. 2023, 2306.14048, section 4): attention is summed over all queries since a token was added.
 
     Attributes:
         recent: share of the budget for the newest tokens, 0 .. 1.
@@ -101,15 +102,15 @@ class HeavyHitters:
 
 @dataclasses.dataclass(frozen=True)
 class SnapKV:
-    """Keeps the newest tokens and those that they look at most, with their neighbours, for each head.
+    """Keeps the newest tokens and those that they attend to most, with their neighbours, for each head.
 
     Li et al. 2024, 2404.14469, section 4: the last `observation` queries vote, votes are pooled over neighbouring
-    positions, and the winners stay. A long prompt is compressed once, after it was read in full. In generation the
-    queries since the last eviction vote on the next one.
+    positions, and the tokens with the most votes are kept. A long prompt is compressed once, after it has been read in
+    full. In generation the queries since the last eviction vote on the next one.
 
     Attributes:
-        observation: how many of the newest queries vote. Their tokens stay, as far as half of the budget goes.
-        kernel: width of the pooling (by the maximum, as in the authors' code), an odd number of slots.
+        observation: number of newest queries that vote. Their tokens are kept, up to half of the budget.
+        kernel: width of the max-pooling (as in the authors' code), an odd number of slots.
     """
 
     observation: int = 32
@@ -135,17 +136,17 @@ class SnapKV:
 
 
 def votes_asked(policy: Policy) -> int | None:
-    """How many of the newest queries of an append vote; None for all."""
+    """Number of newest queries of an append that vote; None for all."""
     return getattr(policy, "queries", 0)
 
 
 def remembers(policy: Policy) -> bool:
-    """Whether votes outlast an eviction."""
+    """Whether votes are kept after an eviction."""
     return bool(getattr(policy, "remembers", False))
 
 
 def check_settings(policy: Any, budget: Any, slack: Any) -> None:
-    """Raises CacheError for what cannot be a policy, a budget or a slack."""
+    """Raises CacheError for an invalid policy, budget or slack."""
     if not callable(policy) or isinstance(policy, type):
         raise CacheError(
             f"policy: expected a function (votes, positions, lengths, budget) -> slots, got {policy!r:.80}"

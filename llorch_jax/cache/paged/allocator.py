@@ -18,10 +18,10 @@ class PageStats:
     Attributes:
         page_size: slots per page.
         total: pages of the pool.
-        used: pages that some row names, whether they hold tokens or are reserved for the next ones.
-        shared: pages that several rows name.
-        free: pages that no row names.
-        tokens: tokens of all rows; a shared one counts in each row.
+        used: pages in the tables of some row, whether they hold tokens or are reserved for the next ones.
+        shared: pages in the tables of several rows.
+        free: pages in no row's table.
+        tokens: tokens of all rows; a shared token counts in each row.
         wasted: slots of used pages that hold no token (internal fragmentation).
     """
 
@@ -35,10 +35,10 @@ class PageStats:
 
 
 @dataclasses.dataclass(frozen=True)
-class PageBook:
-    """A paged cache's block tables as they are now. Nothing here changes: `reserve` returns new tables.
+class PageAllocator:
+    """Allocates pages for a snapshot of a paged cache's block tables. Immutable: `reserve` returns new tables.
 
-    Reference counts are not kept but counted from the tables, so that they cannot go wrong.
+    Reference counts are not stored but counted from the tables, so they cannot become inconsistent.
 
     Attributes:
         tables: int32 [B, N], page of each block of page_size positions; -1 after a row's last page.
@@ -46,9 +46,9 @@ class PageBook:
         lengths: int32 [B].
         pinned: int [M], pages that are not free although no row names them.
         page_size: slots per page.
-        num_pages: pages of the pool P.
-        capacity: the largest number of tokens of a row.
-        window: how many of the newest tokens the model looks at, the query's own included; None for all.
+        num_pages: number of pages in the pool P.
+        capacity: maximum number of tokens per row.
+        window: number of newest tokens to which the model attends, including the query's own; None for all.
     """
 
     tables: np.ndarray
@@ -62,26 +62,26 @@ class PageBook:
 
     @property
     def filled(self) -> np.ndarray:
-        """int [B], how many of a row's pages hold tokens."""
+        """int [B], number of pages of each row that hold tokens."""
         return blocks(self.lengths, self.page_size)
 
     @property
     def passed(self) -> np.ndarray:
-        """int [B], how many of a row's first pages lie before all that its next query can look at."""
+        """int [B], number of first pages of each row that lie before all that its next query can attend to."""
         return pages_passed(self.lengths, self.window, self.page_size)
 
     def references(self, tables: np.ndarray) -> np.ndarray:
-        """int [P], how many rows name each page."""
+        """int [P], number of rows that name each page."""
         return np.bincount(tables[tables >= 0], minlength=self.num_pages)
 
     def check(self, count: Any) -> None:
-        """Raises CapacityError where there are too few pages for `count` (int or int [B]) more tokens at once."""
+        """Raises CapacityError if there are too few pages for `count` (int or int [B]) more tokens at once."""
         self._check_pages(self._needs(count), count)
 
     def check_in_steps(self, count: Any) -> None:
-        """Raises CapacityError where there are too few pages for `count` more tokens per row, a few at a time.
+        """Raises CapacityError if there are too few pages for `count` more tokens per row, a few at a time.
 
-        With a window, the pages of tokens that have passed out of it serve for later ones.
+        With a window, the pages of tokens that have left it are reused for later ones.
         """
         needs = self._needs(count)
         if self.window is not None:
@@ -98,11 +98,11 @@ class PageBook:
     def _raise_short(self, needed: int, free: int) -> None:
         raise CapacityError(
             f"cache: {needed} pages of {self.page_size} tokens are needed and {free} of {self.num_pages} are free; "
-            "free rows, crop them, or make the cache with a larger num_pages"
+            "free or crop rows, or make the cache with a larger num_pages"
         )
 
     def reserve(self, count: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Tables int32 [B, N'] and sources int32 [B] with which every row can be given `count` more tokens.
+        """Tables int32 [B, N'] and sources int32 [B] with which every row has room for `count` more tokens.
 
         Raises:
             CapacityError: there are too few pages.
@@ -127,7 +127,7 @@ class PageBook:
         return tables, sources
 
     def free_pages(self, count: int) -> np.ndarray:
-        """int32 [count], pages that nothing names.
+        """int32 [count], free pages.
 
         Raises:
             CapacityError: there are fewer.
@@ -138,7 +138,7 @@ class PageBook:
         return free[:count]
 
     def room(self, active: Any = None) -> int:
-        """How many tokens the active rows, bool [B], can be given: the slots of their own pages after their ends."""
+        """How many tokens the active rows, bool [B], have room for: the slots after their ends in unshared pages."""
         owned = self._owned()
         references = self.references(self.tables)
         ends = np.minimum(ends_of(owned) * self.page_size, self.capacity)
@@ -153,7 +153,7 @@ class PageBook:
         slots = np.clip(self.lengths[:, None] - np.arange(self.tables.shape[1]) * self.page_size, 0, self.page_size)
         named = self.tables >= 0
         taken = np.zeros(self.num_pages, np.int64)
-        np.maximum.at(taken, self.tables[named], slots[named])  # a page that rows share holds its tokens once
+        np.maximum.at(taken, self.tables[named], slots[named])  # a shared page holds its tokens once
         return PageStats(
             page_size=self.page_size,
             total=self.num_pages,
@@ -165,18 +165,18 @@ class PageBook:
         )
 
     def _needs(self, count: Any) -> np.ndarray:
-        """int [B], pages per row with `count` more tokens."""
+        """int [B], pages that each row needs with `count` more tokens."""
         return blocks(self.lengths + np.asarray(count), self.page_size)
 
     def _columns(self, ends: np.ndarray) -> int:
-        """Width of tables for rows of so many pages: few widths, as each is compiled, but near the longest row."""
+        """Width of tables for rows of `ends` pages: near the longest, but one of few, as each width is compiled."""
         return int(blocks(bucket(int(ends.max()) * self.page_size, self.capacity), self.page_size))
 
     def _ends(self, owned: np.ndarray, count: Any) -> Iterator[np.ndarray]:
-        """int [B], how many pages each row may have in the end, the most generous proposal first.
+        """int [B], proposals of how many pages each row gets, the most generous first.
 
-        With a page in reserve all rows can go on for a whole page. When pages are short, first that reserve is left
-        out, and then pages are taken from rows that have some without need.
+        With a spare page, all rows can continue for a whole page. If pages are short, the spare pages are dropped
+        first; then rows give up pages that they do not need.
         """
         needs = self._needs(count)
         least = np.maximum(needs, ends_of(owned))
@@ -187,34 +187,34 @@ class PageBook:
         yield needs
 
     def _free(self, tables: np.ndarray) -> np.ndarray:
-        """The pages that neither these tables name nor a copy still needs, in order."""
+        """The pages that these tables do not name and that no pending copy needs, in order."""
         references = self.references(tables)
         references[self.sources[self.sources >= 0]] += 1
         references[self.pinned] += 1
         return np.flatnonzero(references == 0).astype(np.int32)
 
     def _live(self) -> np.ndarray:
-        """The tables without pages that have passed out of the window."""
+        """The tables without pages that have left the window."""
         columns = np.arange(self.tables.shape[1])
         return np.where(columns >= self.passed[:, None], self.tables, -1)
 
     def _owned(self) -> np.ndarray:
-        """The live tables without pages after a row's end that other rows name too."""
+        """The live tables without pages after a row's end that other rows share."""
         columns = np.arange(self.tables.shape[1])
         foreign = (columns >= self.filled[:, None]) & (self.references(self.tables)[self.tables] > 1)
         foreign &= self.tables >= 0
         return keep(self._live(), np.where(foreign.any(axis=1), foreign.argmax(axis=1), columns.size))
 
     def _last(self) -> np.ndarray:
-        """int32 [B], the page that the next token falls into, where it holds tokens already, or -1."""
+        """int32 [B], the page of the next token if it already holds tokens, or -1."""
         column = np.minimum(self.lengths // self.page_size, self.tables.shape[1] - 1)
         page = self.tables[np.arange(column.size), column]
         return np.where(self.lengths % self.page_size > 0, page, -1)
 
     def _copying(self, count: Any) -> np.ndarray:
-        """bool [B], rows that need their own copy of their last page, as they are to write into it and others name it.
+        """bool [B], rows that need a copy of their last page, because they will write into it and others share it.
 
-        Where all of these write, the longest keeps the page: what it writes lies after the tokens of the others.
+        If all of these rows write, the longest keeps the page: it writes after the tokens of the others.
         """
         writing = np.broadcast_to(np.asarray(count) > 0, self.lengths.shape)
         last = np.where(writing, self._last(), -1)
@@ -228,12 +228,12 @@ class PageBook:
 
 
 def blocks(tokens: Any, page_size: int) -> Any:
-    """How many pages hold so many tokens."""
+    """Number of pages needed for `tokens` tokens."""
     return -(-tokens // page_size)
 
 
 def pages_passed(lengths: np.ndarray, window: int | None, page_size: int) -> np.ndarray:
-    """int [B], how many of a row's first pages lie before the tokens that its next query can look at."""
+    """int [B], number of first pages of each row that lie before the tokens that its next query can attend to."""
     if window is None:
         return np.zeros_like(lengths)
     return np.maximum(lengths - window + 1, 0) // page_size
@@ -251,6 +251,6 @@ def keep(tables: np.ndarray, ends: np.ndarray) -> np.ndarray:
 
 
 def widen(tables: np.ndarray, columns: int) -> np.ndarray:
-    """Tables with so many columns; what they lose must be empty."""
+    """Tables with `columns` columns; columns that are cut off must be empty."""
     more = max(columns - tables.shape[1], 0)
     return np.pad(tables, ((0, 0), (0, more)), constant_values=-1)[:, :columns]

@@ -1,4 +1,4 @@
-"""Arrays of pages: writing, copying, gathering and joining them. No bookkeeping: see `allocator` and `cache`."""
+"""Arrays of pages: writing, copying, gathering and joining. For bookkeeping see `allocator` and `cache`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,19 +19,19 @@ def copy_pages(pool: jax.Array, sources: jax.Array, targets: jax.Array) -> jax.A
         page = lax.dynamic_slice_in_dim(filled, origins[row], 1)
         return lax.dynamic_update_slice_in_dim(filled, page, targets[row], 0)
 
-    rows = jnp.where(jnp.any(sources >= 0), sources.size, 0)  # the usual step has nothing to copy
+    rows = jnp.where(jnp.any(sources >= 0), sources.size, 0)  # most steps have nothing to copy
     return lax.fori_loop(0, rows, copy, pool)
 
 
 def write_pages(pool: jax.Array, new: jax.Array, tables: jax.Array, starts: jax.Array, counts: jax.Array) -> jax.Array:
-    """Writes each row's first `counts` new tokens to its positions from `starts` on, and nothing else.
+    """Writes only each row's first `counts` new tokens, to its positions from `starts` on.
 
-    It takes one token after the other, real ones only: a plain update of a slice is all that XLA never copies for.
+    Tokens are written one at a time: a plain update of a slice is the only write for which XLA never copies the pool.
 
     Args:
         pool: [P, K, page_size, X].
         new: [B, T, K, X], of the pool's dtype.
-        tables: int32 [B, N]; tokens for which there is no page are dropped.
+        tables: int32 [B, N]; tokens without a page are dropped.
         starts: int32 [B].
         counts: int32 [B], at most T.
     """
@@ -60,7 +60,7 @@ def gather_pages(pool: jax.Array, pages: jax.Array) -> jax.Array:
 
 
 def put_pages(pools: Pools, pages: np.ndarray, source: Pools, taken: np.ndarray) -> Pools:
-    """The pools with pages `taken` int [M] of the source's in place of their own pages `pages` int [M]."""
+    """The pools with pages `pages` int [M] replaced by pages `taken` int [M] of the source."""
 
     def put(pool: jax.Array, other: jax.Array) -> jax.Array:
         return pool.at[pages].set(jnp.take(other, taken, axis=0))
@@ -69,20 +69,20 @@ def put_pages(pools: Pools, pages: np.ndarray, source: Pools, taken: np.ndarray)
 
 
 def same_arrays(first: Pools, second: Pools) -> bool:
-    """Whether two trees hold the very same arrays: a write would have made other ones."""
+    """Whether two trees hold identical array objects, so that neither was written since they were shared."""
     pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
     return all(one is other for one, other in pairs)
 
 
 def join_pools(pools: Sequence[Pools], tables: Sequence[jax.Array], most: int) -> tuple[Pools, jax.Array]:
-    """One pool for the rows of several caches, and their block tables int32 [B, N] below one another.
+    """One pool for the rows of several caches, and their block tables int32 [B, N], concatenated.
 
-    Pools that are the same arrays stay as they are.
+    If all pools are the same arrays, they are returned unchanged.
 
     Args:
-        pools: of each cache.
-        tables: of each cache, int32 [B, N]; -1 for no page.
-        most: pages that the new pool needs at most.
+        pools: the pools of each cache.
+        tables: the tables of each cache, int32 [B, N]; -1 for no page.
+        most: maximum number of pages that the new pool can need.
     """
     columns = max(table.shape[1] for table in tables)
     known = [np.pad(table, ((0, 0), (0, columns - table.shape[1])), constant_values=-1) for table in tables]
@@ -90,7 +90,7 @@ def join_pools(pools: Sequence[Pools], tables: Sequence[jax.Array], most: int) -
         return pools[0], jnp.asarray(np.concatenate(known))
     sizes = [jax.tree.leaves(each)[0].shape[0] for each in pools]
     named = [np.unique(table[table >= 0]) for table in known]
-    # As many free pages as there were, but no more than all rows could ever use.
+    # Keep the number of free pages, but no more than all rows could ever use.
     total = max(sum(pages.size for pages in named), min(sum(sizes), max(*sizes, most)))
     starts = np.cumsum([0, *(pages.size for pages in named)])
     moved = [

@@ -11,7 +11,7 @@ from flax import struct
 from llorch_jax.cache.axes import array, setting
 from llorch_jax.cache.base import KVCache, replace_item
 from llorch_jax.cache.codecs import Codec, Stored, make_codec, residual_of
-from llorch_jax.cache.paged.allocator import PageBook, PageStats, blocks
+from llorch_jax.cache.paged.allocator import PageAllocator, PageStats, blocks
 from llorch_jax.cache.paged.arrays import copy_pages, write_pages
 from llorch_jax.cache.paged.checks import check_intact, check_pages, check_written
 from llorch_jax.cache.paged.rows import insert_rows, join_rows
@@ -31,24 +31,24 @@ class PagedCache(KVCache):
     """Keys and values in pages of a fixed size; a row's block table names its pages in order (Kwon et al. 2023, 4).
 
     A page belongs to all rows that name it, and is free when none does. `select` and `fork` therefore share pages
-    without copying keys or values. Before a row writes into a page that others name too, it gets a copy of its own:
-    `reserve` allocates the page on the host and notes what to copy, and the next jitted write of each layer copies
-    (copy-on-write). So only the jitted step decides, by donating its cache or not, whether the pools are changed in
-    place, and a cache that is held elsewhere stays valid as with every other layout. Note that a cache and what
-    `reserve`, `crop`, `select` or `fork` made of it have the same pools: donating one invalidates all.
+    without copying keys or values. Before a row writes into a shared page, it gets a copy: `reserve` allocates the page
+    on the host and records what to copy, and the next jitted write of each layer copies it (copy-on-write). So whether
+    the pools are changed in place depends only on whether the jitted step donates its cache, as with every other
+    layout. Note that a cache and the results of its `reserve`, `crop`, `select` and `fork` have the same pools:
+    donating one invalidates all.
 
-    In `jit`, no page can be allocated: rows that were selected or forked there must pass `reserve` before they write.
+    In `jit`, no page can be allocated: rows that were selected or forked there need `reserve` before they write.
 
     Attributes:
-        keys: L times stored keys [P, K, page_size, ...].
-        values: L times stored values.
+        keys: for each of L layers, stored keys [P, K, page_size, ...].
+        values: for each of L layers, stored values.
         tables: int32 [B, N], the page of each block of page_size positions; -1 after a row's last page. N grows in
-            few steps with the longest row: attention costs N * page_size slots per row.
-        sources: int32 [L, B], page that a layer's next write copies into the row's last page first; -1 for none.
+            few steps with the longest row: attention is computed over N * page_size slots per row.
+        sources: int32 [L, B], page that a layer's next write first copies into the row's last page; -1 for none.
         lengths: int32 [B], tokens in each row.
         recent, codec: as in `StaticCache`.
-        limit: the largest number of tokens of a row.
-        window: of the model, its `sliding_window`: pages that have passed out of it are freed.
+        limit: maximum number of tokens per row.
+        window: the model's `sliding_window`; pages that have left it are freed.
     """
 
     keys: tuple[Stored, ...] = array("PKC")
@@ -80,14 +80,14 @@ class PagedCache(KVCache):
         Args:
             config: the model's hyperparameters.
             batch_size: number of rows B.
-            capacity: upper limit of tokens per row, at most `config.n_positions`, which is the default.
-            page_size: slots per page; by default `PAGE_SIZE`, or the capacity where that is less.
-            num_pages: pages in the pool, for all rows together; by default enough for every row to reach the
-                capacity without sharing any.
+            capacity: maximum number of tokens per row, at most `config.n_positions`, which is the default.
+            page_size: slots per page; by default `PAGE_SIZE`, or the capacity if that is less.
+            num_pages: number of pages in the pool, for all rows together; by default enough for every row to reach
+                the capacity without sharing.
             dtype, codec, residual: how keys and values are stored; as in `StaticCache.init`.
 
         Raises:
-            CacheError: the batch size, page size, number of pages, dtype, codec or residual is impossible.
+            CacheError: the batch size, page size, number of pages, dtype, codec or residual is invalid.
             CapacityError: the capacity is not in 1 .. n_positions.
         """
         capacity = config.n_positions if capacity is None else capacity
@@ -123,7 +123,7 @@ class PagedCache(KVCache):
 
     @property
     def num_pages(self) -> int:
-        """Pages of the pool P."""
+        """Number of pages in the pool P."""
         return jax.tree.leaves(self.keys[0])[0].shape[0]
 
     def check_fields(self) -> None:
@@ -134,7 +134,7 @@ class PagedCache(KVCache):
         return self.window is None or tokens <= self.window
 
     def held_positions(self) -> jax.Array:
-        """As `KVCache.held_positions`; slots of pages that have been freed hold nothing."""
+        """As `KVCache.held_positions`; slots of freed pages hold nothing."""
         positions = self.read(0).positions
         if self.window is None:
             return positions
@@ -145,22 +145,22 @@ class PagedCache(KVCache):
         return min(self.limit, self.tables.shape[1] * self.page_size)
 
     def check_room(self, count: Any, *, lengths: Any = None) -> None:
-        """Raises CapacityError where a row has no room for `count` more tokens, or where pages for them are missing.
+        """Raises CapacityError if a row has no room for `count` more tokens, or if there are too few pages for them.
 
-        When it passes, `reserve` finds the pages for these tokens, even if it is called for a few of them at a time.
+        If it passes, `reserve` finds pages for these tokens, even if it is called for a few of them at a time.
         """
         super().check_room(count, lengths=lengths)
         if is_concrete(self, count):
-            self.book(lengths).check_in_steps(count)
+            self.allocator(lengths).check_in_steps(count)
 
     def reserve(self, count: Any, *, lengths: Any = None, pinned: Any = ()) -> Self:
-        """Allocates pages for `count` (int or int32 [B]) more tokens per row, and copies for those that write.
+        """Allocates pages for `count` (int or int32 [B]) more tokens per row, and copies of shared pages for writers.
 
         Only the tables change: the result has the pools of this cache. Call it on the host; in `jit` it does nothing.
 
         Args:
-            count: how many.
-            lengths: of the rows, int [B], where the host knows them; the tables are read from the device in any case.
+            count: number of tokens.
+            lengths: lengths of the rows, int [B], if the host knows them; the tables are always read from the device.
             pinned: pages, int [...], that are not free although no row names them.
 
         Raises:
@@ -170,21 +170,22 @@ class PagedCache(KVCache):
         if not is_concrete(self, count):
             return self
         check_intact(self, self.lengths if lengths is None else lengths)
-        book = self.book(lengths, pinned)
-        tables, sources = book.reserve(count)
-        if np.array_equal(tables, book.tables):
+        allocator = self.allocator(lengths, pinned)
+        tables, sources = allocator.reserve(count)
+        if np.array_equal(tables, allocator.tables):
             return self
+        changed = sources != allocator.sources
         return self.replace(
             tables=jnp.array(tables),
-            sources=jnp.where(jnp.asarray(sources != book.sources)[None], jnp.asarray(sources)[None], self.sources),
+            sources=jnp.where(jnp.asarray(changed)[None], jnp.asarray(sources)[None], self.sources),
         )
 
     def room(self, active: Any = None) -> int:
-        return self.book().room(active) if is_concrete(self.lengths) else self._slots_for_tokens()
+        return self.allocator().room(active) if is_concrete(self.lengths) else self._slots_for_tokens()
 
     def page_stats(self) -> PageStats:
         """How the pages are used. Host only."""
-        return self.book().stats()
+        return self.allocator().stats()
 
     def _write(self, layer: int, k: jax.Array, v: jax.Array, count: Any) -> Self:
         counts = self._counts(k, count)
@@ -203,7 +204,7 @@ class PagedCache(KVCache):
         )
 
     def read(self, layer: int) -> PagedView:
-        # Columns without a page show page 0: positions after a row's end, which causality masks.
+        # Columns without a page use page 0: their positions are after the row's end, and masked by causality.
         pages = jnp.maximum(self._before_copies(self.sources[layer]), 0)
         slots = self.tables.shape[1] * self.page_size
         positions = jnp.arange(slots, dtype=jnp.int32)[None]
@@ -218,10 +219,10 @@ class PagedCache(KVCache):
     def crop(self, length: Any) -> Self:
         """Rolls back to the first `length` tokens, an int or int32 [B]; shorter rows stay as they are.
 
-        Where a model has a sliding window, a row can go back as far as the pages that its next query looks at are
-        there, or to nothing. Pages after the new ends become free. In `jit` the rows keep them for the tokens that will
-        follow; but a row that is cropped there to an earlier page, which others may share, must pass `reserve` before
-        it writes.
+        In a model with a sliding window, a row can be cropped as long as the pages to which its next query attends have
+        not been freed, or to nothing. Pages after the new ends become free. In `jit` rows keep these pages for later
+        tokens; but a row that is cropped there to an earlier page, which others may share, needs `reserve` before it
+        writes.
 
         Raises:
             CacheError: pages that the shorter row needs have been freed. In `jit` this cannot be known: the next
@@ -233,7 +234,7 @@ class PagedCache(KVCache):
             check_intact(self, lengths)
             tables = _without_reserve(tables, lengths, self.page_size)
             return self.replace(tables=tables, sources=jnp.full_like(self.sources, -1), lengths=lengths)
-        same_page = lengths // self.page_size == self.lengths // self.page_size  # its copy may still be to be made
+        same_page = lengths // self.page_size == self.lengths // self.page_size  # its copy may still be pending
         return self.replace(
             tables=jnp.where(same_page[:, None], self.tables, tables),
             sources=jnp.where(same_page[None], self.sources, -1),
@@ -241,9 +242,10 @@ class PagedCache(KVCache):
         )
 
     def select(self, rows: Any) -> Self:
-        """A cache whose rows are the given rows of this one, int [B']; rows may repeat, move or be left out.
+        """A cache of the given rows of this one, int [B'], in that order; rows may be repeated or left out.
 
-        The pools are those of this cache, unchanged: repeated rows share all pages, those left out give theirs back.
+        The pools are those of this cache, unchanged: repeated rows share all pages, and the pages of rows left out
+        become free.
         """
         filled = self.replace(tables=self.filled_tables(), sources=jnp.full_like(self.sources, -1))
         return super(PagedCache, filled).select(rows)
@@ -251,8 +253,8 @@ class PagedCache(KVCache):
     def insert(self, slots: Any, source: Self) -> Self:
         """As `KVCache.insert`, on the host only: pages are allocated there.
 
-        Rows of a source with the same pools, as after `select`, go on sharing their pages. Otherwise the pages that the
-        source's rows name are copied into free pages of these pools.
+        Rows of a source with the same pools, as after `select`, continue to share their pages. Otherwise the pages that
+        the source's rows name are copied into free pages of these pools.
 
         Raises:
             CacheError: as `KVCache.insert`, or a cache is traced.
@@ -265,8 +267,8 @@ class PagedCache(KVCache):
     def join(self, others: Sequence[Self]) -> Self:
         """As `KVCache.join`. Host only.
 
-        Caches of one pool, as after `split`, go on sharing it. Of other pools the pages that rows name are put into a
-        new one, with as many free pages as there were, but no more than all rows could ever use.
+        Caches with a common pool, as after `split`, continue to share it. Otherwise the pages that rows name are copied
+        into a new pool with as many free pages as before, but no more than all rows could ever use.
 
         Raises:
             CacheError: the caches differ in page size, capacity, codec or model, or are traced.
@@ -281,9 +283,9 @@ class PagedCache(KVCache):
         if other.page_size != self.page_size:
             raise CacheError(f"{what}: expected page_size={self.page_size}, got page_size={other.page_size}")
 
-    def book(self, lengths: Any = None, pinned: Any = ()) -> PageBook:
-        """The books of the pages as they are now. Host only."""
-        return PageBook(
+    def allocator(self, lengths: Any = None, pinned: Any = ()) -> PageAllocator:
+        """An allocator for the current tables. Host only."""
+        return PageAllocator(
             tables=np.asarray(self.tables),
             sources=np.asarray(self.sources).max(axis=0),
             lengths=np.asarray(self.lengths if lengths is None else lengths),
@@ -295,17 +297,17 @@ class PagedCache(KVCache):
         )
 
     def _last_pages(self) -> jax.Array:
-        """int32 [B], the page that the next token of each row falls into, or any page where there is none."""
+        """int32 [B], the page of each row's next token, or any page if there is none."""
         column = jnp.minimum(self.lengths // self.page_size, self.tables.shape[1] - 1)
         return jnp.maximum(jnp.take_along_axis(self.tables, column[:, None], axis=1)[:, 0], 0)
 
     def filled_tables(self) -> jax.Array:
-        """The tables of what rows hold, without pages reserved or to be copied."""
+        """The tables without reserved pages and without pending copies."""
         tables = self._before_copies(jnp.max(self.sources, axis=0))
         return _without_reserve(tables, self.lengths, self.page_size)
 
     def _before_copies(self, sources: jax.Array) -> jax.Array:
-        """The tables with the shared page, sources int32 [B], where its copy has not been made yet."""
+        """The tables with the shared page, sources int32 [B], in place of copies that are still pending."""
         columns = jnp.arange(self.tables.shape[1], dtype=jnp.int32)[None]
         last = (columns == (self.lengths // self.page_size)[:, None]) & (sources >= 0)[:, None]
         return jnp.where(last, sources[:, None], self.tables)

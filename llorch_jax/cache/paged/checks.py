@@ -11,7 +11,7 @@ from llorch_jax.tracing import is_concrete
 
 
 def check_pages(cache: Any) -> None:
-    """Raises CacheError unless lengths, tables and copies to be made fit each other and the pool."""
+    """Raises CacheError unless lengths, tables and pending copies are consistent with each other and the pool."""
     check_whole_numbers(cache, {"limit": cache.page_size} | ({} if cache.window is None else {"window": 1}))
     tables = np.asarray(cache.tables)
     lengths = np.asarray(cache.lengths)
@@ -24,16 +24,16 @@ def check_pages(cache: Any) -> None:
     for row, pages in enumerate(tables):
         named = pages[pages >= 0]
         if len(np.unique(named)) < len(named):
-            raise CacheError(f"tables[{row}]: expected a page for each block, got one for several of them")
+            raise CacheError(f"tables[{row}]: expected a page for each block, got one page for several blocks")
 
 
 def check_written(cache: Any, count: Any) -> None:
-    """Raises where `advance` would count tokens that cannot have been written."""
+    """Raises an error if `advance` would count tokens that cannot have been written."""
     count = np.broadcast_to(np.asarray(count), cache.lengths.shape)
     ends = ends_of(np.asarray(cache.tables)) * cache.page_size
     for row in np.flatnonzero(np.asarray(cache.lengths) + count > ends):
         raise CapacityError(
-            f"cache: row {row} has pages for {ends[row]} tokens, {cache.lengths[row]} of them taken, and was to be "
+            f"cache: row {row} has pages for {ends[row]} tokens, {cache.lengths[row]} of which are used, and cannot be "
             f"advanced by {count[row]}; update it first"
         )
     unwritten = np.argwhere((np.asarray(cache.sources) >= 0) & (count > 0))
@@ -42,7 +42,7 @@ def check_written(cache: Any, count: Any) -> None:
 
 
 def check_intact(cache: Any, lengths: Any) -> None:
-    """Raises CacheError where rows of `lengths` int [B] lack pages that their next query looks at."""
+    """Raises CacheError if rows of `lengths` int [B] lack pages to which their next query attends."""
     if cache.window is None or not is_concrete(cache.tables, lengths):
         return
     known = np.asarray(lengths)
@@ -52,6 +52,6 @@ def check_intact(cache: Any, lengths: Any) -> None:
     if lost.any():
         row = int(np.argmax(lost))
         raise CacheError(
-            f"cache: row {row} cannot go on from {known[row]} tokens: pages before token "
-            f"{first[row] * cache.page_size} have passed out of the model's window of {cache.window} and been freed"
+            f"cache: row {row} cannot continue from {known[row]} tokens: pages before token "
+            f"{first[row] * cache.page_size} have left the model's window of {cache.window} and been freed"
         )

@@ -1,4 +1,4 @@
-"""Rows of several paged caches in one: their pages are shared where the pools are the same, and moved where not."""
+"""Combining rows of several paged caches: pages are shared if the pools are the same, and copied otherwise."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ Cache = TypeVar("Cache", bound=Any)  # a PagedCache
 
 
 def insert_rows(cache: Cache, slots: Any, source: Cache) -> Cache:
-    """The cache with the rows of `source` in place of its own rows `slots`; see `PagedCache.insert`."""
+    """The cache with its rows `slots` replaced by the rows of `source`; see `PagedCache.insert`."""
     index = np.asarray(check_rows(slots, cache.batch_size))
     emptied = cache.free(index)
     tables = np.asarray(source.filled_tables())
@@ -25,7 +25,7 @@ def insert_rows(cache: Cache, slots: Any, source: Cache) -> Cache:
     if not same_arrays(pools, theirs):
         cache._check_alike("insert", source)
         named = np.unique(tables[tables >= 0])
-        free = emptied.book().free_pages(named.size)
+        free = emptied.allocator().free_pages(named.size)
         pools = put_pages(pools, free, theirs, named)
         tables = np.where(tables >= 0, free[np.searchsorted(named, tables)] if named.size else -1, -1)
     columns = max(tables.shape[1], emptied.tables.shape[1])
@@ -58,5 +58,5 @@ def join_rows(caches: Sequence[Cache]) -> Cache:
 
 
 def _widened(tables: jax.Array, columns: int) -> jax.Array:
-    """Tables int32 [B, N] with so many columns."""
+    """Tables int32 [B, N] padded to `columns` columns."""
     return jnp.pad(tables, ((0, 0), (0, columns - tables.shape[1])), constant_values=-1)

@@ -1,4 +1,4 @@
-"""PagedView: what queries may look at in pages of a pool."""
+"""PagedView: what queries may attend to in pages of a pool."""
 
 import jax
 from flax import struct
@@ -14,9 +14,9 @@ class PagedView(StoredView):
 
     Attributes:
         keys: stored pools with the leading axes [P, K, page_size].
-        values: likewise.
-        tables: int32 [B, N]. Where there is no page, any page stands: those slots lie after the row's end, and
-            causality masks them.
+        values: stored pools with the leading axes [P, K, page_size].
+        tables: int32 [B, N]. A block without a page has any page: its slots lie after the row's end and are masked by
+            causality.
         positions: int32 [1, N * page_size].
     """
 

@@ -228,7 +228,7 @@ def test_a_function_of_the_users_own():
     _, cache = feed(CONFIG, cache, make_batch([11]), in_chunks([11], 16))
     assert cache.reserve(1).read(1).positions[0, 1, :4].tolist() == [4, 6, 8, 10]
     assert cache.votes == ()
-    with pytest.raises(CacheError, match="policy: expected different slots"):
+    with pytest.raises(CacheError, match="policy: expected distinct slots"):
         evict(cache, lambda votes, positions, lengths, budget: jnp.zeros((1, 2, budget), jnp.int32), 4)
     with pytest.raises(CacheError, match="below the"):
         evict(cache, lambda v, positions, n, budget: positions[..., -budget:] * 0 + 9 + jnp.arange(4)[None, None], 4)
@@ -241,7 +241,7 @@ def test_crop_goes_back_to_the_last_eviction_only():
     first, cache = feed(CONFIG, cache, batch, in_chunks([3], 1), start=[16])
     again, _ = feed(CONFIG, cache.crop(17), batch, in_chunks([2], 1), start=[17])
     assert_close(again[:, 17:19], first[:, 17:19], scale=1.5)
-    with pytest.raises(CacheError, match="row 0 cannot go on from 15 tokens"):
+    with pytest.raises(CacheError, match="row 0 cannot continue from 15 tokens"):
         cache.crop(15)
     in_jit = jax.jit(lambda cache: cache.crop(15))(cache)
     with pytest.raises(CacheError, match="were evicted when it had 16"):

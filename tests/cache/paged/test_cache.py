@@ -364,7 +364,7 @@ class TestCrop:
         assert keys.tolist() == [[0, 1, 2, 3, 4, 50], [0, 1, 2, 3, 4, 60]]
 
     def test_a_negative_length(self):
-        with pytest.raises(CacheError, match="crop: expected whole numbers from 0 up"):
+        with pytest.raises(CacheError, match=r"crop: expected .* whole numbers of 0 or more"):
             make_paged(TINY).crop(-1)
 
 
@@ -553,9 +553,9 @@ class TestWindow:
     def test_what_needs_a_freed_page_is_refused_and_nothing_is_rolled_back_wrongly(self):
         batch = make_batch([20])
         _, cache = feed(self.CONFIG, make_paged(self.CONFIG, page_size=4), batch, in_chunks([20], 1))
-        with pytest.raises(CacheError, match="row 0 cannot go on from 9 tokens: pages before token 12"):
+        with pytest.raises(CacheError, match="row 0 cannot continue from 9 tokens: pages before token 12"):
             cache.crop(9)
-        with pytest.raises(CacheError, match="row 0 cannot go on from 9 tokens"):
+        with pytest.raises(CacheError, match="row 0 cannot continue from 9 tokens"):
             jax.jit(lambda cache: cache.crop(9))(cache).reserve(1)
         logits, _ = feed(self.CONFIG, cache.crop(18), batch, in_chunks([2], 1), start=[18])
         assert_close(logits[:, 18:], uncached(self.CONFIG, batch)[:, 18:])
