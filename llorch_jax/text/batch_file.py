@@ -14,6 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from llorch_jax.cache.files import fingerprint
 from llorch_jax.errors import BatchFileError
 from llorch_jax.loading.checkpoint import Model
 from llorch_jax.text.generation import continue_texts
@@ -56,8 +57,9 @@ def generate_file(
     """
     whole("batch_size", batch_size, BatchFileError)
     jobs = JobReader(model, options).read(source)
-    heads = [_head(job, model.name) for job in jobs]
     _check_target(source, target)
+    weights = fingerprint(model.params, model.config)
+    heads = [_head(job, weights) for job in jobs]
     there = 0 if overwrite or not target.exists() else _results_kept(target, heads)
     done = there
     progress(done, len(jobs))
@@ -95,9 +97,9 @@ def _outputs(model: Model, batch: list[Job]) -> list[Generation]:
     return continue_texts(model, [job.prompt for job in batch], options)
 
 
-def _head(job: Job, model: str) -> bytes:
+def _head(job: Job, weights: str) -> bytes:
     """How the line of a job's result begins: with everything that is known before it runs."""
-    fields = {"job": job.hash(model), "line": job.line, "id": job.id, "prompt": job.prompt}
+    fields = {"job": job.hash(weights), "line": job.line, "id": job.id, "prompt": job.prompt}
     return json.dumps(fields, ensure_ascii=False).encode()[:-1]
 
 

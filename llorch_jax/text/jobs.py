@@ -49,9 +49,9 @@ class Job:
         """The settings, checked."""
         return GenerationOptions.create(**self.settings)
 
-    def hash(self, model: str) -> str:
-        """A hash of everything that the result depends on."""
-        content = [model, self.line, self.id, self.prompt, self.settings]
+    def hash(self, weights: str) -> str:
+        """A hash of everything that the result depends on; `weights` is the model's fingerprint."""
+        content = [weights, self.line, self.id, self.prompt, self.settings]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=_plain).encode()).hexdigest()[:16]
 
 

@@ -1,5 +1,6 @@
 """Prompts from a file: what each gets, runs that are stopped and go on, and files that are not what they should be."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -64,6 +65,7 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_file(model, source, tmp_path
         ]
 
     monkeypatch.setattr(batch_file, "continue_texts", fake)
+    monkeypatch.setattr(batch_file, "fingerprint", lambda params, config: "of this model")  # takes a while
     target = tmp_path / "out.jsonl"
     generate_file(model, source, target, batch_size=2, **SETTINGS)
     whole = target.read_bytes()
@@ -82,6 +84,19 @@ def test_results_of_other_jobs_are_refused_and_left(model, source, tmp_path, mon
     with pytest.raises(BatchFileError, match=r"out.jsonl: line 1: expected the result of prompt 1"):
         generate_file(model, source, target, **SETTINGS)
     assert target.read_bytes() == b'{"job": "0"}\nhalf'
+
+
+def test_results_of_other_weights_are_refused_and_left(model, source, tmp_path):
+    target = tmp_path / "out.jsonl"
+    generate_file(model, source, target, **SETTINGS)
+    whole = target.read_bytes()
+    target.write_bytes(whole[: whole.index(b"\n") + 1])  # the run was stopped after its first result
+    other = dataclasses.replace(model, params=lj.quantize(model.params, "bfloat16"))
+    with pytest.raises(BatchFileError, match=r"out.jsonl: line 1: expected the result of prompt 1"):
+        generate_file(other, source, target, **SETTINGS)
+    renamed = dataclasses.replace(model, name="elsewhere")
+    assert generate_file(renamed, source, target, **SETTINGS) == 4
+    assert target.read_bytes() == whole
 
 
 @pytest.mark.parametrize(
