@@ -1,7 +1,6 @@
 """What a cache costs in quality: its predictions beside those with a cache that keeps everything exactly."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.loop import decode_step, prefill
 from llorch_jax.decoding.scoring import check_finite
 from llorch_jax.errors import CacheError, TokenError
+from llorch_jax.evaluation.perplexity import exp_of_loss
 from llorch_jax.params import Params
 from llorch_jax.tracing import whole
 
@@ -75,7 +75,7 @@ def fidelity(params: Params, config: GPT2Config, tokens: Any, prompt: int, cache
     check_finite(sums)
     count = batch * (length - 1 - prompt)
     kl, agreed, loss, exact_loss = (sums / count).tolist()
-    return Fidelity(kl, agreed, math.exp(loss), math.exp(exact_loss), count, cache.memory_usage())
+    return Fidelity(kl, agreed, exp_of_loss(loss), exp_of_loss(exact_loss), count, cache.memory_usage())
 
 
 @jax.jit

@@ -37,13 +37,21 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean negative log-probability per token."""
-        return math.exp(-self.total / len(self.logprobs))
+        """exp of the mean negative log-probability per token; infinity where that is beyond a float."""
+        return exp_of_loss(-self.total / len(self.logprobs))
 
     @property
     def bits_per_byte(self) -> float:
         """Mean negative log2-probability per UTF-8 byte, which compares models with different tokenizers."""
         return -self.total / math.log(2) / self.num_bytes
+
+
+def exp_of_loss(loss: float) -> float:
+    """Perplexity of a mean loss in nats; infinity where it is beyond a float."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def score(model: Model, text: str, *, stride: int | None = None) -> Score:

@@ -9,9 +9,9 @@ import numpy as np
 from llorch_jax.errors import ModelError
 from llorch_jax.loading.checkpoint import Model
 from llorch_jax.sampling import breakers_of
+from llorch_jax.sampling.making import BREAKERS
 from llorch_jax.tokenizer import Tokenizer
 
-DRY_BREAKERS = ("\n", ":", '"', "*")  # llama.cpp's
 Value = TypeVar("Value")
 _found: "weakref.WeakKeyDictionary[Tokenizer, dict[Any, Any]]" = weakref.WeakKeyDictionary()
 
@@ -31,7 +31,7 @@ def known_ids(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray | None:
     return _once(tokenizer, ("known_ids", vocab_size), lambda: _known_ids(tokenizer, vocab_size))
 
 
-def breaker_ids(tokenizer: Tokenizer, marks: Sequence[str] = DRY_BREAKERS) -> list[int]:
+def breaker_ids(tokenizer: Tokenizer, marks: Sequence[str] = BREAKERS) -> list[int]:
     """The ids of the tokens that hold one of the marks."""
     marks = tuple(marks)
 

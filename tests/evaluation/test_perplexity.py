@@ -90,6 +90,7 @@ def test_numbers_by_hand():
     assert result.total == pytest.approx(-6 * math.log(2))
     assert result.perplexity == pytest.approx(4)  # two bits per token
     assert result.bits_per_byte == pytest.approx(0.5)
+    assert lj.Score([1], [-1000.0], 1).perplexity == math.inf
 
 
 def test_a_text_known_by_heart():
