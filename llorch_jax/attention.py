@@ -1,7 +1,7 @@
 """Attention of queries over the keys and values of a cache, in float32.
 
-A cache shows each layer's queries a `KVView`: its own cheap description of what can be seen, and how to attend to it.
-`dense` turns any view into plain arrays, which the functions here work on.
+A cache gives each layer's queries a `KVView`: a cheap description of what they may attend to, and how. `dense` turns
+any view into plain arrays, on which the functions here work.
 """
 
 import abc
@@ -19,14 +19,14 @@ BLOCK = 128  # queries per block
 
 @struct.dataclass
 class Queries:
-    """What is known of the queries of a forward pass; the same for all layers.
+    """The queries of a forward pass; the same for all layers.
 
     Attributes:
         positions: int32 [B, T].
         count: int32 [B], how many of each row's T queries are real, the others being padding after them; None for all.
-        window: of the model: how many tokens back a query looks, its own included; None for all. Static.
-        start: where slots are in the order of positions and all rows' first query has this position, the position;
-            else None. Static. A block of queries then leaves out the slots after its last query.
+        window: the model's sliding window, including the query's own token; None for all tokens. Static.
+        start: position of the first query, if it is the same in all rows and slots are in the order of positions; else
+            None. Static. A block of queries then skips the slots after its last query.
     """
 
     positions: jax.Array
@@ -36,15 +36,15 @@ class Queries:
 
 
 class KVView(abc.ABC):
-    """What the queries of one layer may look at."""
+    """What the queries of one layer may attend to."""
 
-    if TYPE_CHECKING:  # struct.dataclass adds it to the concrete classes
+    if TYPE_CHECKING:  # added to the concrete classes by struct.dataclass
 
         def replace(self, **changes: Any) -> Self: ...
 
     @abc.abstractmethod
     def dense(self) -> "DenseView":
-        """The same as plain arrays: what every other way to attend is tested against."""
+        """The same as plain arrays, against which every other way to attend is tested."""
 
     def attend(self, q: jax.Array, queries: Queries, scale: float) -> jax.Array:
         """Softmax attention float32 [B, T, N, H] of queries [B, T, N, H]; see `attend`."""
@@ -58,11 +58,11 @@ class DenseView(KVView):
     Attributes:
         k: [B, K, S, H].
         v: [B, K, S, H].
-        positions: int32 [B, S] or [1, S], or [B, K, S] where heads hold different tokens: the position of the token
-            in each slot; negative where a slot is empty. A slot whose position lies after a query's is masked by
+        positions: int32 [B, S] or [1, S], or [B, K, S] if heads hold different tokens: the position of the token in
+            each slot; negative if the slot is empty. A slot whose position lies after a query's is masked by
             causality, so stale slots past the end may keep any later position.
-        window: a query looks at this many newest tokens only, its own included; None for all that are there.
-        sinks: the first so many positions are looked at in spite of the window.
+        window: number of newest tokens that a query attends to, including its own; None for all.
+        sinks: number of first positions attended to regardless of the window.
     """
 
     k: jax.Array
@@ -76,15 +76,15 @@ class DenseView(KVView):
 
 
 def allowed_slots(positions: jax.Array, view: DenseView, window: int | None) -> jax.Array:
-    """Which slots a query may look at: filled, not after the query and, with a window, among the newest.
+    """Which slots a query may attend to: filled, not after the query and, with a window, among the newest.
 
     Args:
-        positions: of the queries, int32 [B, T].
-        view: what the cache holds; it may have a window of its own, with sinks.
-        window: of the model: how many tokens back, the query's own included; None for all.
+        positions: positions of the queries, int32 [B, T].
+        view: what the cache holds; it may have an additional window, with sinks.
+        window: the model's sliding window, including the query's own token; None for all tokens.
 
     Returns:
-        bool [B, 1, T, S], or [B, K, T, S] where heads hold different tokens.
+        bool [B, 1, T, S], or [B, K, T, S] if heads hold different tokens.
     """
     slot = view.positions[:, None, None] if view.positions.ndim == 2 else view.positions[:, :, None]
     query = positions[:, None, :, None]
@@ -114,15 +114,15 @@ def attention_scores(q: jax.Array, k: jax.Array, scale: float) -> jax.Array:
 
 @jax.named_scope("attention")
 def attend(q: jax.Array, view: DenseView, queries: Queries, scale: float) -> jax.Array:
-    """Softmax attention of every query over the slots it may look at.
+    """Softmax attention of every query over the slots that it may attend to.
 
-    Queries are taken in blocks, so that the scores in memory are [B, N, BLOCK, S] and not [B, N, T, S].
+    Queries are processed in blocks, so that the scores in memory are [B, N, BLOCK, S] and not [B, N, T, S].
 
     Args:
         q: [B, T, N, H].
         view: keys and values of one layer.
-        queries: their positions and window.
-        scale: of the scores.
+        queries: positions and window of the queries.
+        scale: factor of the scores.
 
     Returns:
         float32 [B, T, N, H].
@@ -147,14 +147,14 @@ def attend(q: jax.Array, view: DenseView, queries: Queries, scale: float) -> jax
 
 
 def attention_mass(q: jax.Array, view: DenseView, queries: Queries, scale: float, voters: jax.Array) -> jax.Array:
-    """How much attention each slot gets from some of the queries, summed over them and over the heads of a group.
+    """The attention that each slot receives from some of the queries, summed over these and the heads of a group.
 
     Args:
         q: [B, T, N, H].
         view: keys and values of one layer.
-        queries: their positions and window.
-        scale: of the scores.
-        voters: which queries count, int32 [B, W]; negative for none.
+        queries: positions and window of the queries.
+        scale: factor of the scores.
+        voters: indices of the queries that count, int32 [B, W]; negative for none.
 
     Returns:
         float32 [B, K, S].
@@ -181,9 +181,9 @@ def _attention_weights(
 
 
 def _attend_block(q: jax.Array, k: jax.Array, values: jax.Array, allowed: jax.Array, scale: float) -> jax.Array:
-    """A block of queries, [B, K, H, N / K, T] like the result, over k [B, K, S, H] and values [B, K, H, S].
+    """A block of queries, [B, K, H, N / K, T] like the result, attends to k [B, K, S, H] and values [B, K, H, S].
 
-    With slots before queries both products are of a matrix and columns, the form that XLA's CPU backend is fastest at.
+    With slots before queries both products are of a matrix and columns, the form that is fastest on XLA's CPU backend.
     """
     scores = jnp.einsum("BKSH,BKHGT->BKSGT", k.astype(jnp.float32), q, precision=EXACT) * scale
     allowed = allowed.swapaxes(2, 3)[:, :, :, None]
@@ -192,7 +192,7 @@ def _attend_block(q: jax.Array, k: jax.Array, values: jax.Array, allowed: jax.Ar
 
 
 def _attend_single(q: jax.Array, view: DenseView, queries: Queries, scale: float) -> jax.Array:
-    """One query per row. In this form XLA's CPU backend takes keys and values as they lie, without a copy."""
+    """Attention of one query per row. In this form XLA's CPU backend reads keys and values in place, without a copy."""
     batch, *_, head_dim = q.shape
     grouped = q.reshape(batch, view.k.shape[1], -1, head_dim)
     scores = jnp.einsum("BKGH,BKSH->BKGS", grouped, view.k.astype(jnp.float32), precision=EXACT) * scale

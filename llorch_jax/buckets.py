@@ -1,12 +1,12 @@
-"""Sizes that shapes are rounded up to, so that requests of many lengths share few compiled programs."""
+"""Sizes to which shapes are rounded up, so that requests of many lengths share few compiled programs."""
 
 SMALLEST = 16
 
 
 def bucket(size: int, limit: int | None = None) -> int:
-    """The next of 16, 24, 32, 48, 64, 96, 128, ... that is at least `size`, or `limit` where that is less.
+    """The smallest of 16, 24, 32, 48, 64, 96, 128, ... that is at least `size`, or `limit` if that is less.
 
-    Steps of a power of two and one and a half times it waste at most a half, on average a fifth.
+    Powers of two and 1.5 times these waste at most a half, on average a fifth.
     """
     power = SMALLEST
     while power < size:
@@ -16,5 +16,5 @@ def bucket(size: int, limit: int | None = None) -> int:
 
 
 def power_of_two(size: int) -> int:
-    """The least power of two that is at least `size`; 0 for 0."""
+    """The smallest power of two that is at least `size`; 0 for 0."""
     return 1 << (size - 1).bit_length() if size else 0

@@ -1,4 +1,4 @@
-"""Checks on the host, before a jitted call: inside one, JAX clamps bad ids and positions silently."""
+"""Checks on the host before a jitted call, in which JAX would silently clamp bad ids and positions."""
 
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ MaybeCache = TypeVar("MaybeCache", bound=KVCache | None)
 
 
 def check_tokens(config: GPT2Config, tokens: Any) -> Any:
-    """Token ids as int32 [B, T], NumPy's unless they are traced; values are checked where they are known.
+    """Token ids as int32 [B, T], a NumPy array unless traced; values are checked if they are concrete.
 
     Raises:
         TokenError: they are empty, misshapen, not integers, or outside the vocabulary.
@@ -46,10 +46,10 @@ def check_tokens(config: GPT2Config, tokens: Any) -> Any:
 def check_lengths(lengths: Any, tokens: Any) -> Any:
     """Prompt lengths as int32 [B], each in 1 .. T of `tokens` [B, T]; None means that every row is full.
 
-    They are NumPy's unless they are traced.
+    The result is a NumPy array unless traced.
 
     Raises:
-        TokenError: they do not fit the tokens.
+        TokenError: they do not match the tokens.
     """
     batch, count = tokens.shape
     if lengths is None:
@@ -76,13 +76,13 @@ def check_append(
     Args:
         config: the model's hyperparameters.
         tokens: ids [B, T].
-        cache: what they are appended to, or None.
+        cache: the cache to which they are appended, or None.
         count: int32 [B], number of real tokens in each row; None means T.
-        later: how many tokens per row will follow these, for which there must be room in the end.
+        later: number of tokens per row that will follow these, for which there must be room as well.
 
     Raises:
         TokenError: as `check_tokens`.
-        CapacityError: they do not fit the context or the cache.
+        CapacityError: they do not fit into the context or the cache.
         CacheError: the cache is of another model, or was donated.
     """
     tokens = check_tokens(config, tokens)
@@ -119,7 +119,7 @@ def check_cache(config: GPT2Config, cache: KVCache) -> None:
 
 
 def check_context(config: GPT2Config, lengths: Any, count: Any) -> None:
-    """Raises CapacityError where `lengths` + `count` tokens exceed the model's context."""
+    """Raises CapacityError if `lengths` + `count` tokens exceed the model's context."""
     if not is_concrete(lengths, count):
         return
     longest = int(np.max(np.asarray(lengths) + np.asarray(count)))

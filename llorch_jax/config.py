@@ -21,22 +21,22 @@ class GPT2Config:
         n_embd: width D of the residual stream.
         n_layer: number of blocks L.
         n_head: number of query heads N; must divide `n_embd`.
-        num_kv_heads: key/value heads K; None means `n_head` (multi-head), 1 is multi-query, between is grouped-query.
+        num_kv_heads: key/value heads K; None means `n_head` (multi-head), 1 is multi-query, in between grouped-query.
         n_inner: width of the feed-forward layer; None means 4 * `n_embd`.
         activation_function: one of `ACTIVATIONS`.
         layer_norm_epsilon: added to the variance in layer norms.
         scale_attn_weights: divide attention scores by sqrt(head_dim).
         scale_attn_by_inverse_layer_idx: divide the scores of layer i by i + 1 as well.
-        reorder_and_upcast_attn: compute scores in float32; scores always are float32 here, so it changes nothing.
+        reorder_and_upcast_attn: compute scores in float32; has no effect, as scores are always float32 here.
         tie_word_embeddings: the output projection is the token embedding.
-        sliding_window: attend to this many newest tokens only, the current one included; None attends to all.
+        sliding_window: number of newest tokens attended to, including the current one; None attends to all.
         kv_sharing: for each block the block whose keys and values it attends to, itself or an earlier one; None means
-            that every block has its own (cross-layer attention, Brandon et al. 2024, 2405.12981).
+            that no block shares them (cross-layer attention, Brandon et al. 2024, 2405.12981).
         bos_token_id: id that begins a text, or None.
         eos_token_id: id that ends a text, a tuple of several such ids, or None. `eos_ids` has them as a tuple.
 
     Raises:
-        ConfigError: a value is impossible or contradicts another; the message names the field.
+        ConfigError: a value is invalid or contradicts another; the message names the field.
     """
 
     vocab_size: int = 50257
@@ -106,14 +106,14 @@ class GPT2Config:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """The ids that end a text; empty where there is none."""
+        """The ids that end a text; empty if there are none."""
         if self.eos_token_id is None:
             return ()
         return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
 
     @property
     def cache_layers(self) -> int:
-        """Number of blocks that have keys and values of their own."""
+        """Number of blocks that compute keys and values."""
         return self.n_layer if self.kv_sharing is None else len(set(self.kv_sharing))
 
     def cache_layer(self, block: int) -> int:
@@ -121,7 +121,7 @@ class GPT2Config:
         return block if self.kv_sharing is None else sorted(set(self.kv_sharing)).index(self.kv_sharing[block])
 
     def owns_cache_layer(self, block: int) -> bool:
-        """Whether a block has keys and values of its own."""
+        """Whether a block computes keys and values."""
         return self.kv_sharing is None or self.kv_sharing[block] == block
 
     @property
@@ -140,7 +140,7 @@ class GPT2Config:
         return 4 * self.n_embd if self.n_inner is None else self.n_inner
 
     def attention_scale(self, layer: int) -> float:
-        """What the scores of `layer` are multiplied by."""
+        """The factor of the attention scores of `layer`."""
         scale = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
         return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
 
@@ -150,15 +150,15 @@ class GPT2Config:
 
         Spellings are those that transformers accepts: `hidden_size`, `max_position_embeddings`, `num_attention_heads`
         and `num_hidden_layers` for `n_embd`, `n_positions`, `n_head` and `n_layer`; `swish` for `silu` and the other
-        names of the same activations; a list of ids for `eos_token_id`. `n_ctx` counts only where `n_positions` is
+        names of the same activations; a list of ids for `eos_token_id`. `n_ctx` is used only if `n_positions` is
         missing. As in transformers, the special ids default to GPT-2's 50256. An id outside the vocabulary, which no
-        model can read or generate, counts as none.
+        model can read or generate, is ignored.
 
         Args:
             fields: the parsed JSON. Training-only and bookkeeping fields (dropout, initializer_range, ...) are ignored.
 
         Raises:
-            ConfigError: a field is unknown, asks for something GPT-2 inference does not have, or contradicts another.
+            ConfigError: a field is unknown, requires something unsupported, or contradicts another.
         """
         if not isinstance(fields, Mapping):
             raise ConfigError(f"fields: expected a mapping of names to values, got {fields!r:.80}")
@@ -201,7 +201,7 @@ _SAME_ACTIVATION = {  # transformers' other names of the same functions
     "gelu_python_tanh": "gelu_pytorch_tanh",
 }
 
-# Fields of transformers' configurations that say nothing about inference in float32. Names that begin with an
+# Fields of transformers' configurations that do not affect inference in float32. Names that begin with an
 # underscore (bookkeeping) or end in _token_id (the other special ids) are ignored as well.
 _IGNORED = frozenset(
     """
@@ -258,7 +258,7 @@ def _is_bookkeeping(name: str) -> bool:
 
 
 def _translate_attention(fields: dict[str, Any], family: str) -> None:
-    """Sets `num_kv_heads` from the fields by which each family says it."""
+    """Sets `num_kv_heads` from the fields that each family uses for it."""
     if "multi_query" in fields or family == "gpt_bigcode":
         multi_query = fields.pop("multi_query", True)
         if not isinstance(multi_query, bool):
@@ -269,7 +269,7 @@ def _translate_attention(fields: dict[str, Any], family: str) -> None:
 
 
 def _translate_activation(fields: dict[str, Any], family: str) -> None:
-    """Sets `activation_function` to the name that `ACTIVATIONS` has for it."""
+    """Sets `activation_function` to its name in `ACTIVATIONS`."""
     if family == "gpt_bigcode":
         fields.setdefault("activation_function", "gelu_pytorch_tanh")
     name = fields.get("activation_function")
@@ -278,10 +278,10 @@ def _translate_activation(fields: dict[str, Any], family: str) -> None:
 
 
 def _translate_special_ids(fields: dict[str, Any]) -> None:
-    """Sets the special ids: transformers' defaults, a list as a tuple, and none outside the vocabulary."""
+    """Sets the special ids: transformers' defaults, lists as tuples, without ids outside the vocabulary."""
     vocab_size = fields.get("vocab_size", GPT2Config.vocab_size)
     if type(vocab_size) is not int:
-        return  # an error that the constructor reports
+        return  # the constructor reports the error
     for name in _SPECIAL_IDS:
         value = fields.get(name, _END_OF_TEXT)
         if type(value) is int:
@@ -292,7 +292,7 @@ def _translate_special_ids(fields: dict[str, Any]) -> None:
 
 
 def _merge(fields: dict[str, Any], name: str, value: Any, source: str) -> None:
-    """Sets `fields[name]` from an alias, which must agree where both are given."""
+    """Sets `fields[name]` from an alias; if both are given, they must agree."""
     if value is None:
         return
     if fields.get(name) is not None and fields[name] != value:
@@ -306,7 +306,7 @@ def _require_count(name: str, value: Any) -> None:
 
 
 def _preset_folder() -> Path:
-    """`configs/`, beside the package in a checkout and inside it in an installed wheel."""
+    """`configs/`, next to the package in a checkout and inside it in an installed wheel."""
     package = Path(__file__).parent
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"

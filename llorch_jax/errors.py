@@ -6,11 +6,11 @@ class LlorchError(ValueError):
 
 
 class ConfigError(LlorchError):
-    """A model setting is unknown, impossible, or contradicts another one; the message names the field."""
+    """A model setting is unknown, invalid, or contradicts another; the message names the field."""
 
 
 class CheckpointError(LlorchError):
-    """A model directory, weight file or tensor is missing, surplus, misshapen or corrupt; the message names it."""
+    """A model directory, weight file or tensor is missing, unexpected, misshapen or corrupt; the message names it."""
 
 
 class TokenError(LlorchError):
@@ -22,7 +22,7 @@ class CapacityError(LlorchError):
 
 
 class CacheError(LlorchError):
-    """A cache operation got arguments that do not fit the cache."""
+    """A cache cannot be made with the given settings, or an operation got arguments that do not fit the cache."""
 
 
 class ReferenceFileError(LlorchError):
@@ -30,11 +30,11 @@ class ReferenceFileError(LlorchError):
 
 
 class BatchFileError(LlorchError):
-    """A file of prompts, or of results, is not what it should be."""
+    """A file of prompts or of results is invalid."""
 
 
 class ChatError(LlorchError):
-    """Something that this conversation cannot do."""
+    """A conversation cannot do what was requested, or its file is invalid."""
 
 
 class ConstraintError(LlorchError):
@@ -46,23 +46,23 @@ class ModelError(LlorchError):
 
 
 class OptionError(LlorchError):
-    """An option of text generation is unknown, impossible, or of no use to the method; the message names it."""
+    """An option of text generation is unknown, invalid, or unsupported by the method; the message names it."""
 
 
 class SearchError(LlorchError):
-    """A setting of a search is impossible; the message names it."""
+    """A setting of a search is invalid; the message names it."""
 
 
 class DraftError(LlorchError):
-    """A draft has an impossible setting, or does not fit the model."""
+    """A draft has an invalid setting, or does not fit the model."""
 
 
 class SamplerError(LlorchError):
-    """A sampling setting is impossible; the message names it."""
+    """A sampling setting is invalid; the message names it."""
 
 
 class QuantizationError(LlorchError):
-    """Weights cannot be stored in the format that was asked for."""
+    """Weights cannot be stored in the requested format."""
 
 
 class SessionError(LlorchError):

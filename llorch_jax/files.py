@@ -1,7 +1,7 @@
-"""Files at paths that users name: read whole or replaced whole, and every way in which that fails is one line.
+"""Files that users name: read or replaced as a whole, with every failure explained in one line.
 
-Only regular files are read or replaced. A pipe would block for ever, a device may have no end, and replacing one as
-root would take it away from the whole system.
+Only regular files are read or replaced. A pipe would block forever, a device may have no end, and replacing one as root
+would remove it for the whole system.
 """
 
 import contextlib
@@ -38,10 +38,10 @@ def shown(path: PathLike) -> str:
 
 @contextlib.contextmanager
 def explaining(path: PathLike, error: type[LlorchError], doing: str = "read", advice: str = "") -> Iterator[None]:
-    """Turns what the operating system and Python say about a path into one line of the caller's error class.
+    """Turns errors of the operating system and Python about a path into one-line errors of the caller's class.
 
     Args:
-        path: is named in the message.
+        path: named in the message.
         error: class of the error.
         doing: what cannot be done with it: "read" or "written".
         advice: what to do about it, added to the message.
@@ -69,7 +69,7 @@ def check_regular(path: PathLike, error: type[LlorchError], advice: str = "") ->
 
 
 def exists(path: PathLike, error: type[LlorchError]) -> bool:
-    """Whether there is anything at the path; `error` where that cannot be known."""
+    """Whether the path exists; raises `error` if that cannot be determined."""
     with explaining(path, error):
         try:
             os.stat(path)
@@ -82,11 +82,11 @@ def read_bytes(path: PathLike, error: type[LlorchError], advice: str = "") -> by
     """The contents of a regular file.
 
     Raises:
-        error: there is no such file, it is of another kind, or it cannot be read.
+        error: there is no such file, it is not a regular file, or it cannot be read.
     """
     check_regular(path, error, advice)
     with explaining(path, error, advice=advice):
-        # Had the file become a pipe since, opening it without O_NONBLOCK would wait for a writer.
+        # If the file has since become a pipe, opening it without O_NONBLOCK would wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(descriptor, "rb") as file:
             _check_kind(path, os.fstat(descriptor), error)
@@ -117,7 +117,7 @@ def parse_json(text: str) -> Any:
     """The value of a JSON text.
 
     Raises:
-        ValueError: it is no JSON, or nested too deeply.
+        ValueError: it is not JSON, or nested too deeply.
     """
     try:
         return json.loads(text)
@@ -126,17 +126,17 @@ def parse_json(text: str) -> Any:
 
 
 def replace_file(path: PathLike, write: Callable[[BinaryIO], Any], error: type[LlorchError]) -> None:
-    """Writes a file that appears whole or not at all; one that stood there before stays until then.
+    """Writes a file atomically: an existing file is replaced only by a complete one.
 
-    A symbolic link stays one: the file that it leads to is replaced. A file that is replaced keeps its permissions.
+    A symbolic link is kept, and its target replaced. A replaced file keeps its permissions.
 
     Args:
         path: of the file.
-        write: is given the open file.
+        write: called with the open file.
         error: class of the error.
 
     Raises:
-        error: there is something else than a regular file at the path, or it cannot be written.
+        error: the path exists and is not a regular file, or it cannot be written.
     """
     with explaining(path, error, "written"):
         target = os.path.realpath(path)

@@ -20,7 +20,7 @@ from llorch_jax.params import BlockParams, Params
 
 Cache = TypeVar("Cache", bound=KVCache)
 MaybeCache = TypeVar("MaybeCache", bound=KVCache | None)
-Probe = Callable[[str, int, jax.Array], None]  # is shown (name, layer, value) while the pass is traced
+Probe = Callable[[str, int, jax.Array], None]  # called with (name, layer, value) while the pass is traced
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_new": partial(jax.nn.gelu, approximate=True),
@@ -34,12 +34,12 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Output(NamedTuple, Generic[MaybeCache]):
-    """What a forward pass gives.
+    """The result of a forward pass.
 
     Attributes:
         logits: float32 [B, T, V], or [B, V] of each row's last token.
         hidden: float32 [B, T, D], the final hidden states, after the final norm.
-        cache: with the new tokens; None where there was none.
+        cache: the cache with the new tokens; None if none was given.
     """
 
     logits: jax.Array
@@ -59,11 +59,11 @@ def forward(params: Params, config: GPT2Config, tokens: Any, cache: KVCache | No
     """Logits of every token, in float32.
 
     Args:
-        params: of a model of this configuration.
+        params: the model's parameters.
         config: the model's hyperparameters.
         tokens: int32 [B, T].
-        cache: where given, the tokens follow those that the cache holds. The cache itself stays valid; the next one
-            is returned. Use `prefill` or `decode_step` to update a cache in place.
+        cache: if given, the tokens follow those in the cache. It stays valid, and the new cache is returned. Use
+            `prefill` or `decode_step` to update a cache in place.
 
     Returns:
         float32 [B, T, V]; with a cache, a pair of that and the cache with T more tokens per row.
@@ -94,17 +94,17 @@ def run(
     fresh: bool = False,
     probe: Probe = ignore,
 ) -> Output[MaybeCache]:
-    """The forward pass, in `jit`: what every way of decoding and scoring is made of.
+    """The forward pass, in `jit`, on which all decoding and scoring is built.
 
     Args:
-        params: of a model of this configuration.
+        params: the model's parameters.
         config: the model's hyperparameters.
         tokens: int32 [B, T], checked; padding may follow each row's last token.
-        cache: of earlier tokens, with room reserved, or None.
-        count: int32 [B], how many tokens of each row are real; None means all. Rows with 0 are computed for nothing.
-        last: whether only the logits of each row's last real token are wanted.
+        cache: earlier tokens, with room reserved, or None.
+        count: int32 [B], how many tokens of each row are real; None means all. Results of rows with 0 are meaningless.
+        last: whether to return only the logits of each row's last real token.
         fresh: whether the cache is known to be empty: attention is then over these tokens only, in blocks.
-        probe: is shown intermediate values.
+        probe: called with intermediate values.
 
     Returns:
         Logits, hidden states, and the cache with `count` more tokens per row.
@@ -141,7 +141,7 @@ def _hidden_states(
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     if cache is not None:
         positions = positions + cache.lengths[:, None]
-    # A first pass sees its own tokens only, in order.
+    # A first pass sees only these tokens, in order.
     start = 0 if cache is None or fresh else None
     queries = Queries(positions, count, config.sliding_window, start)
     x = embed(params, tokens, positions)
@@ -154,7 +154,7 @@ def _hidden_states(
 
 @jax.named_scope("embedding")
 def embed(params: Params, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-    """Token plus position embeddings, [D, M]. Positions of padding may lie past the last one: any row serves."""
+    """Token plus position embeddings, [D, M]. Positions of padding may lie past the last one, and get any row."""
     words = take_rows(params.wte, tokens.reshape(-1))
     places = take_rows(params.wpe, positions.reshape(-1))
     return (words + places).T
@@ -165,7 +165,7 @@ def output_logits(params: Params, x: jax.Array, shape: tuple[int, ...]) -> jax.A
     """Logits float32 [*shape, V] of hidden states [D, M], M the product of `shape`."""
     projection = params.output_projection
     logits = matmul(projection, x)  # [V, M]
-    if x.shape[1] > 1:  # else XLA makes x.T @ W.T of it, which takes up to five times as long
+    if x.shape[1] > 1:  # otherwise XLA rewrites it as x.T @ W.T, which takes up to five times as long
         logits = jax.lax.optimization_barrier(logits)
     return logits.T.reshape(*shape, projection.shape[0])
 
@@ -181,7 +181,7 @@ def _block(
     fresh: bool,
     probe: Probe,
 ) -> tuple[jax.Array, MaybeCache]:
-    """One pre-norm block on x [D, M]; `views` are those of the cache layers so far, for blocks that share them."""
+    """One pre-norm block on x [D, M]; `views` holds the views of earlier cache layers, for blocks that share them."""
     shape = queries.positions.shape
 
     def show(name: str, value: jax.Array) -> None:

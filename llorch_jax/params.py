@@ -2,7 +2,7 @@
 
 Dense weights are output-major, [out, in]: XLA's CPU backend multiplies `W[N, K] @ x[K, M]` two times faster than
 `x @ W` for the few columns M of a decode step. A block's query, key and value projections are the rows of one matrix,
-ordered by key/value head, so that a device that has some of the heads has consecutive rows.
+ordered by key/value head, so that a device that holds some of the heads holds consecutive rows.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ class BlockParams:
 
     Attributes:
         ln_1: norm before attention.
-        qkv: [(N + 2K) * H, D]; for each key/value head in turn the rows of the N / K query heads that look at it, its
-            key, and its value.
+        qkv: [(N + 2K) * H, D]; for each key/value head in turn the rows of the N / K query heads that attend to it,
+            of its key, and of its value.
         attn_proj: [D, N * H].
         ln_2: norm before the feed-forward layer.
         fc: [inner, D].
@@ -48,7 +48,7 @@ class Params:
         wpe: position embedding [P, D].
         blocks: L blocks.
         ln_f: final norm.
-        lm_head: output projection [V, D]; None where it is tied to `wte`.
+        lm_head: output projection [V, D]; None if it is tied to `wte`.
     """
 
     wte: Matrix
@@ -96,7 +96,7 @@ def param_shapes(config: GPT2Config, dtype: Any = jnp.float32) -> Params:
 def count_params(tree: Any) -> int:
     """Number of parameters in a pytree of arrays or shapes; a tied output projection counts once.
 
-    A quantized matrix has as many as the matrix that it stands for.
+    A quantized matrix counts as the matrix that it represents.
     """
     leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, QuantizedMatrix))
     return sum(math.prod(leaf.shape) for leaf in leaves)

@@ -1,7 +1,7 @@
 """Tokenizer: text to token ids and back, over the `tokenizers` library.
 
 GPT-2's tokenizer is byte-level BPE (Radford et al. 2019, section 2.2): every byte is a symbol of the vocabulary, so
-any text has an encoding, and a character may be spread over several tokens.
+every text has an encoding, and a character may be split over several tokens.
 """
 
 import json
@@ -23,24 +23,24 @@ from llorch_jax.tokenizer_streams import ByteStream, StreamDecoder, WindowStream
 class Tokenizer:
     """An immutable tokenizer; make one with `from_directory` or `gpt2`.
 
-    Special tokens written out in a text become their ids, and `decode` writes them out again unless told to skip them:
-    both are the defaults of transformers' GPT2TokenizerFast. With GPT-2's own kind of tokenizer (byte-level, no
-    normalizer, no added prefix space) `decode(encode(text)) == text` for every text; no spaces are cleaned up.
+    Special tokens written out in a text become their ids, and `decode` writes them out again unless told to skip them,
+    as transformers' GPT2TokenizerFast does by default. With a tokenizer like GPT-2's (byte-level, no normalizer, no
+    added prefix space) `decode(encode(text)) == text` for every text; no spaces are cleaned up.
 
-    An id of 0 or greater that the tokenizer lacks, as a model with a padded vocabulary has them, decodes to nothing.
+    An id of 0 or greater that the tokenizer lacks, as in a padded vocabulary, decodes to nothing.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, eos_token: str | None = None) -> None:
-        """A tokenizer over one of the `tokenizers` library.
+        """A wrapper around a tokenizer of the `tokenizers` library.
 
         Args:
-            backend: from the library.
-            eos_token: the token that ends a text, as it is written in one; None for `<|endoftext|>`, if there is one.
+            backend: the library's tokenizer.
+            eos_token: the token that ends a text, as written in texts; None for `<|endoftext|>`, if it exists.
 
         Raises:
-            TokenError: an added token cannot be told from one of the vocabulary that stands for other bytes.
+            TokenError: an added token is spelled like a vocabulary token that stands for other bytes.
         """
-        # A tokenizer.json may ask for truncation or padding, which belong to training batches, not to a prompt.
+        # A tokenizer.json may ask for truncation or padding, which are meant for training batches, not for prompts.
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
@@ -49,27 +49,27 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
         self._is_byte_level = _is_byte_level(backend)
-        self._bytes: dict[int, bytes] = {}  # of the ids that were decoded so far
+        self._bytes: dict[int, bytes] = {}  # of the ids decoded so far
         if self._is_byte_level:
             _check_added(backend, [token.content for token in added.values()])
-            # An added token stands for its own letters, which may be symbols of bytes as well.
+            # An added token stands for its letters, even if these are also symbols of bytes.
             self._bytes |= {id: token.content.encode() for id, token in added.items()}
 
     @classmethod
     def from_directory(cls, path: str | os.PathLike[str]) -> "Tokenizer | None":
         """The tokenizer of a model directory: its `tokenizer.json`, else its `vocab.json` with `merges.txt`.
 
-        The pair is read as GPT-2's byte-level BPE, `<|endoftext|>` being special where the vocabulary has it. The files
-        around it are read as transformers reads them: `tokenizer_config.json` (added and special tokens,
-        `add_prefix_space`, `add_bos_token`, `add_eos_token`, `split_special_tokens`), or without its list of added
-        tokens `special_tokens_map.json` and `added_tokens.json`.
+        The pair is read as GPT-2's byte-level BPE, with `<|endoftext|>` as a special token if the vocabulary has it.
+        Further files are read as in transformers: `tokenizer_config.json` (added and special tokens,
+        `add_prefix_space`, `add_bos_token`, `add_eos_token`, `split_special_tokens`), or, if it does not list the added
+        tokens, `special_tokens_map.json` and `added_tokens.json`.
 
         Returns:
-            The tokenizer, or None where the directory has neither.
+            The tokenizer, or None if the directory has neither.
 
         Raises:
             CheckpointError: there is no such directory, one file of the pair is missing, a file is corrupt, the files
-                contradict each other, or they ask for another kind of tokenizer than GPT-2's.
+                contradict each other, or they require a different kind of tokenizer.
         """
         folder = Path(path)
         with files.explaining(folder, CheckpointError):
@@ -85,18 +85,18 @@ class Tokenizer:
 
     @classmethod
     def gpt2(cls) -> "Tokenizer":
-        """GPT-2's own tokenizer: 50257 tokens, the last of them `<|endoftext|>`. It comes with the package."""
+        """The tokenizer of GPT-2, bundled with the package: 50257 tokens, the last of them `<|endoftext|>`."""
         folder = Path(__file__).parent / "assets" / "gpt2-bpe"
         return cls(read_pair(folder / VOCAB, folder / MERGES))
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, added and special ones included. A model's `config.vocab_size` may be padded beyond it."""
+        """Number of tokens, including added and special ones. A model's `config.vocab_size` may be padded beyond it."""
         return self._backend.get_vocab_size()
 
     @property
     def eos_id(self) -> int | None:
-        """Id of the token that ends a text, or None; where the model ends its texts, `config.eos_ids` says."""
+        """Id of the token that ends a text, or None. The ids at which a model's texts end are in `config.eos_ids`."""
         return self._backend.token_to_id(self._eos_token)
 
     def ids(self) -> np.ndarray:
@@ -104,10 +104,10 @@ class Tokenizer:
         return np.sort(np.fromiter(self._backend.get_vocab().values(), np.int64)).astype(np.int32)
 
     def token_to_id(self, token: str) -> int | None:
-        """Id of a token as the vocabulary spells it (byte-level: a space is `Ġ`), or None where it has no such token.
+        """Id of a token as the vocabulary spells it (byte-level: a space is `Ġ`), or None if there is no such token.
 
         Raises:
-            TokenError: `token` is no valid string.
+            TokenError: `token` is not a valid string.
         """
         return self._backend.token_to_id(_check_text("token", token))
 
@@ -123,10 +123,10 @@ class Tokenizer:
         return token
 
     def num_bytes(self, id: int) -> int:
-        """How many UTF-8 bytes of a text a token stands for, also where they are no whole character.
+        """Number of UTF-8 bytes that a token stands for, even if they are not a whole character.
 
         Raises:
-            TokenError: `id` is no integer of 0 or greater.
+            TokenError: `id` is not an integer of 0 or greater.
         """
         id = check_id("id", id)
         return len(self.bytes_of(id) if self._is_byte_level else self.decode([id]).encode())
@@ -136,11 +136,11 @@ class Tokenizer:
 
         Args:
             text: any text.
-            add_special_tokens: put the tokens around it that the tokenizer's files ask for, such as one for the begin
-                of a text; most tokenizers of GPT-2s ask for none. What transformers does by default.
+            add_special_tokens: add the tokens that the tokenizer's files ask for, such as one at the beginning, as
+                transformers does by default; most GPT-2 tokenizers ask for none.
 
         Raises:
-            TokenError: `text` is no string, holds lone surrogates, or has characters that the vocabulary lacks.
+            TokenError: `text` is not a string, contains lone surrogates, or has characters that the vocabulary lacks.
         """
         _check_text("text", text)
         try:
@@ -154,11 +154,11 @@ class Tokenizer:
         return whole
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = False) -> str:
-        """Text of token ids, nothing cleaned up; bytes that are not UTF-8 become U+FFFD, unknown ids nothing.
+        """Text of token ids, without clean-up; bytes that are not UTF-8 become U+FFFD, and unknown ids nothing.
 
         Args:
             ids: integers of shape [T], T >= 0: a sequence, or an array of any integer dtype.
-            skip_special_tokens: leave special tokens out. The default is False, as transformers' is.
+            skip_special_tokens: leave special tokens out. The default is False, as in transformers.
 
         Raises:
             TokenError: `ids` are misshapen, not integers, or negative.
@@ -170,7 +170,7 @@ class Tokenizer:
         return b"".join(self.bytes_of(id) for id in given if id not in skipped).decode("utf-8", "replace")
 
     def stream(self, skip_special_tokens: bool = False) -> StreamDecoder:
-        """A decoder for ids that come one at a time; it yields what `decode` yields for all of them."""
+        """A decoder for ids that arrive one at a time; its pieces add up to the result of `decode` for all of them."""
         kind = ByteStream if self._is_byte_level else WindowStream
         return kind(self, skip_special_tokens)
 
@@ -181,7 +181,7 @@ class Tokenizer:
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, which transformers reads too, into a directory.
 
-        The directory is made where there is none.
+        The directory is created if necessary.
         """
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -194,7 +194,7 @@ class Tokenizer:
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     def bytes_of(self, id: int) -> bytes:
-        """What an id of a byte-level tokenizer stands for; nothing where there is no such token."""
+        """The bytes of an id of a byte-level tokenizer; empty if there is no such token."""
         found = self._bytes.get(id)
         if found is None:
             token = self._backend.id_to_token(id)
@@ -203,7 +203,7 @@ class Tokenizer:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's symbol of each byte: printable Latin-1 stands for itself, the rest are shifted to U+0100 and on."""
+    """GPT-2's symbol of each byte: printable Latin-1 stands for itself, the rest are mapped to U+0100 and up."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
@@ -213,7 +213,7 @@ _BYTE_OF_SYMBOL = _byte_alphabet()
 
 
 def _token_bytes(token: str) -> bytes:
-    """The bytes of a token of the vocabulary; one with other symbols stands for itself, as in the library's decoder."""
+    """The bytes of a vocabulary token; a token with other symbols stands for itself, as in the library's decoder."""
     try:
         return bytes(_BYTE_OF_SYMBOL[symbol] for symbol in token)
     except KeyError:
@@ -221,7 +221,7 @@ def _token_bytes(token: str) -> bytes:
 
 
 def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
-    """Whether the tokens are bytes, one symbol each, and decoding does nothing else to them."""
+    """Whether tokens are bytes, one symbol each, and decoding only joins them."""
     if backend.decoder is None:
         return False
     described = json.loads(backend.decoder.__getstate__())
@@ -230,15 +230,15 @@ def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
 
 
 def _check_added(backend: tokenizers.Tokenizer, contents: list[str]) -> None:
-    """Raises TokenError for an added token that the vocabulary spells alike but reads as other bytes.
+    """Raises TokenError for an added token with the spelling of a vocabulary token that stands for other bytes.
 
-    Its id would stand for two texts: for its letters, where they are written in a text, and for the bytes whose symbols
-    the letters are, where merges of the vocabulary lead to it.
+    Its id would stand for two texts: for its letters, if they are written in a text, and for the bytes whose symbols
+    the letters are, if merges of the vocabulary produce it.
     """
     for content in contents:
         if _token_bytes(content) == content.encode():
             continue
-        model = json.loads(backend.to_str())["model"]  # seldom gets here: letters beyond ASCII, but no others
+        model = json.loads(backend.to_str())["model"]  # rarely reached: only for letters beyond ASCII
         merges = model.get("merges", [])
         spelled = {merge if isinstance(merge, str) else " ".join(merge) for merge in merges}
         if len(content) == 1 or content in {each.replace(" ", "") for each in spelled}:
@@ -249,7 +249,7 @@ def _check_added(backend: tokenizers.Tokenizer, contents: list[str]) -> None:
 
 
 def _drops_text(backend: tokenizers.Tokenizer) -> bool:
-    """Whether encoding drops bytes silently: where the vocabulary lacks their symbols and has no token for unknowns."""
+    """Whether encoding silently drops bytes whose symbols the vocabulary lacks, as there is no token for unknowns."""
     splitter = backend.pre_tokenizer
     reversible = isinstance(splitter, pre_tokenizers.ByteLevel) and not splitter.add_prefix_space
     if not reversible or backend.normalizer is not None or getattr(backend.model, "unk_token", None) is not None:

@@ -1,4 +1,4 @@
-"""The tokenizer's files in a model directory, read as transformers reads them, or refused by name."""
+"""The tokenizer's files in a model directory, read as in transformers, or refused by name."""
 
 import dataclasses
 from pathlib import Path
@@ -27,12 +27,12 @@ _MORE_SPECIAL = ("extra_special_tokens", "additional_special_tokens")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the files beside the vocabulary say.
+    """The contents of the files next to the vocabulary.
 
     Attributes:
-        folder: where they are.
-        fields: of `tokenizer_config.json`, and those of `special_tokens_map.json` where transformers reads them.
-        overriding: names of the fields that are from `special_tokens_map.json`.
+        folder: the model directory.
+        fields: of `tokenizer_config.json`, and those of `special_tokens_map.json` if transformers reads them.
+        overriding: names of the fields that come from `special_tokens_map.json`.
         listed: whether `tokenizer_config.json` lists the added tokens.
         added: tokens that are not in the vocabulary's own file, by id.
         special: special tokens by their names, such as "eos_token".
@@ -46,15 +46,15 @@ class Settings:
     special: dict[str, AddedToken]
 
     def path(self, name: str) -> Path:
-        """The file that a field is from."""
+        """The file from which a field was read."""
         return self.folder / (SPECIAL if name in self.overriding else SETTINGS)
 
     def content(self, name: str) -> str | None:
-        """The special token of a name as it is written in a text, or None."""
+        """The special token of a name, as written in texts, or None."""
         return self.special[name].content if name in self.special else None
 
     def flag(self, name: str) -> bool | None:
-        """A setting that is true or false; None where it is missing."""
+        """A setting that is true or false; None if it is missing."""
         value = self.fields.get(name)
         if value is not None and not isinstance(value, bool):
             raise CheckpointError(f"{self.path(name)}: {name}: expected true or false, got {value!r:.80}")
@@ -62,13 +62,13 @@ class Settings:
 
 
 def read_directory(folder: Path) -> tuple[tokenizers.Tokenizer, str | None] | None:
-    """The backend of a directory's tokenizer, and the token that ends a text where the files name one.
+    """The backend of a directory's tokenizer, and the token that ends a text if the files name one.
 
     Returns:
-        None where the directory has neither `tokenizer.json` nor `vocab.json` and `merges.txt`.
+        None if the directory has neither `tokenizer.json` nor `vocab.json` and `merges.txt`.
 
     Raises:
-        CheckpointError: a file is missing or corrupt, or asks for what this package does not do.
+        CheckpointError: a file is missing or corrupt, or requires something unsupported.
     """
     whole, vocab, merges = (folder / name for name in (WHOLE, VOCAB, MERGES))
     there = {path: files.exists(path, CheckpointError) for path in (whole, vocab, merges)}
@@ -84,7 +84,7 @@ def read_directory(folder: Path) -> tuple[tokenizers.Tokenizer, str | None] | No
                 raise CheckpointError(f"{missing}: missing, but {present.name} needs it; copy both or {WHOLE}")
         backend = _read_described_pair(vocab, merges, settings)
     _add_tokens(backend, settings)
-    if not there[whole]:  # as in transformers, a tokenizer.json says by itself what is put around a text
+    if not there[whole]:  # as in transformers: a tokenizer.json already says which tokens surround a text
         _add_ends(backend, settings)
     backend.encode_special_tokens = bool(settings.flag("split_special_tokens"))
     return backend, settings.content("eos_token")
@@ -97,9 +97,9 @@ def read_pair(
 
     Args:
         vocab_path: JSON object of tokens and their ids.
-        merges_path: a line for each merge.
+        merges_path: text file with one merge per line.
         added: further tokens and their ids, which may leave gaps.
-        prefix_space: put a space before a text that has none.
+        prefix_space: put a space before a text that does not begin with one.
     """
     vocab = _read_vocab(vocab_path)
     merges = _read_merges(merges_path, vocab)
@@ -131,7 +131,7 @@ def _read_settings(folder: Path) -> Settings:
 
 
 def _special_tokens(settings: Settings) -> dict[str, AddedToken]:
-    """The tokens that fields such as "eos_token" name, and those of the groups of further ones."""
+    """The tokens named by fields such as "eos_token", and those in groups of additional ones."""
     found = {}
     for name, value in settings.fields.items():
         if name in _MORE_SPECIAL:
@@ -143,7 +143,7 @@ def _special_tokens(settings: Settings) -> dict[str, AddedToken]:
 
 
 def _group(path: Path, group: str, value: Any) -> list[tuple[str, Any]]:
-    """Names and values of further special tokens, which may be a list or an object."""
+    """Names and values of additional special tokens, which may be a list or an object."""
     if value is None:
         return []
     if isinstance(value, dict):
@@ -179,7 +179,7 @@ def _token(path: Path, name: str, value: Any, special: bool = False) -> AddedTok
 
 
 def _read_described_pair(vocab: Path, merges: Path, settings: Settings) -> tokenizers.Tokenizer:
-    """The pair with the added tokens at the ids that the files give them."""
+    """The pair, with the added tokens at the ids given in the files."""
     kind = settings.fields.get("tokenizer_class")
     if kind not in _CLASSES:
         raise CheckpointError(
@@ -212,13 +212,13 @@ def _add_tokens(backend: tokenizers.Tokenizer, settings: Settings) -> None:
             raise _misplaced(settings, token, id, found)
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     missing = {token.content: token for token in settings.special.values() if token.content not in known}
-    # A name for a token of the vocabulary, such as Ċ for a line's end, does not make its symbols mean letters.
+    # Naming a vocabulary token as special, such as Ċ for a newline, does not make its symbols stand for letters.
     bytewise = {each for each in missing if not each.isascii() and backend.token_to_id(each) is not None}
     backend.add_tokens([token for content, token in missing.items() if content not in bytewise])
 
 
 def _add_ends(backend: tokenizers.Tokenizer, settings: Settings) -> None:
-    """Makes `encode(..., add_special_tokens=True)` put the tokens around a text that the files ask for."""
+    """Makes `encode(..., add_special_tokens=True)` add the surrounding tokens that the files ask for."""
     template, needed = ["$A"], []
     for flag, name in (("add_bos_token", "bos_token"), ("add_eos_token", "eos_token")):
         if not settings.flag(flag):
@@ -236,7 +236,7 @@ def _add_ends(backend: tokenizers.Tokenizer, settings: Settings) -> None:
 
 
 def _set_prefix_space(backend: tokenizers.Tokenizer, settings: Settings) -> None:
-    """Lets `tokenizer_config.json` decide on the space before a text, as transformers' class for GPT-2 does."""
+    """Applies the `add_prefix_space` of `tokenizer_config.json`, as transformers' class for GPT-2 does."""
     wanted, splitter = settings.flag("add_prefix_space"), backend.pre_tokenizer
     if wanted is not None and isinstance(splitter, pre_tokenizers.ByteLevel):
         splitter.add_prefix_space = wanted
@@ -244,7 +244,7 @@ def _set_prefix_space(backend: tokenizers.Tokenizer, settings: Settings) -> None
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where there is no such file."""
+    """The JSON object in a file; empty if there is no such file."""
     if not files.exists(path, CheckpointError):
         return {}
     value = files.read_json(path, CheckpointError, _AGAIN)

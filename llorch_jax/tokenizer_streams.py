@@ -1,4 +1,4 @@
-"""StreamDecoder: token ids to text, one by one; characters that are still incomplete are held back."""
+"""StreamDecoder: token ids to text, one by one; incomplete characters are held back."""
 
 import abc
 import codecs
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class StreamDecoder(abc.ABC):
     """Decodes ids one by one; made by `Tokenizer.stream`.
 
-    The concatenation of all that `push` and the final `flush` return is `Tokenizer.decode` of all ids, whatever the
-    ids. A push costs the same however many came before it.
+    The results of all `push` calls and the final `flush`, concatenated, equal `Tokenizer.decode` of all ids, for any
+    ids. The cost of a push does not depend on the number of earlier ones.
     """
 
     def __init__(self, tokenizer: "Tokenizer", skip_special_tokens: bool) -> None:
@@ -24,10 +24,10 @@ class StreamDecoder(abc.ABC):
         self._skipped: frozenset[int] = tokenizer.special_ids if skip_special_tokens else frozenset()
 
     def push(self, id: int) -> str:
-        """The text that this id makes certain, maybe none; a character still incomplete is held back.
+        """The text that this id completes, possibly empty; an incomplete character is held back.
 
         Raises:
-            TokenError: `id` is no integer of 0 or greater; the decoder stays as it was.
+            TokenError: `id` is not an integer of 0 or greater; the decoder is unchanged.
         """
         id = check_id("id", id)
         return "" if id in self._skipped else self._push(id)
@@ -55,10 +55,10 @@ class ByteStream(StreamDecoder):
 
 
 class WindowStream(StreamDecoder):
-    """For other tokenizers: decodes the newest ids again after those already shown, and returns what is new.
+    """For other tokenizers: decodes the newest ids together with those already shown, and returns the new text.
 
-    The library's own `DecodeStream` works so too, but raises "Invalid prefix" where a byte token changes what the byte
-    tokens before it decode to, and has no flush. Here nothing is shown while a run of byte tokens (`<0xE2>`) lasts.
+    The library's `DecodeStream` works the same way, but raises "Invalid prefix" if a byte token changes the decoding of
+    the byte tokens before it, and has no flush. Here nothing is shown during a run of byte tokens (`<0xE2>`).
     """
 
     _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -66,7 +66,7 @@ class WindowStream(StreamDecoder):
     def __init__(self, tokenizer: "Tokenizer", skip_special_tokens: bool) -> None:
         super().__init__(tokenizer, skip_special_tokens)
         self._ids: list[int] = []
-        self._shown = 0  # how many of `_ids` are shown already and serve as context only
+        self._shown = 0  # how many of `_ids` have been shown and serve only as context
 
     def flush(self) -> str:
         text = self._new_text()

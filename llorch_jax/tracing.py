@@ -1,4 +1,4 @@
-"""What is known on the host: whether values are traced, and whether a setting is a whole number in range."""
+"""Checks on the host: whether values are traced, and whether a setting is a whole number in range."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ from llorch_jax.errors import LlorchError
 
 
 def is_concrete(*values: Any) -> bool:
-    """Whether all values are known now, that is, outside a traced function."""
+    """Whether all values are concrete, that is, none is traced."""
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
 
 
 def is_whole(value: Any) -> bool:
-    """Whether a value is a whole number: an int or a NumPy integer, but no bool."""
+    """Whether a value is a whole number: an int or a NumPy integer, but not a bool."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 

@@ -1,1 +1,1 @@
-"""Models from and to disk: checkpoints, safetensors files, Hugging Face's format, the hub."""
+"""Loading and saving models: checkpoints, safetensors files, Hugging Face's format, the hub."""

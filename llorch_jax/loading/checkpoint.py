@@ -1,4 +1,4 @@
-"""Models from directories in Hugging Face's layout, from the hub or from this package; and writing such directories."""
+"""Loading models from directories in Hugging Face format, from the hub or from this package; saving directories."""
 
 import dataclasses
 import json
@@ -41,14 +41,14 @@ PathLike = str | os.PathLike[str]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A model that is ready for use. It is no pytree: jitted functions take `params` and `config`.
+    """A loaded model. It is not a pytree: jitted functions take `params` and `config`.
 
     Attributes:
         config: its hyperparameters.
         params: its weights.
-        tokenizer: None where the checkpoint has none; token ids go in and out then, but no text.
+        tokenizer: None if the checkpoint has none; such a model takes and returns token ids, but no text.
         name: "demo", a hub id, or the name of its directory.
-        directory: where it was read from, or None.
+        directory: the directory from which it was loaded, or None.
     """
 
     config: GPT2Config
@@ -69,20 +69,20 @@ def load(
     """Loads a model.
 
     Args:
-        source: "demo", the model that comes with this package; or a directory with `config.json` and
-            `model.safetensors`; or a hub id such as "openai-community/gpt2", fetched once into the hub's cache.
+        source: "demo", the model bundled with this package; or a directory with `config.json` and
+            `model.safetensors`; or a hub id such as "openai-community/gpt2", downloaded once into the hub's cache.
         weights: how they are kept in memory: "float32", "bfloat16", "float16", "int8" or "int4"; see `quantize`.
             Computation is in float32.
-        group_size: columns that share a scale, for int8 and int4; None takes the format's own.
+        group_size: number of columns that share a scale, for int8 and int4; None for the format's default.
         revision: branch, tag or commit of a hub repository.
-        progress: is called with the bytes read so far and the bytes to read, now and then.
+        progress: called repeatedly with the number of bytes read so far and in total.
 
     Raises:
-        CheckpointError: there is no such model, or its files are missing, corrupt or do not fit each other.
-        ConfigError: `config.json` describes a model that this package does not run.
-        QuantizationError: there is no such format of weights, or the weights do not fit it.
+        CheckpointError: there is no such model, or its files are missing, corrupt or inconsistent.
+        ConfigError: `config.json` describes an unsupported model.
+        QuantizationError: there is no such weight format, or the weights do not fit it.
     """
-    WeightFormat.of(weights, group_size)  # checked before a download, not after it
+    WeightFormat.of(weights, group_size)  # before a possible download
     name, directory = locate(source, revision)
     config = load_config(directory)
     tokenizer = Tokenizer.from_directory(directory)
@@ -99,24 +99,24 @@ def save_model(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Writes a model in Hugging Face's layout: configuration, `model.safetensors` and `tokenizer.json`.
+    """Writes a model in Hugging Face format: configuration, `model.safetensors` and `tokenizer.json`.
 
-    Transformers reads it as gpt2 or, with one key/value head for all query heads, as gpt_bigcode. It has no GPT-2 with
-    grouped queries, a sliding window or shared keys and values: such a model is written as "llorch_gpt2", which only
-    this package reads.
+    Transformers reads it as gpt2 or, with one key/value head for all query heads, as gpt_bigcode. It does not support
+    GPT-2 with grouped queries, a sliding window or shared keys and values: such a model is written as "llorch_gpt2",
+    which only this package reads.
 
-    The directory is made where there is none. Its files are replaced only once all new ones are complete.
+    The directory is created if necessary. Its files are replaced only once all new ones are complete.
 
     Args:
-        directory: where to write.
+        directory: the directory to write.
         config: the model's hyperparameters.
         params: its weights.
-        tokenizer: is written too where given.
+        tokenizer: the tokenizer to write, if any.
         dtype: of the weights in the file: float32, bfloat16 or float16.
-        overwrite: replace the files of a model that is in the directory; files that this one does not have stay.
+        overwrite: replace the files of a model in the directory; other files of that model are kept.
 
     Raises:
-        CheckpointError: the directory holds a model already, parameters and configuration do not fit, a value is not
+        CheckpointError: the directory already holds a model, parameters and configuration do not match, a value is not
             finite or does not fit the dtype, or the directory cannot be written.
         QuantizationError: the parameters are quantized.
     """
@@ -129,7 +129,7 @@ def save_model(
         tensor, param = sources[name]
         return cast(tensor.from_param(np.asarray(param)), DTYPES[dtype], name)
 
-    # As transformers does: the prefix sets the base model apart from an output projection of its own.
+    # As in transformers: the prefix separates the base model from an untied output projection.
     names = {_stored_name(config, name): name for name in sources}
     shapes = {stored: sources[name][0].shape for stored, name in names.items()}
     with replacing_files(Path(directory), last=CONFIG) as folder:
@@ -154,24 +154,24 @@ def convert(
 
     Args:
         source: as for `load`.
-        directory: where to write; it may be the source, with `overwrite`.
+        directory: the directory to write; it may be the source, with `overwrite`.
         dtype: of the weights in the file: float32, bfloat16 or float16.
         revision: branch, tag or commit of a hub repository.
-        progress: is called with the bytes read so far and the bytes to read.
-        overwrite: replace the files of a model that is in the directory.
+        progress: called repeatedly with the number of bytes read so far and in total.
+        overwrite: replace the files of a model in the directory.
 
     Raises:
         CheckpointError: as `load` and `save_model`.
         ConfigError: as `load`.
     """
-    dtype = _check_dtype(dtype)  # before a model is loaded, not after
+    dtype = _check_dtype(dtype)  # before loading
     check_replaceable(Path(directory), overwrite)
     model = load(source, weights=dtype, revision=revision, progress=progress)
     save_model(directory, model.config, model.params, model.tokenizer, dtype, overwrite=overwrite)
 
 
 def locate(source: PathLike, revision: str | None = None) -> tuple[str, Path]:
-    """Name and directory of what `load` was asked for."""
+    """Name and directory of the model that `load` is to load."""
     if source == DEMO:
         folder = Path(__file__).parents[1] / "assets" / DEMO
         if not (folder / CONFIG).exists():

@@ -9,7 +9,7 @@ from llorch_jax.config import GPT2Config
 from llorch_jax.linear import Dense, Norm
 from llorch_jax.params import BlockParams, Params
 
-# What transformers calls each family; it has no model for the last one, which only this package reads and writes.
+# Transformers' class for each family; it has none for the last one, which only this package reads and writes.
 ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "gpt_bigcode": "GPTBigCodeForCausalLM", "llorch_gpt2": None}
 
 EMBEDDING, HEAD = "wte.weight", "lm_head.weight"
@@ -20,10 +20,10 @@ class StoredTensor:
     """A parameter as a checkpoint stores it.
 
     Attributes:
-        name: Hugging Face's, without the `transformer.` prefix.
+        name: Hugging Face's name, without the `transformer.` prefix.
         shape: as stored.
         transposed: whether it is stored as [in, out].
-        heads: the stored heads in the order of the parameter's rows; empty where the order is the same.
+        heads: indices of the stored heads in the order of the parameter's rows; empty if the order is the same.
     """
 
     name: str
@@ -32,7 +32,7 @@ class StoredTensor:
     heads: tuple[int, ...] = ()
 
     def to_param(self, stored: np.ndarray) -> np.ndarray:
-        """The parameter, as `Params` holds it, of the stored array; a view of it where that is possible."""
+        """The parameter, as `Params` holds it, from the stored array; a view if possible."""
         ordered = _with_heads(stored, self.heads, self._out_axis)
         return ordered.T if self.transposed else ordered
 
@@ -52,7 +52,7 @@ class StoredTensor:
 
 
 def _with_heads(array: np.ndarray, order: tuple[int, ...], axis: int) -> np.ndarray:
-    """An array whose axis is made of equal parts, one per head, with these parts in another order."""
+    """An array whose axis consists of equal parts, one per head, with these parts in another order."""
     if not order:
         return array
     before, after = array.shape[:axis], array.shape[axis + 1 :]
@@ -61,10 +61,10 @@ def _with_heads(array: np.ndarray, order: tuple[int, ...], axis: int) -> np.ndar
 
 
 def family_of(config: GPT2Config) -> str:
-    """The family that a model of this configuration is written as: one that transformers computes alike, if any.
+    """The family as which a model is written: one for which transformers gives the same results, if any.
 
-    Its gpt2 has one key/value head per query head, its gpt_bigcode one in all and no scaling by layer; neither has a
-    sliding window or blocks that share keys and values.
+    In transformers, gpt2 has one key/value head per query head, gpt_bigcode has a single one and no scaling by layer;
+    neither has a sliding window or blocks that share keys and values.
     """
     if config.sliding_window is not None or config.cache_layers < config.n_layer:
         return "llorch_gpt2"

@@ -7,7 +7,7 @@ from pathlib import Path
 from llorch_jax.errors import CheckpointError
 from llorch_jax.loading.safetensors_files import CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS
 
-# What is fetched: no pickled weights, no other frameworks' files, nothing from folders such as onnx/.
+# Files to download: no pickled weights, no other frameworks' files, nothing from folders such as onnx/.
 PATTERNS = (
     CONFIG,
     GENERATION_CONFIG,
@@ -25,9 +25,9 @@ _FILE = re.compile(r".*\.(safetensors|json|bin|pt|pth|ckpt|gguf)", re.ASCII)
 
 
 def is_repo_id(source: str | os.PathLike[str]) -> bool:
-    """Whether a name that is no directory may be meant for the hub: `name` or `owner/name`.
+    """Whether a name that is not a directory may be a hub id: `name` or `owner/name`.
 
-    Path objects, names of files, and names below an existing directory are meant as paths.
+    Path objects, file names, and names below an existing directory are treated as paths.
     """
     if not isinstance(source, str) or not _REPO_ID.fullmatch(source) or _FILE.fullmatch(source):
         return False
@@ -38,21 +38,21 @@ def is_repo_id(source: str | os.PathLike[str]) -> bool:
 def download(repo_id: str, revision: str | None = None) -> Path:
     """The directory with a repository's configuration, safetensors weights and tokenizer, in the hub's cache.
 
-    What the cache has already is not fetched again; with HF_HUB_OFFLINE=1 in the environment nothing is.
+    Files in the cache are not downloaded again; with HF_HUB_OFFLINE=1 in the environment nothing is downloaded.
 
     Args:
         repo_id: such as `openai-community/gpt2`.
         revision: branch, tag or commit; None for the main branch.
 
     Raises:
-        CheckpointError: there is no such repository or revision, it has no safetensors weights, it is not open to this
-            user, or it is neither cached nor to be reached.
+        CheckpointError: there is no such repository or revision, it has no safetensors weights, this user has no
+            access to it, or it is neither cached nor reachable.
     """
-    import huggingface_hub  # takes longer to import than all the rest of the package
+    import huggingface_hub  # takes longer to import than the rest of the package
 
     try:
         folder = Path(huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=list(PATTERNS)))
-    except Exception as error:  # besides its own, it lets through errors of the HTTP library, which differs by version
+    except Exception as error:  # it also passes on errors of its HTTP library, which differs between versions
         raise CheckpointError(_explain(repo_id, revision, error)) from None
     if not (folder / WEIGHTS).exists() and not (folder / INDEX).exists():
         raise CheckpointError(
@@ -63,7 +63,7 @@ def download(repo_id: str, revision: str | None = None) -> Path:
 
 
 def _explain(repo_id: str, revision: str | None, error: Exception) -> str:
-    """One line on why a download failed."""
+    """One line that says why a download failed."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.HFValidationError):

@@ -1,4 +1,4 @@
-"""What a model directory in Hugging Face's layout holds: its configuration, and its weights in any format."""
+"""Reading a model directory in Hugging Face format: its configuration, and its weights in any format."""
 
 import os
 from collections.abc import Callable
@@ -31,19 +31,19 @@ from llorch_jax.params import Params
 from llorch_jax.quantization import DTYPES, Storage, WeightFormat, quantize_by_rows
 
 PathLike = str | os.PathLike[str]
-Progress = Callable[[int, int], Any]  # is shown (bytes read so far, bytes in all)
+Progress = Callable[[int, int], Any]  # called with (bytes read so far, bytes in total)
 _FLOAT32 = DTYPES["float32"]
 
 
 def load_config(directory: PathLike) -> GPT2Config:
     """The configuration in a directory's `config.json`.
 
-    The ids in its `generation_config.json`, where it has one, come before those of `config.json`, as in transformers.
-    Of that file nothing else is read: the settings of sampling are those that are passed to `generate`.
+    The ids in its `generation_config.json`, if it exists, take precedence over those in `config.json`, as in
+    transformers. Nothing else is read from that file: sampling settings are only those passed to `generate`.
 
     Raises:
         CheckpointError: a file is missing or not JSON.
-        ConfigError: it describes a model that this package does not run.
+        ConfigError: it describes an unsupported model.
     """
     path = Path(directory) / CONFIG
     fields = _read_config(path)
@@ -58,9 +58,9 @@ def load_config(directory: PathLike) -> GPT2Config:
 
 
 def check_size(directory: PathLike, config: GPT2Config) -> None:
-    """Raises CheckpointError where a directory has weights with fewer tensors than the configuration has blocks.
+    """Raises CheckpointError if a directory has weights with fewer tensors than the configuration has blocks.
 
-    It is for those that describe a model without loading it: an absurd number of blocks would keep them busy for ever.
+    This protects code that describes a model without loading it, which would not finish for an absurd number of blocks.
     """
     folder = Path(directory)
     if any(files.exists(folder / name, CheckpointError) for name in (WEIGHTS, INDEX)):
@@ -75,22 +75,22 @@ def load_params(
     *,
     progress: Progress | None = None,
 ) -> Params:
-    """The parameters in a directory's safetensors files, whose layout its `config.json` names.
+    """The parameters in a directory's safetensors files, which are named as its `config.json` implies.
 
-    Names, shapes and dtypes of all tensors are checked before any is read. They are read one at a time, the largest
-    first, so that the memory used never exceeds that of the parameters by much.
+    Names, shapes and dtypes of all tensors are checked before any is read. Tensors are read one at a time, the largest
+    first, so that peak memory is close to that of the parameters.
 
     Args:
         directory: holds `config.json` and `model.safetensors`, or `model.safetensors.index.json` and its shards.
         config: the model's hyperparameters.
         weights: how they are kept in memory, as for `load`.
-        group_size: likewise.
-        progress: is called with the bytes read so far and the bytes to read.
+        group_size: as for `load`.
+        progress: called repeatedly with the number of bytes read so far and in total.
 
     Raises:
-        CheckpointError: a file or tensor is missing, surplus, misshapen, corrupt, not in floating point, or holds NaN
-            or infinity.
-        QuantizationError: there is no such format of weights, or a value is too large for it.
+        CheckpointError: a file or tensor is missing, unexpected, misshapen, corrupt, not in floating point, or contains
+            NaN or infinity.
+        QuantizationError: there is no such weight format, or a value is too large for it.
     """
     form = WeightFormat.of(weights, group_size)
     directory = Path(directory)
@@ -139,7 +139,7 @@ def _load_param(tensor: StoredTensor, entry: Entry, storage: Storage | None) -> 
 
 
 def _rows(tensor: StoredTensor, entry: Entry, where: str) -> Callable[[int, int], np.ndarray]:
-    """Gives rows of a parameter in float32; only these are read where the file has them in one piece."""
+    """A function that returns rows of a parameter in float32, reading only these if they are contiguous in the file."""
     if tensor.transposed or tensor.heads:
         param = tensor.to_param(cast(read_tensor(entry), _FLOAT32, where))
         return lambda start, stop: param[start:stop]

@@ -1,4 +1,4 @@
-"""The files of a model directory: JSON, the headers and tensors of safetensors files, and replacing them safely."""
+"""The files of a model directory: reading JSON and safetensors headers and tensors, and replacing files safely."""
 
 import contextlib
 import dataclasses
@@ -25,7 +25,7 @@ CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# By these names a directory is known to hold a model.
+# Names that identify a directory as a model.
 MODEL_FILES = (CONFIG, GENERATION_CONFIG, WEIGHTS, INDEX, WHOLE, SETTINGS, VOCAB, MERGES)
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # in a safetensors header
 _EXPONENTS = {  # the exponent bits of 16-bit dtypes, shifted left by one so that the sign is out of the way
@@ -33,7 +33,7 @@ _EXPONENTS = {  # the exponent bits of 16-bit dtypes, shifted left by one so tha
     "float16": np.uint16(0xF800),
 }
 _CHUNK = 1 << 16  # elements that stay in a core's cache
-_PREFIX = "transformer."  # before all names but lm_head.weight, where a file holds the whole language model
+_PREFIX = "transformer."  # of all names except lm_head.weight, if a file holds the whole language model
 _BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks that transformers once stored
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _AGAIN = "copy or download it again"
@@ -41,7 +41,7 @@ _AGAIN = "copy or download it again"
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Where a tensor is stored, as its file's header says.
+    """Where a tensor is stored, according to its file's header.
 
     Attributes:
         path: the file.
@@ -57,23 +57,23 @@ class Entry:
 
     @property
     def dtype(self) -> np.dtype | None:
-        """NumPy's dtype, or None where it is not one that weights may have."""
+        """NumPy's dtype, or None if weights cannot have it."""
         return next((DTYPES[name] for name, code in _CODES.items() if code == self.code), None)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the tensor takes in the file."""
+        """Size of the tensor in the file, in bytes."""
         return math.prod(self.shape) * (self.dtype.itemsize if self.dtype else 0)
 
 
 def find_tensors(directory: Path) -> dict[str, Entry]:
-    """The tensors of `model.safetensors`, or else of the shards that its index lists; only headers are read.
+    """The tensors of `model.safetensors`, or else of the shards listed in its index; only headers are read.
 
     Returns:
-        name -> entry, names without the `transformer.` prefix; the causal masks of old files are left out.
+        name -> entry, names without the `transformer.` prefix and without the causal masks of old files.
 
     Raises:
-        CheckpointError: there are no such files, one is corrupt, the index does not fit its shards, or a tensor is
+        CheckpointError: there are no such files, one is corrupt, the index does not match its shards, or a tensor is
             stored twice.
     """
     promised = _promised_shards(directory)
@@ -95,7 +95,7 @@ def find_tensors(directory: Path) -> dict[str, Entry]:
 
 
 def check_blocks(directory: Path, n_layer: int, entries: dict[str, Entry]) -> None:
-    """Raises CheckpointError where there are fewer tensors than blocks, before a description is made of each block."""
+    """Raises CheckpointError if there are fewer tensors than blocks, before a description is made of each block."""
     if n_layer > len(entries):
         raise CheckpointError(
             f"{directory}: expected the tensors of n_layer={n_layer} blocks, as {CONFIG} says, "
@@ -104,7 +104,7 @@ def check_blocks(directory: Path, n_layer: int, entries: dict[str, Entry]) -> No
 
 
 def check_tensors(directory: Path, tensors: list[StoredTensor], entries: dict[str, Entry]) -> None:
-    """Raises CheckpointError unless exactly these tensors are stored, each in its shape and in floating point."""
+    """Raises CheckpointError unless exactly these tensors are stored, with these shapes and in floating point."""
     expected = {tensor.name: tensor for tensor in tensors}
     missing, surplus = expected.keys() - entries.keys(), entries.keys() - expected.keys()
     for kind, names in (("lacks", missing), ("has unexpected", surplus)):
@@ -127,7 +127,7 @@ def check_tensors(directory: Path, tensors: list[StoredTensor], entries: dict[st
 def check_tied(head: Entry, embedding: Entry) -> None:
     """Raises CheckpointError unless an output projection stored by a tied model repeats the embedding."""
     same_form = (head.shape, head.code) == (embedding.shape, embedding.code)
-    # Bytes, not values: a NaN equals no NaN.
+    # Compare bytes, as NaNs differ from each other.
     if same_form and np.array_equal(read_tensor(head).view(np.uint8), read_tensor(embedding).view(np.uint8)):
         return
     raise CheckpointError(
@@ -139,11 +139,11 @@ def check_tied(head: Entry, embedding: Entry) -> None:
 def read_tensor(entry: Entry, rows: slice = slice(None)) -> np.ndarray:
     """A tensor's values, copied out of the mapped file.
 
-    The file is mapped anew for each call: pages of a mapping count as the process's memory until it is unmapped.
+    The file is mapped again for each call: pages of a mapping count as the process's memory until it is unmapped.
 
     Args:
-        entry: where the tensor is.
-        rows: which part of its first axis is wanted.
+        entry: where the tensor is stored.
+        rows: the part of its first axis to read.
 
     Raises:
         CheckpointError: the file can no longer be read.
@@ -153,7 +153,7 @@ def read_tensor(entry: Entry, rows: slice = slice(None)) -> np.ndarray:
 
 
 def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """The array in another floating-point dtype, itself where it has that already.
+    """The array in another floating-point dtype; the same object if it already has that dtype.
 
     Raises:
         CheckpointError: a value is NaN or infinite, or becomes infinite.
@@ -174,11 +174,11 @@ def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 
 
 def _all_finite(array: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite, in one pass without a temporary array of that size."""
-    flat = np.ravel(array, order="K")  # a view, also of a transposed array
+    """Whether all values are finite, in one pass without a temporary array of that size."""
+    flat = np.ravel(array, order="K")  # a view, even of a transposed array
     if array.dtype == np.float32:
         with np.errstate(all="ignore"):
-            # NaN and infinity spread through a sum of squares. Large values overflow too, so look again.
+            # NaN and infinity propagate through a sum of squares. Large values overflow too, so check again.
             return bool(np.isfinite(np.dot(flat, flat))) or bool(np.isfinite(flat).all())
     bits, exponent = flat.view(np.uint16), _EXPONENTS[array.dtype.name]
     chunks = (bits[start : start + _CHUNK] for start in range(0, bits.size, _CHUNK))
@@ -188,21 +188,21 @@ def _all_finite(array: np.ndarray) -> bool:
 def write_tensors(
     path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, values: Callable[[str], np.ndarray]
 ) -> None:
-    """Writes a safetensors file tensor by tensor, so that no second copy of all weights is ever made.
+    """Writes a safetensors file tensor by tensor, without a second copy of all weights.
 
     Args:
         path: of the new file.
         shapes: name -> shape, in the order of writing.
         dtype: of all tensors: a key of `DTYPES`.
-        values: is called with each name for its values, in that shape and dtype.
+        values: called with each name; returns its values in that shape and dtype.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files that do not say so
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
     end = 0
     for name, shape in shapes.items():
         start, end = end, end + math.prod(shape) * DTYPES[dtype].itemsize
         header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format asks for aligned data
+    text += b" " * (-len(text) % 8)  # the format requires aligned data
     with path.open("xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in shapes:
@@ -210,10 +210,10 @@ def write_tensors(
 
 
 def check_replaceable(directory: Path, overwrite: bool) -> None:
-    """Raises CheckpointError where a directory holds a model that may not be replaced.
+    """Raises CheckpointError if a directory holds a model that may not be replaced.
 
     Args:
-        directory: where a model is to be written.
+        directory: the directory to be written.
         overwrite: whether the files of a model in it may be replaced.
     """
     there = [name for name in MODEL_FILES if files.exists(directory / name, CheckpointError)]
@@ -226,11 +226,11 @@ def check_replaceable(directory: Path, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def replacing_files(directory: Path, last: str) -> Iterator[Path]:
-    """A folder whose files move into `directory` when the context ends well; otherwise nothing changes.
+    """A folder whose files move into `directory` if the context ends without an error; otherwise nothing changes.
 
     Args:
-        directory: is made where there is none. Of the files in it, those of the same names are replaced.
-        last: name of the file that moves last: the one without which a new directory counts as no model yet.
+        directory: created if necessary. Files with the same names are replaced.
+        last: name of the file that moves last, without which a new directory is not a model.
 
     Raises:
         CheckpointError: the files cannot be written.
@@ -238,13 +238,13 @@ def replacing_files(directory: Path, last: str) -> Iterator[Path]:
     made = not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))  # there, for a move within one file system
+        folder = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))  # on the same file system, to move files
         try:
             yield folder
             moves = {
                 path: directory / path.name for path in sorted(folder.iterdir(), key=lambda path: path.name == last)
             }
-            for target in moves.values():  # found now, while nothing has moved yet
+            for target in moves.values():  # checked before anything is moved
                 if files.exists(target, CheckpointError):
                     files.check_regular(target, CheckpointError, "move it away")
             for path, target in moves.items():
@@ -271,7 +271,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _promised_shards(directory: Path) -> dict[str, str]:
-    """Which shard the index says that each tensor is in; empty where there is a single file."""
+    """The shard of each tensor according to the index; empty if there is a single file."""
     if files.exists(directory / WEIGHTS, CheckpointError):
         return {}
     index = directory / INDEX
@@ -283,7 +283,7 @@ def _promised_shards(directory: Path) -> dict[str, str]:
             f"{index}: expected a weight_map of tensors and their files, got {promised!r:.80}; {_AGAIN}"
         )
     for shard in promised.values():
-        # A path here could read any file on the machine.
+        # A path could read any file on the machine.
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise CheckpointError(f"{index}: expected names of files in its directory, got {shard!r:.80}; {_AGAIN}")
     for shard in sorted(set(promised.values())):
@@ -311,7 +311,7 @@ def _read_header(path: Path) -> list[Entry]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """The file, mapped while the context lasts."""
+    """The file, mapped for the duration of the context."""
     files.check_regular(path, CheckpointError, _AGAIN)
     with files.explaining(path, CheckpointError, advice=_AGAIN):
         try:

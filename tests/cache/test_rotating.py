@@ -381,9 +381,9 @@ class TestLimits:
         cache = written(make_ring(WINDOWED, 4, batch_size=2), 60)
         assert (cache.capacity, cache.room()) == (POSITIONS, 4)
         assert cache.reserve(4) is cache
-        with pytest.raises(CapacityError, match="row 0 holds 60 tokens and 5 more"):
+        with pytest.raises(CapacityError, match="row 0 holds 60 tokens; adding 5"):
             cache.reserve(5)
-        with pytest.raises(CapacityError, match="row 1 holds 60 tokens and 5 more"):
+        with pytest.raises(CapacityError, match="row 1 holds 60 tokens; adding 5"):
             cache.update(0, *constant_tokens(cache, 5, 60), count=np.asarray([1, 5]))
         with pytest.raises(CapacityError, match="capacity is 64"):
             cache.advance(5)

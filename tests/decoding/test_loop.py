@@ -238,7 +238,7 @@ class TestErrors:
     def test_a_full_cache_refuses_and_stays_as_it_was(self, params):
         cache = lj.StaticCache.init(CONFIG, batch_size=2, capacity=8)
         _, cache = lj.prefill(params, CONFIG, prompts(2, 8), cache, lengths=[8, 3])
-        with pytest.raises(lj.CapacityError, match=r"row 0 holds 8 tokens and 1 more.*capacity is 8"):
+        with pytest.raises(lj.CapacityError, match=r"row 0 holds 8 tokens; adding 1 .*capacity is 8"):
             lj.decode_step(params, CONFIG, [1, 2], cache)
         with pytest.raises(lj.CapacityError):
             lj.generate_tokens(params, CONFIG, prompts(2, 1), 4, cache=cache)

@@ -271,7 +271,9 @@ class TestReserve:
         cache = cache.fork(3)
         tables = np.array(cache.tables)
         for attempt in (cache.reserve, cache.check_room):
-            with pytest.raises(CapacityError, match=r"2 pages of 3 tokens are needed and 1 of 4 are free; free rows"):
+            with pytest.raises(
+                CapacityError, match=r"2 pages of 3 tokens are needed and 1 of 4 are free; free or crop rows"
+            ):
                 attempt(1)
         with pytest.raises(CapacityError):
             cache.update(0, jnp.ones((3, 1, 2, 5), jnp.float32), jnp.ones((3, 1, 2, 5), jnp.float32))
@@ -436,7 +438,7 @@ class TestLimits:
             make_paged(TINY).update(0, k, k)
 
     def test_advancing_over_what_was_not_written(self):
-        with pytest.raises(CapacityError, match="row 0 has pages for 0 tokens, 0 of them taken"):
+        with pytest.raises(CapacityError, match="row 0 has pages for 0 tokens, 0 of which are used"):
             make_paged(TINY).advance(1)
         cache = filled(TINY, [8])[0].fork(2).reserve(1)
         with pytest.raises(CacheError, match="advance: row 1 was not updated in layer 0"):
