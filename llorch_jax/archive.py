@@ -1,4 +1,4 @@
-"""Arrays, tuples and dataclasses in one safetensors file: written atomically, refused where damaged or unexpected."""
+"""Arrays, tuples and dataclasses in one safetensors file: written atomically, refused if damaged or unexpected."""
 
 import dataclasses
 import hashlib
@@ -34,7 +34,7 @@ class Kind:
         value: class of the whole value.
         classes: dataclasses and named tuples that may occur in it.
         error: class of the errors.
-        check: is given a value that was read, and raises an LlorchError unless its fields fit each other.
+        check: called with a value that was read; raises an LlorchError unless its fields are consistent.
     """
 
     name: str
@@ -45,13 +45,13 @@ class Kind:
 
 
 def write_archive(path: Path, value: Any, kind: Kind, fingerprint: str) -> None:
-    """Writes a value; the file appears whole or not at all, and one that stood there before stays until then.
+    """Writes a value to a file atomically: an existing file is replaced only by a complete one.
 
     Args:
         path: of the file.
         value: made of the kind's classes, arrays, random keys, tuples, dicts, numbers, texts and None.
         kind: what the archive holds.
-        fingerprint: of the model that the value belongs to; may be empty.
+        fingerprint: of the model to which the value belongs; may be empty.
 
     Raises:
         kind.error: the value holds something else, or the file cannot be written.
@@ -67,14 +67,14 @@ def write_archive(path: Path, value: Any, kind: Kind, fingerprint: str) -> None:
 
 
 def read_archive(path: Path, kind: Kind, fingerprint: str | None) -> Any:
-    """What `write_archive` wrote.
+    """The value that `write_archive` wrote.
 
     Every field of every object is checked against the type that its class declares, then the whole by `kind.check`.
 
     Args:
         path: of the file.
         kind: what the archive should hold.
-        fingerprint: to compare; None does not.
+        fingerprint: expected fingerprint; None does not compare.
 
     Raises:
         kind.error: the file is missing, truncated, corrupt, of another format, or of another model.
@@ -122,7 +122,7 @@ def to_json(value: Any, name: str, classes: Sequence[type]) -> str:
 
 
 def from_json(text: str, classes: Sequence[type]) -> Any:
-    """The opposite of `to_json`.
+    """The inverse of `to_json`.
 
     Raises:
         ExportError: the text is something else, or was written by another version.
@@ -134,7 +134,7 @@ def from_json(text: str, classes: Sequence[type]) -> Any:
 
 
 class _Unexpected(Exception):
-    """A value that an archive cannot hold, or a description that none of its classes has."""
+    """A value that an archive cannot hold, or a description that matches none of its classes."""
 
 
 def _parse(about: str) -> tuple[Any, str]:
@@ -177,7 +177,7 @@ def _describe(value: Any, name: str, tensors: dict[str, np.ndarray], known: set[
 
 
 def _build(description: Any, tensors: dict[str, np.ndarray], classes: dict[str, Any]) -> Any:
-    """The opposite of `_describe`."""
+    """The inverse of `_describe`."""
     match description:
         case {"value": value, **rest} if not rest and isinstance(value, bool | int | float | str | None):
             return value
@@ -216,7 +216,7 @@ def _build_keys(data: Any, impl: str) -> jax.Array:
 
 
 def _positional(kind: str, items: list[Any], classes: dict[str, Any]) -> dict[str, Any]:
-    """The items of what is, or was once, a named tuple by the names of its fields."""
+    """The items of a named tuple, or of a class that once was one, by field name."""
     names = _names(classes[kind]) if kind in classes else []
     if len(names) != len(items):
         raise _Unexpected(f"{kind:.40}: expected {len(names)} fields, got {len(items)}")
@@ -224,13 +224,13 @@ def _positional(kind: str, items: list[Any], classes: dict[str, Any]) -> dict[st
 
 
 def _build_object(kind: str, fields: dict[str, Any], classes: dict[str, Any]) -> Any:
-    """An object of a known class from exactly its fields, each of the type that the class declares."""
+    """An object of a known class, made from exactly its fields, each of the type that the class declares."""
     if kind not in classes:
         raise _Unexpected(f"expected one of {', '.join(classes)}; got {kind!r:.40}")
     cls = classes[kind]
     hints = typing.get_type_hints(cls)
     names = _names(cls)
-    if upgrade := getattr(cls, "upgraded", None):  # a class whose fields were others in earlier versions
+    if upgrade := getattr(cls, "upgraded", None):  # a class that had other fields in earlier versions
         fields = upgrade(fields)
     if set(fields) != set(names):
         raise _Unexpected(f"{kind}: expected the fields {', '.join(names)}; got {', '.join(sorted(fields))!r:.80}")
@@ -247,12 +247,12 @@ def _names(cls: type) -> list[str]:
 
 
 def _brief(value: Any) -> str:
-    """A value for a message: arrays and what holds them by their class."""
+    """A value for a message: arrays and their containers are shown by class name."""
     return f"{value!r:.80}" if isinstance(value, bool | int | float | str | None) else type(value).__name__
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of the type that a field declares."""
+    """Whether a value has the type that a field declares."""
     origin = typing.get_origin(hint)
     arguments = typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -281,7 +281,7 @@ def _checksum(about: str, tensors: dict[str, np.ndarray]) -> str:
 
 
 def _read(path: Path, kind: Kind) -> tuple[str, str, dict[str, np.ndarray]]:
-    """The description, the checksum that the file states, and the arrays."""
+    """The description, the checksum stated in the file, and the arrays."""
     name, what, error = shown(path), kind.name, kind.error
     check_regular(path, error)
     with explaining(path, error):

@@ -81,8 +81,8 @@ class WeightFormat(NamedTuple):
 def quantize(params: Params, weights: str, group_size: int | None = None) -> Params:
     """Parameters whose weights are stored in another format; a pure function of trees.
 
-    int8 and int4 apply to every matrix that is multiplied: those of the blocks, the token embedding, which serves as
-    the output projection where the two are tied, and an output projection of its own. With int4, the embedding and
+    int8 and int4 apply to every matrix that is multiplied: those of the blocks, the token embedding, which is also the
+    output projection if the two are tied, and an untied output projection. With int4, the embedding and
     the output projection take int8. Position embeddings, norms and biases stay as they are. A dtype applies to every
     array.
 

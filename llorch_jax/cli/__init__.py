@@ -10,10 +10,10 @@ from llorch_jax.cli import interrupts, streams
 def main() -> NoReturn:
     """Runs the command line and ends the process.
 
-    Exit codes: 0 done, 1 bad input or a failed validation, 2 wrong usage, 130 interrupted, 141 where the reader of
-    standard output has gone.
+    Exit codes: 0 success, 1 bad input or a failed validation, 2 wrong usage, 130 interrupted, 141 if the reader of
+    standard output has closed the pipe.
     """
-    streams.prepare()  # first, or a closed standard input would be taken by the pipe of the interrupts
+    streams.prepare()  # first: otherwise the interrupts' pipe would get the descriptor of a closed standard input
     interrupts.install()
     try:
         from llorch_jax.cli.app import run
@@ -21,7 +21,7 @@ def main() -> NoReturn:
         code = run()
     except interrupts.Interrupted as interrupt:
         code = interrupt.code
-    # Without the interpreter's own end: XLA's threads may still be at work, and an interrupt would go unnoticed.
+    # Skip the interpreter's shutdown: XLA's threads may still be running, and an interrupt would go unnoticed.
     _flush()
     signal_number = interrupts.pending()
     os._exit(code if signal_number is None else 128 + signal_number)

@@ -1,6 +1,6 @@
-"""The command line: what can be typed, and what each option means. What is done is in the modules named below.
+"""The command line: commands and their options. The work is done in the modules that the commands import.
 
-JAX is imported when a command runs, not before: help, completion and errors of usage come at once.
+JAX is imported only when a command runs, so that help, completion and usage errors are immediate.
 """
 
 import sys
@@ -40,7 +40,7 @@ OverflowOption = Annotated[
     option(
         "--overflow",
         metavar="error|reencode",
-        help="At the end of the context: refuse, or go on with the first and newest tokens.",
+        help="At the end of the context: refuse, or keep the first and newest tokens and continue.",
         panel="Length and ending",
     ),
 ]
@@ -98,11 +98,11 @@ def generate_command(
     max_new_tokens: LengthOption = 64,
     overflow: OverflowOption = "error",
     stream: Annotated[
-        bool, option("--stream/--no-stream", help="Print each piece as soon as it is there.", panel="Output")
+        bool, option("--stream/--no-stream", help="Print each piece as soon as it is generated.", panel="Output")
     ] = True,
     as_json: JsonOption = False,
     top_logprobs: Annotated[
-        int, option("--top-logprobs", metavar="N", help="In JSON: N likeliest tokens per step.", panel="Output")
+        int, option("--top-logprobs", metavar="N", help="In JSON: N most likely tokens per step.", panel="Output")
     ] = 0,
     timings: Annotated[
         bool, option("--timings", help="Print on standard error where the time went.", panel="Output")
@@ -176,7 +176,7 @@ def chat_command(
     max_new_tokens: LengthOption = 64,
     overflow: OverflowOption = "error",
     system: Annotated[
-        str, option("--system", metavar="TEXT", help="Text that the conversation begins with.", panel="Conversation")
+        str, option("--system", metavar="TEXT", help="Text at the start of the conversation.", panel="Conversation")
     ] = "",
     user: Annotated[
         str, option("--user", metavar="NAME", help="Name of the user's role.", panel="Conversation")
@@ -187,7 +187,7 @@ def chat_command(
     raw: Annotated[bool, option("--raw", help="No roles: the model continues the text.", panel="Conversation")] = False,
     session: Annotated[
         Path | None,
-        option("--session", metavar="FILE", help="Conversation to go on with, kept up to date.", panel="Conversation"),
+        option("--session", metavar="FILE", help="Conversation to continue; kept up to date.", panel="Conversation"),
     ] = None,
 ) -> None:
     """Talk with a model, or write a text in turns; /help lists the commands.
@@ -247,7 +247,7 @@ def validate_command(
         Path, option("--reference", "-r", metavar="FILE", help=".npz file with the reference arrays.")
     ],
 ) -> None:
-    """Compare a model with reference arrays at twelve points; the exit code is 1 where one differs."""
+    """Compare a model with reference arrays at twelve points; the exit code is 1 if any differs."""
     from llorch_jax.cli import models
 
     if not models.validate(model, reference, settings):
@@ -261,9 +261,9 @@ def convert_command(
     dtype: Annotated[
         str, option("--dtype", metavar="TYPE", help="Type of the weights: float32, float16 or bfloat16.")
     ] = "float32",
-    overwrite: Annotated[bool, option("--overwrite", help="Replace the files of a model that is there.")] = False,
+    overwrite: Annotated[bool, option("--overwrite", help="Replace the files of a model in the directory.")] = False,
 ) -> None:
-    """Write a model as a directory in Hugging Face's layout."""
+    """Write a model as a directory in Hugging Face format."""
     from llorch_jax.cli import models
 
     models.convert(model, directory, dtype, overwrite)
@@ -281,7 +281,7 @@ def bench_command(
     repeats: Annotated[int, option("--repeats", metavar="N", help="Number of measurements.")] = 5,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure how long a prefill and a decode step of a model take on this machine."""
+    """Measure how long a model's prefill and decode step take on this machine."""
     from llorch_jax.cli import models
 
     numbers = {"batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}

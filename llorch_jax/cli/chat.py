@@ -1,4 +1,4 @@
-"""What `llorch-jax chat` does: a conversation in the terminal. What a conversation is, is in `text.chat`."""
+"""`llorch-jax chat`: a conversation in the terminal. The conversation itself is in `text.chat`."""
 
 import contextlib
 import signal
@@ -19,14 +19,14 @@ from llorch_jax.text.chat import RAW, Chat, Template
 
 HELP = '''\
 /new          begin a new conversation
-/regenerate   take back the last reply and draw another one
-/undo         take back the last turn
-/save FILE    write the conversation, with its cache
-/load FILE    go on with one that was written
-/fork [NAME]  go on in a copy; without a name, list the branches
-/switch NAME  go on in another branch; the first one is main
+/regenerate   remove the last reply and draw another one
+/undo         remove the last turn
+/save FILE    save the conversation, with its cache
+/load FILE    load a saved conversation
+/fork [NAME]  continue in a copy; without a name, list the branches
+/switch NAME  continue in another branch; the first one is main
 /stats        tokens, memory and speed
-/quit         leave; so does Ctrl-D. Ctrl-C ends a reply
+/quit         quit; so does Ctrl-D. Ctrl-C ends a reply
 """           begins a text of several lines, which ends with another """'''
 REPLY = 36  # cyan
 
@@ -39,7 +39,7 @@ class Terminal:
         self.name = "main"
         self.max_new_tokens = max_new_tokens
         self.session = session
-        self.saved: dict[str, list[int]] = {}  # tokens of each branch when it was last written
+        self.saved: dict[str, list[int]] = {}  # tokens of each branch when it was last saved
         self.commands: dict[str, Callable[[str], None]] = {
             "/new": self.new,
             "/regenerate": self.regenerate,
@@ -58,7 +58,7 @@ class Terminal:
         return self.branches[self.name]
 
     def greet(self) -> None:
-        """Says which model this is and how to go on."""
+        """Says which model this is and how to get help."""
         model = self.chat.model
         note(
             f"llorch_jax {__version__}: {model.name}, {count_params(model.params) / 1e6:.1f} million parameters, "
@@ -67,7 +67,7 @@ class Terminal:
         note("/help lists the commands. Ctrl-C ends a reply, Ctrl-D leaves.")
 
     def run(self) -> None:
-        """Reads turns and answers them until /quit or the end of the input. Errors are told; the conversation stays.
+        """Reads and answers turns until /quit or the end of the input. Errors are shown and the conversation continues.
 
         Raises:
             Interrupted: by a signal other than SIGINT.
@@ -91,7 +91,7 @@ class Terminal:
                 note(f"error: {explain(error)}", style="red")
 
     def answer(self, line: str) -> None:
-        """Runs a command, or takes the line as a turn and prints the reply as it comes."""
+        """Runs a command, or takes the line as a turn and prints the reply as it is generated."""
         command, _, argument = line.strip().partition(" ")
         if not command.startswith("/"):
             self.show(self.chat.reply(line, self.max_new_tokens))
@@ -101,7 +101,7 @@ class Terminal:
             raise ChatError(f"expected one of {', '.join(self.commands)}, /quit; got {command}")
 
     def show(self, pieces: Generator[str, None, None]) -> None:
-        """Prints a reply as it comes. SIGINT ends it; what was printed stays part of the conversation.
+        """Prints a reply as it is generated. SIGINT ends it; the printed text stays part of the conversation.
 
         Raises:
             Interrupted: by a signal other than SIGINT.
@@ -130,13 +130,13 @@ class Terminal:
             print(end, flush=True)
 
     def _tell_ending(self) -> None:
-        """Says why a reply ended where it may have been cut."""
+        """Says why a reply ended if it may have been cut."""
         ended = self.chat.turns[-1].ended if self.chat.turns else None
         context = self.chat.context
         if ended == "length":
             note(f"[cut after {self.max_new_tokens} tokens, see --max-new-tokens]")
         elif ended == "context":
-            note(f"[cut: the context of {context} tokens is full; /undo takes back a turn, /new begins anew]")
+            note(f"[cut: the context of {context} tokens is full; /undo removes a turn, /new starts over]")
         elif ended == "closed":
             note("[interrupted]")
 
@@ -147,7 +147,7 @@ class Terminal:
             self.saved[self.name] = [*self.chat.tokens]
 
     def unsaved(self) -> dict[str, Chat]:
-        """The branches with turns that are in no file."""
+        """The branches with turns that have not been saved."""
         return {
             name: chat for name, chat in self.branches.items() if chat.turns and self.saved.get(name) != chat.tokens
         }
@@ -161,7 +161,7 @@ class Terminal:
 
     def undo(self, _: str) -> None:
         self.chat.undo()
-        note(f"took back a turn; {len(self.chat.tokens)} tokens are left")
+        note(f"removed a turn; {len(self.chat.tokens)} tokens are left")
 
     def save(self, name: str) -> None:
         self.chat.save(_path(name))
@@ -222,15 +222,15 @@ def start(
     """Runs the command.
 
     Args:
-        source: of the model.
-        settings: of `Chat`.
-        max_new_tokens: of a reply.
-        system: the text that the conversation begins with.
-        roles: the user's and the model's; None for none.
-        session: file that holds the conversation, read now and written after every turn.
+        source: the model's source, as for `load`.
+        settings: options of `Chat`.
+        max_new_tokens: maximum number of new tokens per reply.
+        system: the text at the start of the conversation.
+        roles: names of the user and the model; None for none.
+        session: file with the conversation, read first and written after every turn.
 
     Raises:
-        LlorchError: a setting is impossible, or the session's file cannot be read or written.
+        LlorchError: a setting is invalid, or the session's file cannot be read or written.
     """
     model, _ = load_model(source, settings)
     template = RAW if roles is None else Template(f"\n{roles[0]}: ", f"\n{roles[1]}:", (f"\n{roles[0]}:",))
@@ -242,7 +242,7 @@ def start(
         terminal.greet()
         if session is not None and exists(session, ChatError):
             terminal.load(str(session))
-        terminal.keep_up_to_date()  # shows at once whether the file can be written
+        terminal.keep_up_to_date()  # fails at once if the file cannot be written
         try:
             terminal.run()
         finally:

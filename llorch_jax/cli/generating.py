@@ -1,4 +1,4 @@
-"""What `llorch-jax generate` does: words in, text, JSON or lines of a file out."""
+"""`llorch-jax generate`: continues a prompt as text or JSON, or the prompts of a file."""
 
 import contextlib
 import dataclasses
@@ -19,12 +19,12 @@ from llorch_jax.text.timing import Timings
 
 
 def is_search(settings: dict[str, Any]) -> bool:
-    """Whether settings ask for a search, whose text is only known at the end."""
+    """Whether the settings select a search, whose text is known only at the end."""
     return "num_beams" in settings or "penalty_alpha" in settings
 
 
 def one(source: str, prompt: str, settings: dict[str, Any], streamed: bool, as_json: bool, timings: bool) -> None:
-    """Continues one prompt on standard output: as it comes, at once, or as JSON."""
+    """Continues one prompt on standard output: in pieces, at the end, or as JSON."""
     text = text_or_stdin(prompt)
     model, load_seconds = load_model(source, settings)
     settings = resolve(settings, model.tokenizer)
@@ -81,7 +81,7 @@ def speculate(
     as_json: bool,
     timings: bool,
 ) -> None:
-    """Prints the text at the end, and on standard error what the guesses were good for."""
+    """Prints the text at the end, and on standard error how many guesses were accepted."""
     text = text_or_stdin(prompt)
     model, load_seconds = load_model(source, settings)
     settings = resolve(settings, model.tokenizer)

@@ -1,15 +1,15 @@
-"""Ctrl-C and other signals, taken without raising exceptions at random places.
+"""Ctrl-C and other signals, handled without raising exceptions at arbitrary places.
 
-Python's own handler for SIGINT raises KeyboardInterrupt wherever the program happens to be. Inside a callback that JAX
-calls the exception is swallowed and the program runs on; during an import it prints a traceback. And while the main
+Python's default handler for SIGINT raises KeyboardInterrupt wherever the program happens to be. Inside a callback from
+JAX the exception is swallowed and the program continues; during an import it prints a traceback. And while the main
 thread waits for a compiled program, no handler written in Python runs at all. So:
 
 - The C-level handler writes the signal's number to a pipe, and a thread that reads the pipe can end the process at any
-  time, whatever the main thread waits for.
-- The Python-level handler only notes the signal; `check`, called between steps, raises `Interrupted`.
+  time, whatever the main thread is waiting for.
+- The Python-level handler only records the signal; `check`, called between steps, raises `Interrupted`.
 
-What an interrupt does depends on what the process is doing, its `Mode`. This module imports nothing but the standard
-library, so that it is in place before JAX is imported.
+What an interrupt does depends on the current `Mode`. This module imports only the standard library, so that it is
+active before JAX is imported.
 """
 
 import enum
@@ -24,21 +24,21 @@ from contextlib import contextmanager
 from types import FrameType
 
 _REACTION = 0.05  # seconds within which reading a line reacts to a signal
-_STEP_PATIENCE = 1.0  # seconds for which a step may go on after a signal
+_STEP_PATIENCE = 1.0  # seconds for which a step may continue after a signal
 _SAVING_PATIENCE = 2.0  # seconds for which an exit waits for a compiled program to be written to the cache
 
 
 class Mode(enum.Enum):
     """What SIGINT does."""
 
-    LEAVE = "it ends the process at once"
-    STEP = "it ends the work at the next `check`, or the process where that takes long or at a second one"
-    KEEP = "it ends the work at the next `check`, however often it comes: there is something to lose"
-    RAISE = "it raises `Interrupted` where the main thread is, so that temporary files are removed"
+    LEAVE = "ends the process at once"
+    STEP = "ends the work at the next `check`, or the process if that takes long or the signal is repeated"
+    KEEP = "ends the work at the next `check`, even if repeated: there is something to lose"
+    RAISE = "raises `Interrupted` in the main thread's current code, so that temporary files are removed"
 
 
 class Interrupted(BaseException):
-    """A signal came; `code` is the exit code that it stands for."""
+    """A signal arrived; `code` is the corresponding exit code."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"interrupted by {signal.Signals(number).name}")
@@ -46,20 +46,20 @@ class Interrupted(BaseException):
 
     @property
     def code(self) -> int:
-        """128 and the signal's number, as shells have it."""
+        """128 plus the signal's number, as in shells."""
         return 128 + self.number
 
 
 class _State:
     mode = Mode.LEAVE
-    pending: int | None = None  # noted by the handler, in the main thread
-    count = 0  # of SIGINTs since the mode was entered, kept by the watching thread
+    pending: int | None = None  # recorded by the handler, in the main thread
+    count = 0  # number of SIGINTs since the mode was entered, counted by the watching thread
     hidden_cursor = False
-    reading: object | None = None  # set while a line is read, for each line another
+    reading: object | None = None  # a different object for each line while it is read
 
 
 def install() -> None:
-    """Takes SIGINT, unless the process was started with SIGINT ignored, as shells start background jobs."""
+    """Handles SIGINT, unless the process was started with SIGINT ignored, as shells start background jobs."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         return
     signal.signal(signal.SIGINT, _note)
@@ -67,26 +67,26 @@ def install() -> None:
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(reading,), name="interrupts", daemon=True).start()
-    if pending() is not None:  # it came before anything could be read from the pipe
+    if pending() is not None:  # it arrived before the pipe was read
         _leave(128 + signal.SIGINT)
 
 
 def take(*numbers: int) -> None:
-    """Takes further signals, as `Mode.KEEP` takes SIGINT."""
+    """Handles further signals in the way in which `Mode.KEEP` handles SIGINT."""
     for number in numbers:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _note)
 
 
 def give_back() -> None:
-    """Undoes `install`, for a server that has handlers of its own."""
+    """Undoes `install`, for a server with its own handlers."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager
 def mode(new: Mode) -> Iterator[None]:
-    """Another mode for the body; an interrupt that came in it and was not checked is raised at its end."""
+    """Sets the mode for the body; an interrupt that arrived in it and was not checked is raised at its end."""
     old = _State.mode
     _State.count = 0
     _State.mode = new
@@ -98,7 +98,7 @@ def mode(new: Mode) -> Iterator[None]:
 
 
 def check() -> None:
-    """Raises `Interrupted` where a signal has come; call it between steps."""
+    """Raises `Interrupted` if a signal has arrived; call it between steps."""
     number = _State.pending
     if number is not None:
         _State.pending = None
@@ -106,15 +106,15 @@ def check() -> None:
 
 
 def check_terminal() -> None:
-    """Raises `Interrupted` where the input has ended because the terminal has gone, and not by Ctrl-D."""
-    time.sleep(_REACTION)  # the end is seen just before SIGHUP comes
+    """Raises `Interrupted` if the input has ended because the terminal was closed, and not by Ctrl-D."""
+    time.sleep(_REACTION)  # the end of the input is seen just before SIGHUP arrives
     check()
     if not os.isatty(0):
         raise Interrupted(signal.SIGHUP)
 
 
 def pending() -> int | None:
-    """The signal that has come and was not raised yet."""
+    """The signal that has arrived and has not been raised yet."""
     return _State.pending
 
 
@@ -130,7 +130,7 @@ def read_line(prompt: str) -> str:
 
 @contextmanager
 def hidden_cursor() -> Iterator[None]:
-    """Says that the body hides the cursor of the terminal, to be shown again where the process ends in it."""
+    """Marks that the body hides the terminal's cursor, which is shown again if the process ends in it."""
     _State.hidden_cursor = True
     try:
         yield
@@ -139,7 +139,7 @@ def hidden_cursor() -> Iterator[None]:
 
 
 def _note(number: int, frame: FrameType | None) -> None:
-    """The handler: notes the signal, and raises only where no code but ours is interrupted."""
+    """The handler: records the signal, and raises only where no foreign code is interrupted."""
     _State.pending = number
     if frame is None:
         return
@@ -161,11 +161,11 @@ def _any_frame(frame: FrameType | None, *names: str) -> bool:
 
 
 def _watch(reading: int) -> None:
-    """Reads the numbers of signals from the pipe, and ends the process where the mode says so."""
+    """Reads the numbers of signals from the pipe, and ends the process if the mode says so."""
     deadline: float | None = None
     while True:
         timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
-        if not select.select([reading], [], [], timeout)[0]:  # a step takes long: perhaps it is being compiled
+        if not select.select([reading], [], [], timeout)[0]:  # a long step: it may be compiling
             if _State.mode is Mode.STEP:
                 _leave(128 + signal.SIGINT)
             deadline = None
@@ -183,17 +183,17 @@ def _watch(reading: int) -> None:
 
 
 def _repeat(number: int, line: object) -> None:
-    """Sends a signal again while the main thread reads the same line: it came just before the thread went to sleep."""
+    """Resends a signal if the main thread still reads the same line: it may have arrived just before the read."""
     time.sleep(_REACTION)
     if _State.reading is line:
         signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 def _leave(code: int) -> None:
-    """Ends the process without running any of its code again."""
+    """Ends the process without running any more of its code."""
     main = threading.main_thread().ident
     deadline = time.monotonic() + _SAVING_PATIENCE
-    # JAX does not write the files of its compilation cache atomically, and never replaces half a file.
+    # JAX does not write the files of its compilation cache atomically, and never replaces an incomplete one.
     while _any_frame(sys._current_frames().get(main or 0), "put_executable_and_time"):
         if time.monotonic() > deadline:
             break

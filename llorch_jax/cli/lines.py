@@ -1,4 +1,4 @@
-"""Turns typed at a prompt: line editing and history where there are any, and texts of several lines."""
+"""Turns typed at a prompt: line editing and history if available, and texts of several lines."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ QUOTES = '"""'
 
 
 def use_history() -> None:
-    """Gives `input` line editing and a history by the arrow keys, where Python was built with readline."""
+    """Gives `input` line editing and a history with the arrow keys, if Python was built with readline."""
     if not is_interactive():
         return
     with contextlib.suppress(ImportError):
@@ -23,7 +23,7 @@ def use_history() -> None:
 
 
 def is_interactive() -> bool:
-    """Whether somebody types at a terminal and sees what is printed."""
+    """Whether standard input and output are a terminal."""
     try:
         return sys.stdin.isatty() and sys.stdout.isatty()
     except ValueError:  # closed
@@ -36,7 +36,7 @@ def has_colors() -> bool:
 
 
 def colored(text: str, code: str) -> str:
-    """A text in a colour where there are any."""
+    """A text in a colour, if the terminal shows colours."""
     return f"\x1b[{code}m{text}\x1b[0m" if has_colors() else text
 
 
@@ -60,7 +60,7 @@ def read_turn() -> str:
 def _line(prompt: str) -> str:
     shown = prompt if is_interactive() else ""
     if has_colors() and "readline" in sys.modules:
-        shown = f"\x01\x1b[1;32m\x02{prompt}\x01\x1b[0m\x02"  # readline must not count what is not seen
+        shown = f"\x01\x1b[1;32m\x02{prompt}\x01\x1b[0m\x02"  # readline must not count invisible characters
     try:
         return read_line(shown)
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""What `llorch-jax score`, `inspect`, `validate`, `convert` and `bench` do."""
+"""`llorch-jax score`, `inspect`, `validate`, `convert` and `bench`."""
 
 import dataclasses
 import json
@@ -69,7 +69,7 @@ def inspect(source: str, cache: str, settings: dict[str, Any]) -> None:
 
 
 def validate(source: str, reference: Path, settings: dict[str, Any]) -> bool:
-    """Prints one line per validation point; whether all passed."""
+    """Prints one line per validation point; returns whether all passed."""
     arrays, temperature = load_reference(reference)
     model, _ = load_model(source, settings)
     greedy = arrays.get("12_greedy")
@@ -84,7 +84,7 @@ def validate(source: str, reference: Path, settings: dict[str, Any]) -> bool:
 
 
 def convert(source: str, directory: Path, dtype: str, overwrite: bool) -> None:
-    """Writes a model; an interrupt removes what is half-written."""
+    """Writes a model; an interrupt removes incomplete output."""
     with waiting("converting"), interrupts.mode(interrupts.Mode.RAISE):
         checkpoint.convert(source, directory, dtype=dtype, overwrite=overwrite)
     print(f"wrote {directory}")

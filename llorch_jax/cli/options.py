@@ -1,4 +1,4 @@
-"""The options that commands share, and how the settings of the library are called on the command line."""
+"""The options that commands share, and the command line's names for the library's settings."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ class Setting:
         metavar: the value's name in the help text: N for whole numbers, X for any, P for 0 to 1.
         help: what to give, in one sentence.
         default: None leaves the setting to the library.
-        flag: the option's name where it is not the setting's name with dashes; `many` options are singular.
+        flag: the option's name if it is not the setting's name with dashes; `many` options are singular.
         many: whether the option may be given several times.
     """
 
@@ -38,7 +38,7 @@ class Setting:
         return self.flag or "--" + self.name.replace("_", "-")
 
     def parameter(self, panel: str) -> inspect.Parameter:
-        """The option as typer reads it from a function's signature."""
+        """The option as a parameter of a function's signature, from which typer reads it."""
         text = self.help.removesuffix(".") + "; may be given several times." if self.many else self.help
         option = typer.Option(self.option, rich_help_panel=panel, metavar=self.metavar, help=text)
         kind: Any = list[self.kind] if self.many else self.kind  # type: ignore[name-defined]
@@ -142,7 +142,7 @@ JsonOption = Annotated[bool, option("--json", help="Print one JSON object instea
 
 
 def with_settings(*panels: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command the options of some `PANELS`; it gets those that were given as a dict, `settings`."""
+    """Adds the options of some `PANELS` to a command, which gets those that were given as a dict, `settings`."""
     rows = [(panel, setting) for panel in panels for setting in PANELS[panel]]
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
@@ -160,7 +160,7 @@ def with_settings(*panels: str) -> Callable[[Callable[..., None]], Callable[...,
             settings = {name: value for name, value in values.items() if value is not None and value != []}
             function(**given, settings=settings)
 
-        del command.__wrapped__  # typer would read its signature
+        del command.__wrapped__  # otherwise typer would read its signature
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return command
@@ -183,21 +183,21 @@ _OTHERS = (
     "weights",
 )
 
-# Advice that is for Python.
+# Advice that applies to Python only, and its counterpart on the command line.
 _PHRASES = {
     "pass overwrite=True": "give --overwrite",
 }
 
 
 def explain(error: Exception) -> str:
-    """An error's message with the names of options in place of those of settings."""
+    """An error's message with the names of settings replaced by those of options."""
     options = {name: "--" + name.replace("_", "-") for name in _OTHERS}
     options |= {setting.name: setting.option for panel in PANELS.values() for setting in panel}
     text = str(error)
     for phrase, other in _PHRASES.items():
         text = text.replace(phrase, other)
     for name in sorted(options, key=len, reverse=True):
-        # A word of everyday language is the name of a setting only where the message begins with it.
+        # A common English word is the name of a setting only at the beginning of the message.
         pattern = rf"(?<![-\w/.]){name}(?![-\w/.])" if "_" in name else rf"^{name}(?=[:,])"
         text = re.sub(pattern, options[name], text)
     return text

@@ -1,4 +1,4 @@
-"""Conversations that would be lost: a signal, a full disk or a fault ends the program, and nobody saved them."""
+"""Saving conversations that would be lost because a signal, a full disk or a fault ends the program."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ from llorch_jax.text.chat import Chat
 
 @contextlib.contextmanager
 def on_failure(unsaved: Callable[[], Mapping[str, Chat]]) -> Iterator[None]:
-    """Writes what is unsaved to files of their own where the body ends with an exception, and says which."""
+    """If the body ends with an exception, writes each unsaved conversation to a new file, and says which."""
     try:
         yield
     except BaseException:
@@ -30,9 +30,9 @@ def _rescue(chat: Chat, name: str) -> None:
             folder = Path(place())
             folder.mkdir(parents=True, exist_ok=True)
             chat.save(folder / name, with_cache=False)
-            note(f"the conversation is kept in {folder / name}; chat --session FILE goes on with it")
+            note(f"the conversation was saved in {folder / name}; chat --session FILE continues it")
             return
-    note("error: the conversation could not be kept anywhere", style="red")
+    note("error: the conversation could not be saved anywhere", style="red")
 
 
 def _state_folder() -> Path:
@@ -41,5 +41,5 @@ def _state_folder() -> Path:
 
 
 def _plain(name: str) -> str:
-    """A branch's name as a part of a file's name."""
+    """A branch's name in a form that can be part of a file name."""
     return "".join(each if each.isalnum() else "-" for each in name)[:40]

@@ -1,4 +1,4 @@
-"""Standard input and output: closed, full, or with nobody at the other end."""
+"""Standard input and output that are closed, full, or have lost their reader."""
 
 import errno
 import io
@@ -8,7 +8,7 @@ from typing import IO, Any
 
 
 class OutputError(Exception):
-    """Standard output takes no more."""
+    """Standard output cannot be written."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(f"standard output: {error.strerror}")
@@ -16,12 +16,12 @@ class OutputError(Exception):
 
     @property
     def code(self) -> int:
-        """141, as after SIGPIPE, where the reader has gone, as `head` does; else 1."""
+        """141, as after SIGPIPE, if the reader has closed the pipe, as `head` does; else 1."""
         return 141 if self.is_broken_pipe else 1
 
 
 class _Output(io.TextIOWrapper):
-    """Standard output whose errors are `OutputError`s, which nothing takes for an error of a file."""
+    """Standard output whose errors are `OutputError`s, so that they are not mistaken for errors of files."""
 
     def write(self, text: str) -> int:
         try:
@@ -37,7 +37,7 @@ class _Output(io.TextIOWrapper):
 
 
 class _Messages(io.TextIOWrapper):
-    """Standard error, where messages are lost without a word if they cannot be written."""
+    """Standard error, which silently drops messages that cannot be written."""
 
     def write(self, text: str) -> int:
         try:
@@ -53,16 +53,16 @@ class _Messages(io.TextIOWrapper):
 
 
 def prepare() -> None:
-    """Opens what was closed, so that no file takes the place of a stream, and wraps the streams.
+    """Opens closed streams, so that no file gets their descriptors, and wraps the streams.
 
-    A closed stream is opened the wrong way around: writing to standard output, and reading from standard input, then
-    fails as it does with a closed one. Characters that the terminal's encoding lacks are written as question marks.
+    A closed stream is opened in the wrong direction: writing to standard output, and reading from standard input, then
+    fails as with a closed one. Characters that the terminal's encoding lacks are written as question marks.
     """
     for descriptor, flags in enumerate((os.O_WRONLY, os.O_RDONLY, os.O_WRONLY)):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, flags)  # takes the lowest free number, which is this one
+            os.open(os.devnull, flags)  # gets the lowest free descriptor, which is this one
     if sys.stdin is None:
         sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), encoding="utf-8")
     sys.stdout = _wrapped(sys.stdout, 1, _Output)

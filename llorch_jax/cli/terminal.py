@@ -24,7 +24,7 @@ def note(text: str, style: str = "dim") -> None:
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache directory, unless the user has named a directory or none."""
+    """Keeps compiled programs in the user's cache directory, unless JAX_COMPILATION_CACHE_DIR is set."""
     import jax
 
     directory = os.environ.get("JAX_COMPILATION_CACHE_DIR")
@@ -38,7 +38,7 @@ def enable_compilation_cache() -> None:
 
 
 class _Warnings:
-    """Shows a warning as one line; those of the compilation cache, of which there is one per program, only once."""
+    """Shows a warning as one line, and those of the compilation cache, one per program, only once."""
 
     def __init__(self, directory: str) -> None:
         self.directory = directory
@@ -65,10 +65,10 @@ class _Warnings:
 
 @contextmanager
 def waiting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows a spinner with `what` once the body has run for a moment, where there is a terminal.
+    """Shows a spinner with `what` once the body has run for a moment, if there is a terminal.
 
     Yields:
-        A function that adds a percentage: it takes what is done and what there is to do.
+        A function that adds a percentage: it takes the amount done and the total.
     """
     what = escape(what)
     status = messages.status(f"{what} ...")
@@ -89,7 +89,7 @@ def waiting(what: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error, where there is a terminal; yields a function of what is done and the total."""
+    """A progress bar on standard error, if there is a terminal; yields a function of the amount done and the total."""
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
         interrupts.hidden_cursor(),
@@ -109,5 +109,5 @@ def show_timings(load_seconds: float, timings: Any) -> None:
 
 
 def show_bytes(count: int) -> str:
-    """A number of bytes for people: exact, and in MB where that says more."""
+    """A number of bytes in readable form: exact, and in MB if it is large."""
     return f"{count:,} bytes" if count < 10**6 else f"{count:,} bytes ({count / 1e6:,.1f} MB)"

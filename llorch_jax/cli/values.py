@@ -1,4 +1,4 @@
-"""From what was typed to values of settings: texts from files and standard input, token ids of words."""
+"""Values of settings from command-line arguments: texts from files and standard input, token ids of words."""
 
 import re
 import sys
@@ -9,7 +9,7 @@ from llorch_jax.files import read_text
 
 
 def text_or_stdin(argument: str) -> str:
-    """The argument, or what standard input holds where it is a dash.
+    """The argument, or the contents of standard input if it is a dash.
 
     Raises:
         TokenError: standard input is closed or is not text.
@@ -28,8 +28,8 @@ def resolve(settings: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     """Settings as the library takes them.
 
     Args:
-        settings: as they were typed.
-        tokenizer: of the model; None where it has none.
+        settings: as given on the command line.
+        tokenizer: of the model; None if it has none.
 
     Raises:
         ConstraintError: the file of a schema or grammar cannot be read.
@@ -53,7 +53,7 @@ def resolve(settings: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
 
 
 def _text_or_file(option: str, argument: str, pattern: str, what: str) -> str:
-    """The argument where it reads like what is expected, else the contents of the file with this name."""
+    """The argument if it looks like the expected text, else the contents of the file with this name."""
     if re.search(pattern, argument):
         return argument
     try:

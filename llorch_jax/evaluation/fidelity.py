@@ -1,4 +1,4 @@
-"""What a cache costs in quality: its predictions beside those with a cache that keeps everything exactly."""
+"""What a cache costs in quality: its predictions compared with those of a cache that keeps everything exactly."""
 
 import dataclasses
 from typing import Any
@@ -25,11 +25,11 @@ class Fidelity:
 
     Attributes:
         kl: mean Kullback-Leibler divergence KL(exact || with the cache) of the next token's distribution, in nats.
-        agreement: share of tokens for which both find the same next token most likely.
+        agreement: share of tokens for which the most likely next token is the same.
         perplexity: of the text with the cache.
         exact_perplexity: of the text with a cache that keeps everything in float32.
-        tokens: how many predictions were compared.
-        bytes: of the cache in the end.
+        tokens: number of predictions compared.
+        bytes: size of the cache at the end.
     """
 
     kl: float
@@ -47,7 +47,7 @@ def fidelity(params: Params, config: GPT2Config, tokens: Any, prompt: int, cache
     does so on the way. Predictions of the tokens from `prompt` + 1 on are compared: those that the cache had a part in.
 
     Args:
-        params: of a model of this configuration.
+        params: the model's parameters.
         config: the model's hyperparameters.
         tokens: texts of equal length, int32 [B, T].
         prompt: 1 .. T - 2.

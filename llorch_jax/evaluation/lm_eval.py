@@ -1,7 +1,7 @@
-"""A model for the Language Model Evaluation Harness (EleutherAI's lm-eval), which is no dependency of this package.
+"""A model for the Language Model Evaluation Harness (EleutherAI's lm-eval), which is not a dependency.
 
 `python -m llorch_jax.lm_eval --model llorch-jax --model_args pretrained=demo --tasks lambada_openai` runs the harness
-with it, where that is installed; `register()` makes the name known to the harness in a program of one's own.
+with it, where that is installed; `register()` makes the name known to the harness in your own program.
 """
 
 import dataclasses
@@ -59,16 +59,16 @@ class HarnessModel:
 
         Args:
             pretrained: demo, a directory in Hugging Face's layout, a hub id, or a model.
-            max_gen_toks: maximum number of new tokens where a task does not say.
+            max_gen_toks: maximum number of new tokens for tasks that do not set it.
             batch_size: maximum number of requests that run at once; None and "auto" for 8.
-            max_batch_size: what "auto" may choose at most.
+            max_batch_size: maximum batch size that "auto" may choose.
             device: "cpu" or None.
             weights: how they are kept in memory; see `load`.
             revision: of a hub repository; see `load`.
             unknown: anything else is refused by name.
 
         Raises:
-            LlorchError: an argument is unknown or impossible, or the model cannot be loaded.
+            LlorchError: an argument is unknown or invalid, or the model cannot be loaded.
         """
         super().__init__()
         if unknown:
@@ -90,7 +90,7 @@ class HarnessModel:
 
     @property
     def tokenizer_name(self) -> str:
-        """What the harness names its stored requests after."""
+        """The name under which the harness stores requests."""
         return self.model.name
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -136,7 +136,7 @@ class HarnessModel:
         warning says so in both cases.
 
         Raises:
-            OptionError: a setting is unknown or impossible; nothing has run then.
+            OptionError: a setting is unknown or invalid; it is raised before anything runs.
         """
         jobs: list[tuple[GenerationOptions, list[tuple[int, list[int], int]]]] = []
         for number, request in enumerate(requests):
@@ -166,7 +166,7 @@ class HarnessModel:
         return results
 
     def _remember(self, kind: str, args: tuple[Any, ...], result: Any) -> None:
-        """Shows a result to the harness' store of results; there is none without the harness."""
+        """Passes a result to the harness's cache of results, if the harness is installed."""
 
     def _first(self) -> int:
         first = first_token(self.model.config)
@@ -216,7 +216,7 @@ def options_of(settings: dict[str, Any], max_gen_toks: int) -> GenerationOptions
         max_gen_toks: where the task does not say.
 
     Raises:
-        OptionError: a setting is unknown or impossible.
+        OptionError: a setting is unknown or invalid.
     """
     given = {name: value for name, value in settings.items() if value is not None}
     lengths = [given.pop(name) for name in _LENGTHS if name in given]
@@ -245,7 +245,7 @@ def rolling_windows(ids: list[int], first: int, size: int) -> Iterator[tuple[lis
         size: number of tokens that the model reads at once.
 
     Yields:
-        Pairs whose context has one token or more; both together have at most size + 1.
+        Pairs whose context has at least one token, with at most size + 1 tokens in both together.
     """
     if ids:
         yield [first], ids[:size]
@@ -310,7 +310,7 @@ def _batch_size(batch_size: int | str | None, most: int | str | None) -> int:
 
 @contextmanager
 def _bar(kind: str, total: int, disabled: bool) -> Iterator[Callable[[int], object]]:
-    """A progress bar where tqdm is installed, as it is with the harness; yields a function of what has been done."""
+    """A progress bar if tqdm is installed, as it is with the harness; yields a function of the number done."""
     try:
         from tqdm import tqdm  # type: ignore[import-untyped]
     except ImportError:

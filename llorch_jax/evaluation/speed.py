@@ -21,9 +21,9 @@ class Speed:
     """Measurements, one per repeat, without compiling.
 
     Attributes:
-        batch: rows B.
-        prompt_tokens: tokens of each row in the prefill.
-        new_tokens: tokens of each row that were generated, the one that the prefill gives included.
+        batch: number of rows B.
+        prompt_tokens: number of tokens of each row in the prefill.
+        new_tokens: number of generated tokens of each row, including the one from the prefill.
         compile: seconds of tracing and compiling, or of reading compiled programs, before the first repeat.
         prefill: seconds from a prepared request to the first token of every row.
         step: seconds per decode step, in which every row gets one token: the time of the compiled loop over its steps.

@@ -14,8 +14,8 @@ from llorch_jax.text.results import Piece
 async def astream(model: Model, prompt: str, max_new_tokens: int = 64, **options: Any) -> AsyncIterator[Piece]:
     """`stream` as an asynchronous generator: the same pieces, arguments and errors, which come with the first piece.
 
-    The model runs in a thread of its own, so that the event loop is free. Closing the generator, or cancelling the task
-    that reads it, stops the work and frees the cache after the steps under way, at most twice `streaming.LONGEST`.
+    The model runs in a separate thread, so that the event loop stays free. Closing the generator, or cancelling the
+    task that reads it, stops the work and frees the cache after the running steps, at most twice `streaming.LONGEST`.
     """
     thread = ThreadPoolExecutor(1, thread_name_prefix="llorch_jax")
     run = partial(asyncio.get_running_loop().run_in_executor, thread)

@@ -37,20 +37,20 @@ def generate_file(
 
     Args:
         model: from `load`.
-        source: JSON lines.
+        source: a JSON Lines file.
         target: JSON lines, one per prompt, in their order: job, line, id, prompt, text, finish_reason, stop_reason,
             prompt_tokens, token_ids. Results of this job that are there already are kept, a half-written last one is
             cut off. Any other content is refused and left as it is.
         batch_size: maximum number of prompts that run at once. A resumed run makes the same batches.
         overwrite: whether to replace the target, whatever it holds.
-        progress: called with the number of prompts that are done, and the number of all.
-        options: of `generate`, for lines that have none of their own.
+        progress: called with the number of prompts done and in total.
+        options: options of `generate`, which lines may override.
 
     Returns:
         How many prompts were continued now.
 
     Raises:
-        LlorchError: an option is unknown or impossible.
+        LlorchError: an option is unknown or invalid.
         BatchFileError: a line of the source is not as described, or does not fit the model's context; the target is
             the source, cannot be written, or holds anything but results of this job. All of this is found before
             anything is generated or written.
@@ -82,7 +82,7 @@ def generate_file(
 
 
 def _batches(jobs: list[Job], size: int) -> list[list[Job]]:
-    """Neighbours with the same settings except for the seed, in groups of at most `size`."""
+    """Consecutive jobs whose settings differ only in the seed, in groups of at most `size`."""
 
     def settings(job: Job) -> dict[str, Any]:
         return {name: value for name, value in job.settings.items() if name != "seed"}
@@ -98,7 +98,7 @@ def _outputs(model: Model, batch: list[Job]) -> list[Generation]:
 
 
 def _head(job: Job, weights: str) -> bytes:
-    """How the line of a job's result begins: with everything that is known before it runs."""
+    """The beginning of a job's result line: everything that is known before it runs."""
     fields = {"job": job.hash(weights), "line": job.line, "id": job.id, "prompt": job.prompt}
     return json.dumps(fields, ensure_ascii=False).encode()[:-1]
 
@@ -124,10 +124,10 @@ def _check_target(source: Path, target: Path) -> None:
 
 
 def _results_kept(target: Path, heads: list[bytes]) -> int:
-    """How many results of this job a file holds; a half-written last one is cut off.
+    """The number of results of this job in a file; an incomplete last one is cut off.
 
     Raises:
-        BatchFileError: the file holds anything else, and is left as it is.
+        BatchFileError: the file holds anything else; it is left unchanged.
     """
     try:
         content = target.read_bytes()

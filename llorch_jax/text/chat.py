@@ -35,11 +35,11 @@ from llorch_jax.tracing import whole
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """How turns are written. Models that were not trained on conversations know none; plain roles often do.
+    """How turns are written. Models that were not trained on conversations have none; plain roles often work.
 
     Attributes:
-        before: text before the user's words.
-        after: text after them, which leads to the reply.
+        before: text before the user's text.
+        after: text after the user's text, which introduces the reply.
         stops: texts before which a reply ends.
     """
 
@@ -48,7 +48,7 @@ class Template:
     stops: tuple[str, ...] = ("\nUser:",)
 
 
-RAW = Template("", "", ())  # the model goes on with the text
+RAW = Template("", "", ())  # the model continues the text
 
 
 Ended = Literal["stop", "length", "context", "closed"]
@@ -86,12 +86,12 @@ class Chat:
     """
 
     def __init__(self, model: Model, template: Template = RAW, *, system: str = "", **options: Any) -> None:
-        """An empty conversation, or one that begins with a text of yours, `system`.
+        """An empty conversation, or one that begins with the text `system`.
 
         Args:
             model: from `load`.
             template: how turns are written; `RAW` for none.
-            system: the text that the conversation begins with.
+            system: text at the start of the conversation.
             options: as in `generate`; see docs/options.md for those that apply.
 
         Raises:
@@ -121,7 +121,7 @@ class Chat:
 
     @property
     def context(self) -> int:
-        """Maximum number of tokens: the model's context, or the cache's capacity where that is less."""
+        """Maximum number of tokens: the model's context, or the cache's capacity if that is less."""
         return min(self.model.config.n_positions, self.cache.capacity)
 
     @property
@@ -130,13 +130,13 @@ class Chat:
         return self._tokenizer.decode(self.tokens)
 
     def reply(self, words: str, max_new_tokens: int | None = None) -> Generator[str, None, None]:
-        """Adds a turn and gives the reply in pieces, as `stream` does. What is taken of it becomes part of the text.
+        """Adds a turn and yields the reply in pieces, as `stream` does. Pieces become part of the text when yielded.
 
-        Closing the iterator ends the reply where it is. `max_new_tokens` replaces the option of this name.
+        Closing the iterator ends the reply. `max_new_tokens` replaces the option of this name.
 
         Raises:
-            ChatError: there is nothing to go on from, or the words are no text.
-            CapacityError: the turn does not fit the context. The conversation is as it was.
+            ChatError: there is no text to continue, or `words` is not a text.
+            CapacityError: the turn does not fit into the context. The conversation is unchanged.
         """
         if not isinstance(words, str):
             raise ChatError(f"words: expected a text, got {words!r:.80}")
@@ -145,12 +145,12 @@ class Chat:
         return self._checked(new, max_new_tokens, self._seed)
 
     def regenerate(self, max_new_tokens: int | None = None, *, seed: int | None = None) -> Generator[str, None, None]:
-        """Takes back the last reply and gives another one to the same words.
+        """Removes the last reply and yields another one to the same text.
 
         Args:
             max_new_tokens: maximum number of new tokens; None for that of the options.
-            seed: of the draws; the conversation's own seed would draw the same reply again. None takes one that
-                follows from the reply.
+            seed: of the draws; the conversation's seed would draw the same reply again. None derives one from the
+                reply.
 
         Raises:
             ChatError: there is no turn.
@@ -183,9 +183,9 @@ class Chat:
         return self._reply(new, min(max_new_tokens, room), "length" if max_new_tokens <= room else "context", seed)
 
     def _forget(self, most: int) -> None:
-        """Keeps the first and newest tokens where `overflow` says so and they are no more than `most`.
+        """Keeps only the first and newest tokens if `overflow` says so and these are no more than `most`.
 
-        What is left is encoded anew with the next turn. Turns that have lost a token can no longer be taken back.
+        They are encoded again with the next turn. Turns that have lost a token can no longer be removed.
         """
         reencode = check_overflow(self.options.overflow)
         if reencode is None:
@@ -256,7 +256,7 @@ class Chat:
         return Segment(self.model.params, self.model.config, request)
 
     def _settle(self, cache: KVCache, start: int, shown: str) -> None:
-        """Ends a reply: the text is what was shown of it, and the cache holds no more than the text but its last."""
+        """Ends a reply: the text keeps what was shown, and the cache holds at most all of its tokens but the last."""
         reply = self.tokens[start:]
         keep = next(n for n in range(len(reply), -1, -1) if shown.startswith(self._tokenizer.decode(reply[:n])))
         rest = shown[len(self._tokenizer.decode(reply[:keep])) :]
@@ -264,9 +264,9 @@ class Chat:
         self.tokens[start + keep :] = self._tokenizer.encode(rest) if rest else []
 
     def _cropped(self, cache: KVCache, length: int) -> KVCache:
-        """A cache with no more than so many tokens; an empty one where the layout cannot go back.
+        """A cache with at most `length` tokens; an empty one if the layout cannot roll back that far.
 
-        Also where a call that was interrupted has taken the cache with it.
+        It is also empty if the cache was donated to an interrupted call.
         """
         try:
             return cache.crop(max(0, min(length, int(np.asarray(cache.lengths)[0]))))
@@ -274,7 +274,7 @@ class Chat:
             return self._empty()
 
     def undo(self) -> None:
-        """Takes back the last turn: the conversation is as it was before.
+        """Removes the last turn: the conversation is as it was before it.
 
         Raises:
             ChatError: there is none.
@@ -290,7 +290,7 @@ class Chat:
         self._begin()
 
     def fork(self) -> "Chat":
-        """A conversation of its own with the same past; its cache is a copy."""
+        """An independent conversation with the same past; its cache is a copy."""
         twin = object.__new__(Chat)
         twin.__dict__ |= self.__dict__ | {"tokens": [*self.tokens], "turns": [*self.turns]}
         twin.cache = jax.tree.map(jnp.array, self.cache)
@@ -313,10 +313,10 @@ class Chat:
         write_archive(Path(path), saved, CONVERSATION, self._fingerprint())
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Takes text, turns and cache from a file that `save` wrote; where it cannot, the conversation stays as it is.
+        """Takes text, turns and cache from a file that `save` wrote; if that fails, the conversation is unchanged.
 
         Raises:
-            ChatError: the file is missing, damaged, no conversation, or of another model.
+            ChatError: the file is missing or damaged, or is not a conversation with this model.
         """
         saved = read_archive(Path(path), CONVERSATION, self._fingerprint())
         if np.asarray(saved.tokens).max(initial=0) >= self.model.config.vocab_size:

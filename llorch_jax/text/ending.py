@@ -1,4 +1,4 @@
-"""Where a text ends and what of it is shown: the one rule for every way of generating."""
+"""Where a text ends and which part of it is shown: one rule for all methods of generation."""
 
 import dataclasses
 from typing import Literal
@@ -9,7 +9,7 @@ from llorch_jax.text.stopping import StopMatcher
 from llorch_jax.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length"]
-_INCOMPLETE = "\ufffd"  # what the decoder shows for bytes that are no whole character
+_INCOMPLETE = "\ufffd"  # the decoder's output for bytes that are not a whole character
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Ending:
 
     @classmethod
     def of(cls, model: Model, options: GenerationOptions, limit: int) -> "Ending":
-        """By the model's own end-of-text ids and by these options, after at most `limit` new tokens."""
+        """The ending for a model's end-of-text ids and these options, after at most `limit` new tokens."""
         ids = tuple(dict.fromkeys((*model.config.eos_ids, *options.stop_ids)))
         return cls(ids, options.stop, limit, options.constraint is not None)
 
@@ -41,7 +41,7 @@ class Transcript:
 
     Attributes:
         token_ids: its tokens; the id that ended the text, or completed a stop string, is the last.
-        text: what has been given out.
+        text: the text returned so far.
         finish_reason: None while it grows.
         stop_reason: the id or the stop string that ended it.
     """
@@ -56,7 +56,7 @@ class Transcript:
         self._matcher = StopMatcher(ending.stops)
 
     def push(self, token: int, *, complete: bool = False) -> str:
-        """Goes on by a token, and returns the text that it made certain.
+        """Adds a token, and returns the text that it completes.
 
         Text that may become a stop string, and the bytes of an incomplete character, are withheld until they are
         certain or the text ends.
@@ -83,7 +83,7 @@ class Transcript:
         return new
 
     def _flush(self, drop_incomplete: bool) -> str:
-        """What was withheld."""
+        """The withheld text."""
         rest = self._decoder.flush()
         if drop_incomplete:
             rest = rest.rstrip(_INCOMPLETE)

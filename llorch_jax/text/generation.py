@@ -38,10 +38,10 @@ def generate(
 
     Raises:
         ModelError: the model has no tokenizer.
-        OptionError: an option is unknown, impossible, or of no use with the others.
-        TokenError: a prompt is empty or holds what the tokenizer has no token for.
-        CapacityError: a prompt and its new tokens do not fit the model's context.
-        SamplerError, CacheError, SearchError: a setting of the sampler, the cache or the search is impossible.
+        OptionError: an option is unknown, invalid, or unsupported together with the others.
+        TokenError: a prompt is empty or has characters that the tokenizer lacks.
+        CapacityError: a prompt and its new tokens do not fit into the model's context.
+        SamplerError, CacheError, SearchError: a setting of the sampler, the cache or the search is invalid.
         ConstraintError: a constraint is invalid, or llguidance (the extra `constrained`) is missing.
     """
     checked = GenerationOptions.create(max_new_tokens=max_new_tokens, **options)
@@ -50,7 +50,7 @@ def generate(
 
 
 def stream(model: Model, prompt: str, max_new_tokens: int = 64, **options: Any) -> Generator[Piece, None, None]:
-    """Continues a prompt and gives each piece of text as soon as it is there; arguments and errors as `generate`.
+    """Continues a prompt and yields pieces of text as they are generated; arguments and errors as `generate`.
 
     The text of all pieces, put together, is the text of `generate` with the same arguments. A search cannot be
     streamed, as it may still change its mind about every token.
@@ -86,7 +86,7 @@ def stream_text(model: Model, prompt: str, options: GenerationOptions) -> Genera
 
 
 def _steps(model: Model, batch: Batch, options: GenerationOptions) -> Iterator[Step]:
-    """The steps of a batch, each as soon as it is there."""
+    """The steps of a batch, each as soon as it is available."""
     if options.constraint is None:
         return stream_steps(model.params, model.config, batch.request)
     from llorch_jax.text.constrained.decoding import constrained_steps

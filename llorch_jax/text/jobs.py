@@ -33,10 +33,10 @@ class Job:
     """One line of the input.
 
     Attributes:
-        line: its place among the lines that are not blank, from 1.
-        id: what the line gives as its id, or None.
+        line: its number among the lines that are not blank, from 1.
+        id: the line's id, or None.
         prompt: the text to continue.
-        settings: those of the file with those of the line.
+        settings: the settings of the file, overridden by those of the line.
     """
 
     line: int
@@ -50,7 +50,7 @@ class Job:
         return GenerationOptions.create(**self.settings)
 
     def hash(self, weights: str) -> str:
-        """A hash of everything that the result depends on; `weights` is the model's fingerprint."""
+        """A hash of everything on which the result depends; `weights` is the model's fingerprint."""
         content = [weights, self.line, self.id, self.prompt, self.settings]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=_plain).encode()).hexdigest()[:16]
 
@@ -62,7 +62,7 @@ class JobReader:
         """A reader for lines whose settings are added to these.
 
         Raises:
-            LlorchError: a setting is impossible, or cannot be used for a file.
+            LlorchError: a setting is invalid, or cannot be used for a file.
         """
         self._model = model
         self._settings = dict(settings)
@@ -77,7 +77,7 @@ class JobReader:
         """The jobs of a file.
 
         Raises:
-            BatchFileError: the file cannot be read, or a line is not as it should be; the message names line and field.
+            BatchFileError: the file cannot be read, or a line is invalid; the message names line and field.
         """
         lines = read_text(source, BatchFileError).split("\n")  # splitlines would split at U+2028, too
         jobs: list[Job] = []
@@ -142,7 +142,7 @@ class JobReader:
             )
 
     def _capacity(self, options: GenerationOptions) -> int:
-        """How many tokens a row of the options' cache can hold; nothing is allocated."""
+        """The number of tokens that a row of the options' cache can hold; nothing is allocated."""
         kind = (options.cache, options.codec, options.residual)
         if kind not in self._capacities:
             context = self._model.config.n_positions
@@ -155,7 +155,7 @@ def _parse(text: str) -> dict[str, Any]:
     """The object on a line.
 
     Raises:
-        BatchFileError: it is no JSON object with a prompt.
+        BatchFileError: it is not a JSON object with a prompt.
     """
     try:
         given = json.loads(text)
@@ -196,7 +196,7 @@ def _check_rows(options: GenerationOptions, sampler: Any) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """What stands for an option in a hash where JSON has no such value."""
+    """A stand-in for an option's value in a hash, if JSON has no such value."""
     if isinstance(value, Reencode | Constraint):
         return [type(value).__name__, dataclasses.asdict(value)]
     if isinstance(value, type):

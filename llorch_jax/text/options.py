@@ -1,4 +1,4 @@
-"""The settings of text generation: one set for every way of generating, checked once, before anything runs."""
+"""The options of text generation: one set for all methods, checked once, before anything runs."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -24,8 +24,8 @@ from llorch_jax.text.stopping import check_stops
 from llorch_jax.text.vocabulary import breaker_ids, known_ids, tokenizer_of
 from llorch_jax.tracing import is_whole, whole
 
-CANDIDATES = 4  # of a contrastive search, where top_k is not given
-_MOST_TOKENS = 2**30  # positions are int32, and sums of two of these still are
+CANDIDATES = 4  # default top_k of a contrastive search
+_MOST_TOKENS = 2**30  # so that the sum of two of them still is an int32 position
 
 Method = Literal[
     "sampling",
@@ -59,7 +59,7 @@ TAKES: dict[Method, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """How texts are generated; make one with `GenerationOptions.create`, which checks everything.
+    """Options of text generation; make them with `GenerationOptions.create`, which checks everything.
 
     `generate`, `stream`, `astream`, `generate_n`, `generate_speculative`, `Chat`, files of prompts and the command line
     take these names with these defaults. What a method cannot do is refused by name; see docs/options.md.
@@ -70,20 +70,20 @@ class GenerationOptions:
         sampling: the other settings of `Sampling.create` by name, such as top_k, top_p and repetition_penalty, or
             mirostat_tau and mirostat_eta. At this level dry_breakers may hold texts as well as ids; without them
             repetitions end at tokens with a newline, a colon, a quotation mark or an asterisk, as in llama.cpp.
-        sampler: a sampler of your own in place of temperature and sampling settings.
+        sampler: a custom sampler in place of temperature and sampling settings.
         seed: of the draws: the same seed gives the same text. One per prompt gives each prompt the text that it would
             get alone. Only the lowest 32 bits count.
         cache: layout of the KV cache, such as static, dynamic, rotating:WINDOW[+SINKS], paged, int8 or h2o:BUDGET. Or a
             `KVCache` with one row per prompt, whose tokens the prompts follow; it is donated.
         codec: how the layout stores keys and values: float32, bfloat16, float16, int8 or int4; None as the layout's
             name says, or float32.
-        residual: how many of the newest tokens a lossy codec keeps in float32 in addition; None for 32 with int8 and
-            int4, and for 0 with others.
-        overflow: "error" refuses texts that would outgrow the context; "reencode", or a `Reencode`, goes on with the
+        residual: number of newest tokens that a lossy codec also keeps in float32; None means 32 with int8 and int4,
+            and 0 with others.
+        overflow: "error" refuses texts that would outgrow the context; "reencode", or a `Reencode`, continues with the
             first and newest tokens.
         stop: texts before which the new text ends.
         stop_ids: ids that end a text, in addition to the model's own.
-        top_logprobs: how many of the most likely tokens to report at every step.
+        top_logprobs: number of most likely tokens to report at every step.
         constraint: what the new text must match: a `Constraint`, or a list with one or None for each prompt. The
             settings regex, json_schema, grammar and choices make one.
         num_beams: number of beams of a beam search; None, or 1 as in transformers, for none.
@@ -117,12 +117,12 @@ class GenerationOptions:
 
     @classmethod
     def create(cls, **given: Any) -> "GenerationOptions":
-        """Options from settings by name. None is the same as leaving out an option that may be left empty.
+        """Options from settings by name. None is the same as leaving out an option that has no other default.
 
         Raises:
-            OptionError: a name is unknown, with the nearest known one, or a value is impossible.
+            OptionError: a name is unknown (the message names the nearest known one), or a value is invalid.
             SamplerError, ConstraintError, CapacityError: a setting of the sampler, the constraint, max_new_tokens or
-                overflow is impossible.
+                overflow is invalid.
         """
         for name in given:
             if name not in KNOWN:
@@ -153,7 +153,7 @@ class GenerationOptions:
         return "sampling" if self.constraint is None else "constrained generation"
 
     def limits(self, prompts: int) -> list[int]:
-        """The maximum number of new tokens of each of so many prompts.
+        """The maximum number of new tokens for each prompt, given the number of prompts.
 
         Raises:
             OptionError: there are several numbers, but not one per prompt.
@@ -163,7 +163,7 @@ class GenerationOptions:
         return [self.max_new_tokens] * prompts
 
     def check_method(self, method: Method) -> None:
-        """Raises OptionError for the first option given that a method does not take."""
+        """Raises OptionError for the first given option that a method does not take."""
         for name, value in self._given().items():
             kind = "sampling settings" if name in SAMPLING and name != "top_k" else name
             if name == "max_new_tokens" and isinstance(value, tuple):
@@ -208,17 +208,17 @@ class GenerationOptions:
             self._check_sampler()
 
     def fitted_cache(self, config: GPT2Config, rows: int, tokens: int) -> KVCache:
-        """The cache object, or a new cache for so many rows of so many tokens.
+        """The cache object, or a new cache for `rows` rows of `tokens` tokens.
 
         Raises:
-            CacheError: the layout or the codec is impossible.
+            CacheError: the layout or the codec is invalid.
         """
         if isinstance(self.cache, KVCache):
             return self.cache
         return fit_cache(config, self.cache, rows, tokens, codec=self.codec, residual=self.residual)
 
     def sampler_for(self, model: Model) -> Sampler:
-        """The sampler that these options describe, of which only ids come that the model's tokenizer knows."""
+        """The sampler that these options describe, limited to ids that the model's tokenizer has."""
         sampler: Any = self.sampler
         if sampler is None:
             sampling = {**self.sampling}
@@ -280,7 +280,7 @@ _NEVER_NONE = {
 
 
 def _brief(value: Any) -> str:
-    """A value for a message; never more than a line, and no array."""
+    """A value for a message: at most a line, and never an array."""
     plain = value is None or isinstance(value, str | int | float | list | tuple)
     return repr(value)[:60] if plain else f"a {type(value).__name__}"
 
@@ -293,7 +293,7 @@ def per_prompt(name: str, values: Sequence[int], prompts: int) -> list[int]:
     """The values of an option that is given for each prompt.
 
     Raises:
-        OptionError: they are not as many as prompts.
+        OptionError: their number differs from that of the prompts.
     """
     if len(values) != prompts:
         raise OptionError(f"{name}: expected one, or {prompts}, one per prompt, got {len(values)}")

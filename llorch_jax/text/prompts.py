@@ -27,7 +27,7 @@ class Batch:
     Attributes:
         eos_ids: ids that end a text.
         request: for the prompts' tokens.
-        rows: what each row has got so far.
+        rows: what has been generated for each row so far.
     """
 
     eos_ids: tuple[int, ...]
@@ -52,7 +52,7 @@ def encode_prompts(model: Model, prompts: Sequence[Prompt], *, begins: bool = Tr
     """Token ids of each prompt, which may be ids already; a text that `begins` gets what the tokenizer puts before it.
 
     Raises:
-        TokenError: a prompt is empty or holds what the tokenizer has no token for.
+        TokenError: a prompt is empty or has characters that the tokenizer lacks.
     """
     tokenizer = tokenizer_of(model)
     rows = [
@@ -68,14 +68,14 @@ def encode_prompts(model: Model, prompts: Sequence[Prompt], *, begins: bool = Tr
 def make_batch(
     model: Model, prompts: Sequence[Prompt], options: GenerationOptions, method: Method, copies: int = 1
 ) -> Batch:
-    """A checked batch of prompts, each `copies` times in a row; nothing has run then.
+    """A checked batch of prompts, each repeated `copies` times; nothing runs.
 
     Raises:
         LlorchError: an option does not fit the method or the model, or a prompt does not fit the context.
     """
     options.check_method(method)
     options.check_model(model.config)
-    # Tokens in the cache come before the prompts, which then begin no text.
+    # Tokens in the cache come before the prompts, which then do not begin a text.
     begins = not isinstance(options.cache, KVCache) or options.cache.is_empty()
     ids = [row for row in encode_prompts(model, prompts, begins=begins) for _ in range(copies)]
     limits = [limit for limit in options.limits(len(prompts)) for _ in range(copies)]
@@ -101,7 +101,7 @@ def make_batch(
 
 
 def key_of_seed(seed: int) -> jax.Array:
-    """A random key, of the lowest 32 bits."""
+    """A random key from the lowest 32 bits."""
     return jax.random.key(int(seed) % 2**32)
 
 

@@ -101,7 +101,7 @@ def _draw(model: Model, prompts: list[str], options: GenerationOptions, copies: 
 
 
 def _without_copies(request: Request, copies: int) -> Request:
-    """The request for the first of every `copies` rows, as far as a prefill looks at it."""
+    """The request for the first of every `copies` rows, in the parts that a prefill uses."""
     firsts = np.arange(0, request.tokens.shape[0], copies, dtype=np.int32)
     lengths = np.asarray(request.lengths)[firsts]
     return dataclasses.replace(

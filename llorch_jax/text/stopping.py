@@ -24,7 +24,7 @@ def check_stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 class StopMatcher:
-    """Watches a text as it grows, and gives out what certainly comes before any stop string."""
+    """Watches a growing text, and releases what certainly comes before any stop string."""
 
     def __init__(self, stops: tuple[str, ...]) -> None:
         self.stops = stops
@@ -32,9 +32,9 @@ class StopMatcher:
         self._withheld = ""
 
     def push(self, text: str) -> str:
-        """What can be given out after this text; `found` is set once a stop string is complete.
+        """The text that can be released after this text; `found` is set once a stop string is complete.
 
-        Of several stop strings the one that is complete first counts, and of those the longest.
+        Of several stop strings the one that is completed first counts, and of those the longest.
         """
         text = self._withheld + text
         places = {stop: text.find(stop) for stop in self.stops}
@@ -49,13 +49,13 @@ class StopMatcher:
         return text[:certain]
 
     def flush(self) -> str:
-        """What was withheld, at the end of the text."""
+        """The withheld text, at the end."""
         rest = self._withheld
         self._withheld = ""
         return rest
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of a text are the start of a stop string."""
+    """The number of characters at the end of a text that begin a stop string."""
     sizes = range(min(len(stop) - 1, len(text)), 0, -1)
     return next((size for size in sizes if text.endswith(stop[:size])), 0)

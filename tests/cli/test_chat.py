@@ -61,7 +61,7 @@ def test_commands(folder, tmp_path):
         terminal.send(f"/save {tmp_path / 'talk'}\n")
         terminal.until("saved .* tokens.*" + PROMPT)
         terminal.send("/undo\n")
-        terminal.until("took back a turn; 0 tokens are left" + PROMPT)
+        terminal.until("removed a turn; 0 tokens are left" + PROMPT)
         terminal.send("/stats\n")
         terminal.until("no reply so far" + PROMPT)  # not those of the turn taken back
         terminal.send("Once\n")
@@ -195,7 +195,7 @@ def test_what_nobody_saved_is_kept_where_a_signal_ends_the_chat(folder, tmp_path
         code, seen = terminal.finish()
     assert code == 143
     (kept,) = (tmp_path / "state" / "llorch_jax").iterdir()
-    assert f"the conversation is kept in {kept}" in seen
+    assert f"the conversation was saved in {kept}" in seen
     assert text_of(folder, kept).startswith("Once")
 
 
@@ -246,5 +246,5 @@ def test_a_session_that_cannot_be_written_any_more_is_kept_elsewhere(folder, tmp
         code, seen = terminal.finish()
     assert code == 1
     (kept,) = (tmp_path / "state" / "llorch_jax").iterdir()
-    assert f"the conversation is kept in {kept}" in seen
+    assert f"the conversation was saved in {kept}" in seen
     assert " more" in text_of(folder, kept)

@@ -1,4 +1,4 @@
-"""Follows texts through the grammars of their constraints, by `llguidance`, which is imported only when needed.
+"""Follows texts through the grammars of their constraints with `llguidance`, which is imported only when needed.
 
 llguidance (github.com/guidance-ai/llguidance) keeps a lexer of derivatives of regular expressions and an Earley parser,
 and walks a trie of the vocabulary for the set of tokens that may come next.
@@ -39,23 +39,23 @@ class Matcher:
         """Takes an allowed token that does not end the text, and returns whether another may follow.
 
         Raises:
-            ConstraintError: the grammar does not allow it, or is beyond llguidance's limits.
+            ConstraintError: the grammar does not allow it, or exceeds llguidance's limits.
         """
         self._inner.consume_token(token)
         self._check()
         return not self._inner.is_stopped()
 
     def fill(self, mask: np.ndarray, row: int) -> bool:
-        """Writes the bits of the allowed tokens into a row of int32 [B, W], and returns whether the text may go on.
+        """Writes the bits of the allowed tokens into a row of int32 [B, W], and returns whether the text may continue.
 
-        If it may not, it is complete, and the bits mean nothing.
+        If not, it is complete, and the bits are meaningless.
 
         Raises:
-            ConstraintError: no token of the vocabulary goes on, or the grammar is beyond llguidance's limits.
+            ConstraintError: no token of the vocabulary can continue, or the grammar exceeds llguidance's limits.
         """
         self._helpers.fill_next_token_bitmask(self._inner, mask, row)
         self._check()
-        # An id that ends a row does so wherever it comes, so it is allowed only where the grammar may end.
+        # An id that ends a row always does so, so it is allowed only where the grammar may end.
         bits = mask[row].view(np.uint8)
         complete = self._inner.is_accepting()
         for id in self._hidden:
@@ -132,7 +132,7 @@ def compiler_of(tokenizer: Tokenizer, vocab_size: int, eos_ids: tuple[int, ...])
     """The compiler for a model's vocabulary, made once per tokenizer.
 
     Raises:
-        ConstraintError: llguidance is not installed or cannot read the tokenizer, or there is no id that ends a text.
+        ConstraintError: llguidance is not installed or cannot read the tokenizer, or no id ends a text.
     """
     eos_id = tokenizer.eos_id if tokenizer.eos_id is not None else next(iter(eos_ids), None)
     if eos_id is None:
