@@ -150,7 +150,7 @@ def _tasks(contenders: dict[str, Contender], case: Case, tokens: list[list[int]]
 
 
 def _rows(case: Case, contenders: dict[str, Contender], values: dict[str, list[float]]) -> list[Report]:
-    """Prefill and step of every contender, compared with ours in the same precision, or in float32 where there is none.
+    """Prefill and step of every contender, compared with llorch_jax in the same precision, or in float32.
 
     Our own rows in other precisions are compared with our float32. `time` is what the contender itself took.
     """

@@ -48,7 +48,7 @@ class Decoder:
         cache = self.state.cache
         try:
             cache = cache.crop(self.length)
-        except lj.CacheError:  # a ring that has overwritten what it would need
+        except lj.CacheError:  # a ring that has overwritten tokens that it needs
             self._cache = cache.clear().reserve(self.length)
             self._fill()
             cache = self.state.cache

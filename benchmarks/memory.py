@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--batch", type=int, default=1)
     options.add_argument("--prompt", type=int, default=64)
     options.add_argument("--new", type=int, default=32)
-    options.add_argument("--capacity", type=int, help="tokens that a row has room for (default: the whole context)")
+    options.add_argument("--capacity", type=int, help="tokens per row (default: the whole context)")
     options.add_argument("--layouts", default=",".join(LAYOUTS), help="separated by commas")
     chosen = options.parse_args(argv)
     setting = (chosen.preset, chosen.batch, chosen.prompt, chosen.new, chosen.capacity, chosen.layouts.split(","))

@@ -43,7 +43,7 @@ def _spread(samples: Sequence[Report]) -> list[list[float]]:
 
 
 def _with_limits(group: list[Report]) -> Figure:
-    """A bar per row, with a mark at what it is compared with."""
+    """A bar per row, with a mark at the reference value."""
     rows = [(words(each["benchmark"]).row(line, each["setting"]), line) for each in group for line in each["rows"]]
     names = [name.replace(", ", ",\n", 1) for name, _ in rows]
     samples = [line["value"] for _, line in rows]

@@ -1,4 +1,4 @@
-"""Where the time of a decode step goes, and whether the cache deserves a module of its own.
+"""Where the time of a decode step goes, and whether the cache deserves a separate module.
 
     python -m benchmarks.profile_cache [--preset gpt2] [--batch 1] [--lengths 64,960]
                                        [--layouts static,dynamic,rotating:256+4,paged,int8,int4,paged/int8]
@@ -87,7 +87,7 @@ def measure(preset: str, batch: int, lengths: list[int], layouts: list[str], rou
 def _rows(
     config: lj.GPT2Config, params: lj.Params, batch: int, length: int, layouts: list[str], rounds: int
 ) -> list[Report]:
-    """A row per layout: the step, what it is made of, and what a call allocates."""
+    """A row per layout: the step, its parts, and the memory that a call allocates."""
     loops = {}
     for layout in layouts:
         cache = make_cache(config, layout, batch)
@@ -155,7 +155,7 @@ def tell_parts(figures: Report) -> None:
 
 
 def tell_signals(figures: Report) -> None:
-    """Prints the four signals for a cache module of its own."""
+    """Prints the four signals for a separate cache module."""
     print("signals for a cache module of its own:")
     for name, signal in figures["signals"].items():
         print(f"  {name:<13}{'yes' if signal['on'] else 'no':<5}{signal['value']}")

@@ -88,7 +88,7 @@ def _origin(reports: list[Report]) -> str:
 
 
 def _section(benchmark: str, group: list[Report], plots: list[tuple[str, Path]]) -> str:
-    """Everything about one benchmark: what it is, plots, tables."""
+    """The section of one benchmark: description, plots, tables."""
     about = words(benchmark)
     parts = [f"<h2>{escape(about.title)}</h2><p>{escape(about.about)}</p>"]
     for caption, path in plots:
@@ -122,7 +122,7 @@ def _range(sample: Report) -> str:
 
 
 def _sample(sample: Report, unit: str) -> str:
-    """A cell: the median, and the spread where there is one."""
+    """A cell: the median, and the spread if there is one."""
     spread = "" if sample["low"] == sample["high"] else f"<small>{_range(sample)}</small>"
     return f"{number(sample['median'])}&nbsp;{unit}{spread}"
 
@@ -196,7 +196,7 @@ def _growth(figures: Report) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table that scrolls sideways by itself where the screen is narrow; cells are HTML."""
+    """A table that scrolls sideways on a narrow screen; cells are HTML."""
     top = "".join(f"<th>{escape(name)}</th>" for name in header)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<div class=wide><table><tr>{top}</tr>{body}</table></div>"

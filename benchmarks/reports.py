@@ -19,7 +19,7 @@ Report = dict[str, Any]
 def parser(doc: str | None, rounds: int = 5) -> argparse.ArgumentParser:
     """The options that all benchmarks have."""
     options = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--preset", default="gpt2", help='model with random weights; "tiny" only tries out the script')
+    options.add_argument("--preset", default="gpt2", help='model with random weights; "tiny" only tests the script')
     options.add_argument("--rounds", type=int, default=rounds, help=f"number of measurements (default: {rounds})")
     options.add_argument("--json", type=Path, help="file for the figures (default: benchmarks/out/NAME-TIME.json)")
     return options

@@ -1,4 +1,4 @@
-"""The four signals that a KV cache should be a module of its own and not a part of attention, with their values."""
+"""The four signals that a KV cache should be a separate module and not part of attention, with their values."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ THRESHOLD = 0.2  # share of a decode step that cache operations may take inside 
 ROOT = Path(lj.__file__).parent
 DOCS = ROOT.parent / "docs" / "caches.md"
 
-# What the page on caches promises and a few lines inside attention could not do: the public name behind each promise.
+# Features on the page on caches that a few lines inside attention could not provide, with their public names.
 PROMISES = {
     "rows that share memory": "PagedCache",
     "reuse between calls": "CachePool",

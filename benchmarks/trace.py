@@ -84,7 +84,7 @@ def record(run: Callable[[], Any], module: str) -> list[Span]:
 
 
 def with_ends(starts: list[Span], ends: dict[str, list[float]]) -> list[Span]:
-    """The spans, each until its own end event where there is one: the first that comes after its start."""
+    """The spans, each until its end event if there is one: the first after its start."""
     found = []
     waiting = {name: sorted(times, reverse=True) for name, times in ends.items()}
     for span in sorted(starts, key=lambda span: span.start):

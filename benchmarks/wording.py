@@ -1,4 +1,4 @@
-"""What the report calls things: titles, explanations, settings, rows and further columns of each benchmark."""
+"""The wording of the report: titles, explanations, settings, rows and further columns of each benchmark."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,18 +9,18 @@ Column = tuple[str, Callable[[Row], str]]
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 READING = (
-    "Each figure is the median of several rounds, with the least and the most in small print. A floor is the shortest "
+    "Each figure is the median of several rounds, with minimum and maximum in small print. A floor is the shortest "
     "time that the work can take on this machine: for a decode step, reading the weights and the live keys and values "
     "once at the memory bandwidth; for a prefill, its arithmetic at the speed of a large matrix product. Both limits "
-    "are measured in the same rounds. A ratio is the measured figure over the floor, or over what the table names, "
-    f"round by round: lower is better, and 1.00 {TIMES} is as fast as that."
+    "are measured in the same rounds. A ratio is the measured figure divided by the floor, or by what the table names, "
+    f"round by round: lower is better, and 1.00 {TIMES} means equally fast."
 )
-QUICK = "Quick run on a tiny model: it shows that every benchmark works. Its figures mean nothing."
+QUICK = "Quick run on a tiny model: it shows that every benchmark works. Its figures are meaningless."
 
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """How the page speaks of one benchmark.
+    """The wording for one benchmark.
 
     Attributes:
         title: of its section.
@@ -78,7 +78,7 @@ WORDS = {
     ),
     "prefill": Words(
         "Prefill",
-        "Taking in a prompt. The share of the peak is the inverse of the ratio.",
+        "Reading a prompt. The share of the peak is the inverse of the ratio.",
         lambda line, setting: f"{setting['preset']}, {plural(setting['batch'], 'row')} of {line['tokens']:,} tokens",
         (TOKENS, ("share of peak, %", lambda line: number(100 * line["share_of_peak"]))),
     ),
@@ -123,7 +123,7 @@ WORDS = {
     "profile_cache": Words(
         "Where a step's time goes",
         "A decode step by part, from the profiler's times of each operation: the parts sum to the step of the median "
-        "round. Cache update and read are the share that decides whether a cache deserves a module of its own.",
+        "round. Cache update and read are the share that decides whether a cache deserves a separate module.",
         lambda line, setting: f"{line['layout']} cache, {line['length']:,} tokens",
         (
             ("cache's share, %", lambda line: number(100 * line["share"])),
@@ -155,10 +155,10 @@ SIGNALS = {
     "performance": "speed: cache operations take over 20 % of a step",
     "features": "features: there are several strategies",
     "code": "code: the cache is longer than attention",
-    "requirements": "requirements: things that a few lines inside attention could not do",
+    "requirements": "requirements: features that a few lines inside attention could not provide",
 }
 
 
 def words(benchmark: str) -> Words:
-    """The words of a benchmark; its own name where it has none here."""
+    """The wording of a benchmark; just its name if there is none here."""
     return WORDS.get(benchmark, Words(benchmark, ""))

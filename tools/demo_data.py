@@ -35,7 +35,7 @@ def train_tokenizer(stories: list[str], path: Path, vocab_size: int) -> tokenize
 
 
 def encode(tokenizer: tokenizers.Tokenizer, stories: list[str]) -> np.ndarray:
-    """All stories as one row of ids, each behind the end-of-text id."""
+    """All stories as one row of ids, each after an end-of-text id."""
     return np.concatenate([[0, *encoding.ids] for encoding in tokenizer.encode_batch(stories)]).astype(np.int32)
 
 

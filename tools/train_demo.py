@@ -75,7 +75,7 @@ def plainest(params: Params, tokenizer: tokenizers.Tokenizer, stories: list[str]
 
 
 def token_losses(params: Params, windows: jax.Array) -> jax.Array:
-    """Cross-entropy of each token [B, T] behind the first of windows [B, T + 1], in nats; 0 where the id is -1."""
+    """Cross-entropy of each token [B, T] after the first of windows [B, T + 1], in nats; 0 if the id is -1."""
     inputs, targets = windows[:, :-1], windows[:, 1:]
     config = dataclasses.replace(CONFIG, n_layer=len(params.blocks))
     logits = run(params, config, jnp.maximum(inputs, 0), None).logits
@@ -170,7 +170,7 @@ def grow(params: Params, layers: int) -> Params:
 
 
 def begin(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The run's checkpoint; where there is none, the grown parameters of another model, or new ones."""
+    """The run's checkpoint; if there is none, the grown parameters of another model, or new ones."""
     if (arguments.work / "checkpoint.npz").exists():
         return restore(arguments.work)
     if arguments.start is None:
@@ -281,15 +281,15 @@ def main() -> None:
     run.add_argument("--layers", type=int, default=CONFIG.n_layer)
     run.add_argument("--rate", type=float, default=1.0, help="factor of the learning rates")
     run.add_argument("--fall", type=float, default=0.35, help="share of the steps in which the rate falls to 0")
-    run.add_argument("--start", type=Path, help="directory of the model that the run starts from")
-    run.add_argument("--plainest", type=float, help="share of the text, plain for --start's model, to prefer")
+    run.add_argument("--start", type=Path, help="directory of the model from which to start")
+    run.add_argument("--plainest", type=float, help="share of the text to prefer: the plainest for --start's model")
     run.add_argument("--every", type=int, default=200, help="steps between checkpoints")
     run.set_defaults(call=train)
     write = commands.add_parser("export")
     write.add_argument("work", type=Path)
     write.add_argument("heldout", type=Path)
     write.add_argument("model", type=Path)
-    write.add_argument("--average", type=Path, help="directory of the model whose parameters to take the mean with")
+    write.add_argument("--average", type=Path, help="directory of a model with which to average parameters")
     write.add_argument("--card", type=Path, help="template of the model card")
     write.set_defaults(call=export)
     arguments = parser.parse_args()
