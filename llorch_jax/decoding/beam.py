@@ -76,7 +76,7 @@ class _Group:
         tokens: int32 [B, K, N], of the beams that continue.
         scores: float32 [B, K], sums.
         ended: int32 [B, K, N], the best texts that have ended.
-        ended_scores: float32 [B, K], divided by the length's power, best first; `_NEVER` where there is none.
+        ended_scores: float32 [B, K], divided by the length's power, best first; `_NEVER` if there is none.
         ended_lengths: int32 [B, K].
         open: bool [B], whether what has ended may still change.
     """

@@ -72,7 +72,7 @@ def guided_steps(params: Params, config: GPT2Config, request: Request, guide: Gu
 
 
 class _Segment:
-    """The steps of a request until the context is full or all rows are done; in the end `state` is the last one."""
+    """The steps of a request until the context is full or all rows are done; `state` is then the last state."""
 
     def __init__(self, params: Params, config: GPT2Config, request: Request, guide: Guide) -> None:
         self._params = params

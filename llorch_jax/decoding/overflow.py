@@ -1,4 +1,4 @@
-"""Texts longer than the context: what is kept of them, to be encoded anew."""
+"""Texts longer than the context: which tokens are kept and encoded again."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from llorch_jax.tracing import is_whole
 
 @dataclasses.dataclass(frozen=True)
 class Reencode:
-    """Settings for texts that outgrow the context: their first and newest tokens are kept and encoded anew.
+    """Settings for texts that outgrow the context: their first and newest tokens are kept and encoded again.
 
     GPT-2's learned positions end at n_positions, so keys and values cannot stay where they are as in StreamingLLM
     (Xiao et al. 2023, 2309.17453), whose sinks these are. The kept tokens get new positions, and what follows is
@@ -56,7 +56,7 @@ def check_overflow(overflow: str | Reencode) -> Reencode | None:
 
 
 def context_of(config: GPT2Config, cache: KVCache | None) -> int:
-    """Number of tokens that fit. The cache must be empty, as the tokens it holds could not be encoded anew."""
+    """Number of tokens that fit. The cache must be empty, as tokens that it held could not be encoded again."""
     if cache is None:
         return config.n_positions
     if np.any(np.asarray(cache.lengths)):

@@ -37,7 +37,7 @@ class Request:
         remaining: int32 [B], the maximum number of new tokens of each row, after re-encodings too.
         finished: bool [B], rows that an end-of-text id has ended already.
         reencode: what is kept when the context is full; None where it cannot overflow.
-        history: `History` of the prompt with room for all new tokens; None where the sampler does not look at it.
+        history: `History` of the prompt with room for all new tokens; None if the sampler does not use it.
         sampler_state: of the sampler before the first token.
     """
 
@@ -138,7 +138,7 @@ def _steps_until_full(context: int, lengths: Any, remaining: np.ndarray) -> int:
 
 
 def _history_capacity(sampler: Sampler, shape: tuple[int, ...], new: int, room: int | None) -> int:
-    """How many tokens per row a history must have room for; 0 where the sampler does not look at it."""
+    """Number of tokens per row for which a history must have room; 0 if the sampler does not use it."""
     if not sampler.needs_history:
         return 0
     batch, columns = shape
@@ -158,7 +158,7 @@ def following(config: GPT2Config, request: Request, new: np.ndarray, state: Any)
         config: the model's hyperparameters.
         request: the one before, with `later` above 0.
         new: its new tokens, int32 [B, N].
-        state: of decoding in the end; its cache is cleared and used again.
+        state: the last state of decoding; its cache is cleared and reused.
     """
     assert request.reencode is not None
     cache = state.cache

@@ -31,10 +31,10 @@ class DecodeState:
     Attributes:
         token: int32 [B], the newest of each row, sampled but not in the cache yet; see `check_chosen` for -1.
         logprob: float32 [B], of `token` under the model, before the sampler's transforms; 0 after a row's end.
-        finished: bool [B], rows that an end-of-text id has ended, or that could not go on.
+        finished: bool [B], rows that an end-of-text id has ended, or that could not continue.
         remaining: int32 [B], the number of tokens that each row may still get.
         cache: of all tokens before `token`.
-        history: `History` of all tokens, `token` included; None where nobody looks at it.
+        history: `History` of all tokens, including `token`; None if the sampler does not use it.
         sampler_state: of the sampler.
         top: the most likely alternatives, where they were asked for.
     """
@@ -260,11 +260,11 @@ def filler(decoding: DecodingParams, count: int) -> Generated:
 
 
 def check_chosen(tokens: np.ndarray, logprobs: np.ndarray) -> None:
-    """Raises an error where a row could not go on; host only.
+    """Raises an error if a row could not continue; host only.
 
     Args:
         tokens: int32 [B, N], -1 where the sampler allowed none.
-        logprobs: float32 [B, N], NaN where a row could not go on.
+        logprobs: float32 [B, N], NaN where a row could not continue.
 
     Raises:
         SamplerError: the settings of the sampler ban every token.

@@ -1,4 +1,4 @@
-"""Decoding step by step, several steps per call of the compiled loop, with the next call under way.
+"""Decoding step by step, several steps per call of the compiled loop, with the next call already running.
 
 A call of a compiled program costs a millisecond or two of the host's time. While the device works on one block of steps
 the next is already in its queue, and blocks grow as long as they are short, so that neither waits for the other.
@@ -47,7 +47,7 @@ class Step(NamedTuple):
 def stream_steps(params: Params, config: GPT2Config, request: Request) -> Generator[Step, None, KVCache]:
     """The steps of a prepared request, as soon as each block of them is there; the first one by itself.
 
-    Closing the generator frees the cache, after the blocks that are under way.
+    Closing the generator frees the cache, after the running blocks.
 
     Returns:
         The cache, as the generator's return value.
@@ -70,7 +70,7 @@ def stream_steps(params: Params, config: GPT2Config, request: Request) -> Genera
 
 
 class Segment:
-    """The steps of a request until the context is full or all rows are done; in the end `state` is the last one."""
+    """The steps of a request until the context is full or all rows are done; `state` is then the last state."""
 
     def __init__(self, params: Params, config: GPT2Config, request: Request) -> None:
         self._params = params

@@ -1,4 +1,4 @@
-"""Random draws: those of `jax.random.categorical`, in a fraction of its time where there are many logits."""
+"""Random draws: those of `jax.random.categorical`, in a fraction of its time for many logits."""
 
 import jax
 import jax.numpy as jnp

@@ -33,7 +33,7 @@ def _bias_arrays(rows: Any, least: Sizes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _words_arrays(rows: Any, least: Sizes) -> tuple[np.ndarray, np.ndarray]:
-    """int32 words [R, W, M], padded on the left, and their sizes [R, W], 0 where there is none."""
+    """int32 words [R, W, M], padded on the left, and their sizes [R, W], 0 if there is none."""
     sizes = _padded([[len(word) for word in words] for words in rows], 0, least=least[0])
     longest = max(int(sizes.max(initial=1)), least[1])
     padded = np.zeros((*sizes.shape, power_of_two(longest)), np.int32)

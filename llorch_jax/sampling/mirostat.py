@@ -17,7 +17,7 @@ class Mirostat:
     """Keeps the surprise of the text near a target (Basu et al. 2021, 2007.14966; version 2 as in llama.cpp).
 
     Tokens whose surprise in bits is above mu are cut off, one of the others is drawn, and mu moves against the error of
-    its surprise. Each row has a mu of its own, at first twice the target. Make one with `Mirostat.create`.
+    its surprise. Each row has its own mu, initially twice the target. Make one with `Mirostat.create`.
 
     Attributes:
         tau: target surprise in bits, float32 [] or [B].

@@ -118,7 +118,7 @@ def apply_bad_words(logits: jax.Array, history: History, words: jax.Array, sizes
         logits: float32 [B, V].
         history: of the rows.
         words: int32 [1 or B, W, M], sequences padded on the left.
-        sizes: int32 [1 or B, W], tokens of each, 1 .. M; 0 where there is none.
+        sizes: int32 [1 or B, W], tokens of each, 1 .. M; 0 if there is none.
     """
     count = words.shape[2]
     places = history.lengths[:, None] - count + 1 + jnp.arange(count - 1, dtype=jnp.int32)[None]

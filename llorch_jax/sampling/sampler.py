@@ -76,7 +76,7 @@ class Sampling:
             repetition_penalty: above 0; divides (multiplies where negative) logits of tokens in prompt and text (1).
             frequency_penalty: subtracted for each time a token was generated (0).
             presence_penalty: subtracted if a token was generated (0).
-            repeat_last_n: number of last tokens, of prompt and text, that these three penalties look at (-1 for all).
+            repeat_last_n: number of last tokens of prompt and text to which these three penalties apply (-1 for all).
             dry_multiplier: of the DRY penalty (0); with dry_base (1.75), dry_allowed_length (2) and dry_breakers (ids;
                 per row a list of lists).
             no_repeat_ngram_size: no sequence of this many tokens occurs twice (0).
@@ -119,7 +119,7 @@ class Sampling:
 
     @classmethod
     def superset(cls, rows: Sequence[Mapping[str, Any]], like: "Sampling | None" = None) -> "Sampling":
-        """A sampler in which every row has settings of its own and every setting may be on or off.
+        """A sampler with separate settings for every row, in which every setting may be on or off.
 
         All supersets of as many rows have the same structure, so that a row that begins to use DRY, a penalty or a
         top-k compiles nothing: use it where requests come and go. The tokens are those of `Sampling.create` with a
@@ -128,7 +128,7 @@ class Sampling:
         Args:
             rows: settings of `create` for each row, by name; `{"temperature": 0}` takes the most likely token.
             like: another superset, whose room for ids (of `logit_bias`, `bad_words`, `forced_tokens`, `dry_breakers`)
-                is kept where it is larger. Only more ids than there is room for compile anew.
+                is kept where it is larger. Only more ids than there is room for cause recompilation.
 
         Raises:
             SamplerError: a setting is unknown or out of range, or is not for one row.

@@ -28,7 +28,7 @@ class Setting:
         off: the value that turns it off, as transformers, vLLM and llama.cpp have it.
         is_off: whether numbers are values that turn it off.
         dtype: that it is passed to jit in.
-        needs_history: whether its transform looks at the tokens so far.
+        needs_history: whether its transform uses the tokens so far.
     """
 
     expected: str

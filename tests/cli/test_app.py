@@ -283,7 +283,7 @@ class TestErrors:
         check_error(run("generate", "-", "-m", folder, stdin=b"\xff"), "standard input: expected utf-8 text")
         check_error(run("score", "", "-m", folder), "at least 1 tokens to score")
         check_error(
-            run("score", "abc", "-m", folder, "--stride", 65), r"stride: expected 1 \.\. n_positions=64, got 65"
+            run("score", "abc", "-m", folder, "--stride", 65), r"stride: expected a whole number in 1 \.\. 64, got 65"
         )
 
     def test_a_seed_of_any_size(self, run, folder):

@@ -23,7 +23,7 @@ _DRAWING = 0  # folded into a position's key for the draw of a draft; `verificat
 
 
 class Context(NamedTuple):
-    """What a draft may look at.
+    """What a draft may use.
 
     Attributes:
         state: of decoding: `state.history` has the prompt and the new tokens of each row.
@@ -113,7 +113,7 @@ class PromptLookup:
         return Proposal(tokens, jnp.where(place >= 0, self.length, 0), None, None)
 
     def _last_match(self, history: jax.Array, known: jax.Array) -> jax.Array:
-        """int32 [B], where the longest, then newest match of a row's last tokens ends; -1 where there is none."""
+        """int32 [B], where the longest, then newest match of a row's last tokens ends; -1 if there is none."""
         size = history.shape[1]
         places = jnp.arange(size, dtype=jnp.int32)[None]
         alive = places < known[:, None] - 1
@@ -153,7 +153,7 @@ class DraftModel:
 
     @property
     def draws(self) -> bool:
-        """Whether guesses are drawn with keys of their own."""
+        """Whether guesses are drawn with separate keys."""
         return not self.coupled
 
     def init(self, config: GPT2Config, tokens: np.ndarray, lengths: np.ndarray, new_tokens: np.ndarray) -> StaticCache:

@@ -108,7 +108,7 @@ def speculate_tokens(
         draft: where the guesses come from; `PromptLookup()` by default. It sees the tokens given here only, not those
             that the cache holds already.
         cache: to append to, donated; None makes a `StaticCache` of the size needed. A `RotatingCache` or
-            `EvictingCache` must be able to hold all tokens, as neither can take back what has replaced older tokens.
+            `EvictingCache` must be able to hold all tokens, as neither can restore tokens that were replaced.
             A `QuantizedCache` rounds some tokens earlier than in plain decoding, so that the tokens may differ.
         lengths: int32 [B], number of real prompt tokens in each row; None means all T.
         sampler: `Greedy()` by default; any, with its penalties and state. A `DraftModel` that is not coupled needs one
@@ -122,7 +122,7 @@ def speculate_tokens(
 
     Raises:
         TokenError, CapacityError, SamplerError, NonFiniteError: as `generate_tokens`.
-        CacheError: the cache cannot take back rejected guesses: a ring or a budget that does not hold all tokens, or an
+        CacheError: the cache cannot undo rejected guesses: a ring or a budget that does not hold all tokens, or an
             eviction policy that lets queries vote.
         DraftError: the draft does not fit the model, or a setting of it is impossible.
     """
@@ -154,7 +154,7 @@ def begin(params: Params, config: GPT2Config, request: Request, draft: Draft) ->
         logprobs=jax.device_put(logprobs),
         draft_state=draft_state,
         proposed=jax.device_put(nothing),
-        accepted=jax.device_put(nothing.copy()),  # of its own: the loop donates both
+        accepted=jax.device_put(nothing.copy()),  # a copy, as the loop donates both
         steps=jnp.int32(0),
     )
 
