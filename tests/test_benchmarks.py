@@ -300,7 +300,7 @@ def test_help_needs_no_model():
     assert "--check BASELINE.json" in out.stdout
 
 
-def test_sampling_is_measured_beside_a_step(monkeypatch):
+def test_sampling_is_compared_with_a_step(monkeypatch):
     chosen = {name: sampling.SETTINGS[name] for name in ("greedy", "repetition, top_k, top_p")}
     monkeypatch.setattr(sampling, "SETTINGS", chosen)
     figures = sampling.measure("tiny", 2, 20, 1)

@@ -122,7 +122,7 @@ def beam_search(
     just chosen it (Hamming diversity).
 
     Args:
-        params: of a model of this configuration.
+        params: the model's parameters.
         config: the model's hyperparameters.
         prompt_tokens: int32 [B, T]; rows shorter than T are padded on the right with any id.
         max_new_tokens: maximum number of new tokens of each continuation, 1 or more.

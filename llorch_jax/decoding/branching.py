@@ -24,7 +24,7 @@ def feed(
     """Feeds one token per row, in `jit`.
 
     Args:
-        params: of a model of this configuration.
+        params: the model's parameters.
         config: the model's hyperparameters.
         token: int32 [R].
         cache: of R rows, with room reserved.

@@ -70,7 +70,7 @@ def contrastive_search(
     it. It is deterministic. Not inside your own `jit`.
 
     Args:
-        params: of a model of this configuration.
+        params: the model's parameters.
         config: the model's hyperparameters.
         prompt_tokens: int32 [B, T]; rows shorter than T are padded on the right with any id.
         max_new_tokens: maximum number of new tokens of each row, 1 or more.

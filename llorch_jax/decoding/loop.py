@@ -37,7 +37,7 @@ def prefill(
     """Appends prompts to a cache. The cache given is donated: use the returned one.
 
     Args:
-        params: of a model of this configuration.
+        params: the model's parameters.
         config: the model's hyperparameters.
         tokens: int32 [B, T]; rows shorter than T are padded on the right with any id.
         cache: empty, or holding earlier tokens that these follow.
@@ -60,7 +60,7 @@ def decode_step(params: Params, config: GPT2Config, token: Any, cache: Cache) ->
     """Appends one token per row to a cache. The cache given is donated: use the returned one.
 
     Args:
-        params: of a model of this configuration.
+        params: the model's parameters.
         config: the model's hyperparameters.
         token: int32 [B].
         cache: of the tokens before.
@@ -94,7 +94,7 @@ def generate_tokens(
     """Continues a batch of prompts, in one compiled loop. Inside your own `jit`, values are not checked.
 
     Args:
-        params: of a model of this configuration.
+        params: the model's parameters.
         config: the model's hyperparameters.
         prompt_tokens: int32 [B, T]; rows shorter than T are padded on the right with any id.
         max_new_tokens: maximum number of new tokens of each row, one number or a sequence of B, 1 or more.

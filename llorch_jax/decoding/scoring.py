@@ -19,7 +19,7 @@ def token_logprobs(params: Params, config: GPT2Config, ids: Sequence[int] | np.n
     """Natural log-probability of each token after those before it, in one pass that is padded to a bucket.
 
     Args:
-        params: of a model of this configuration.
+        params: the model's parameters.
         config: the model's hyperparameters.
         ids: checked token ids [T + 1], T in 1 .. n_positions; the last one needs no position.
 

@@ -136,7 +136,7 @@ def score_pairs(
     Each distinct prefix is prefilled once. Prefixes of similar length run as one batch, and so do continuations.
 
     Args:
-        params: of a model of this configuration.
+        params: the model's parameters.
         config: the model's hyperparameters.
         pairs: token ids of a prefix and of its continuation, at least one of each; the last token of a continuation
             needs no position in the context.

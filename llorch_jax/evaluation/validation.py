@@ -80,7 +80,7 @@ def intermediates(
     """The values of all twelve validation points.
 
     Args:
-        params: of a model of this configuration.
+        params: the model's parameters.
         config: the model's hyperparameters.
         tokens: int32 [B, T].
         temperature: of point 11, more than 0.

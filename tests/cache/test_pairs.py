@@ -145,7 +145,7 @@ def test_insert_in_jit_writes_in_place_and_takes_a_smaller_source():
     assert after.lengths.tolist() == [0, 4, 0]
 
 
-def test_codecs_of_ones_own_are_taken():
+def test_custom_codecs_are_accepted():
     class Halved:
         """Stores half of everything, and so must decode twice of it."""
 

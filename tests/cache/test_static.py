@@ -20,7 +20,7 @@ def tokens_of(batch, count, start=0.0):
     return jnp.asarray(k), jnp.asarray(-k)
 
 
-def test_update_writes_behind_each_rows_end_and_advance_counts():
+def test_update_writes_after_each_rows_end_and_advance_counts():
     cache = lj.StaticCache.init(CONFIG, batch_size=2, capacity=8)
     k, v = tokens_of(2, 3)
     cache = cache.update(0, k, v).update(1, v, k).advance(jnp.asarray([3, 1], jnp.int32))

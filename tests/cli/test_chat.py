@@ -186,7 +186,7 @@ def test_a_signal_at_the_prompt_or_in_a_reply_saves_the_session(folder, tmp_path
     assert not (tmp_path / "state").exists()
 
 
-def test_what_nobody_saved_is_kept_where_a_signal_ends_the_chat(folder, tmp_path, state):
+def test_an_unsaved_chat_is_kept_if_a_signal_ends_it(folder, tmp_path, state):
     with chat(folder, env=state) as terminal:
         terminal.until(PROMPT)
         terminal.send("Once\n")
@@ -199,7 +199,7 @@ def test_what_nobody_saved_is_kept_where_a_signal_ends_the_chat(folder, tmp_path
     assert text_of(folder, kept).startswith("Once")
 
 
-def test_what_nobody_saved_is_kept_where_the_terminal_goes_away(folder, tmp_path, state):
+def test_an_unsaved_chat_is_kept_if_the_terminal_is_closed(folder, tmp_path, state):
     with chat(folder, env=state) as terminal:
         terminal.until(PROMPT)
         terminal.send("Once\n")

@@ -1,4 +1,4 @@
-"""What only a process of its own shows: streams that are closed, full or left, and compiled programs that are kept."""
+"""What only a separate process shows: closed, full or abandoned streams, and compiled programs that are kept."""
 
 import os
 import signal

@@ -168,7 +168,7 @@ class TestFullRows:
             assert [int(token[1]) for token in streamed] == alone[0].tolist()
             assert np.asarray(cache.lengths).tolist() == [16, 15]
 
-    def test_a_finished_long_row_makes_nobody_re_encode(self, params):
+    def test_a_finished_long_row_makes_no_other_row_re_encode(self, params):
         tokens, lengths = self.prompt(), np.array(self.LENGTHS)
         alone, _ = lj.generate_tokens(params, CONFIG, tokens[1:, :2], 40, overflow="reencode")
         first, _ = lj.generate_tokens(params, CONFIG, tokens[:1], 2)

@@ -88,7 +88,7 @@ def test_registering_twice_changes_nothing():
     lj.register_exports()
 
 
-def test_a_function_of_ones_own_as_a_policy_is_refused():
+def test_a_custom_function_as_a_policy_is_refused():
     policy = lambda scores: scores  # noqa: E731
     cache = lj.make_cache(CONFIG, "recent:8", batch_size=1).replace(policy=policy)
     exported = export.export(jax.jit(unchanged))(cache)

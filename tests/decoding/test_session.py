@@ -1,4 +1,4 @@
-"""Sessions: put aside, saved and loaded, a text goes on as if it had been generated in one go."""
+"""Sessions: a text that is kept, saved and loaded continues as if it had been generated in one call."""
 
 import jax
 import numpy as np

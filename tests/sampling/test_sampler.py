@@ -54,7 +54,7 @@ class TestMasks:
         np.testing.assert_allclose(ours, data[name], rtol=0, atol=4 * floor)
 
     @given(hnp.arrays(np.float32, (3, 37), elements=st.floats(-30, 30, width=32)), st.integers(1, 50))
-    def test_top_k_keeps_so_many_of_the_largest(self, logits, top_k):
+    def test_top_k_keeps_the_k_largest(self, logits, top_k):
         masked = np.asarray(apply_top_k(logits, jnp.int32(top_k)))
         kept = np.isfinite(masked)
         assert np.all(kept.sum(-1) == min(top_k, 37))

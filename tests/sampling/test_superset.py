@@ -59,7 +59,7 @@ def alone(keys):
     return np.stack(expected, axis=1)
 
 
-def test_each_row_is_as_its_own_sampler_and_nothing_is_compiled_anew(keys, alone):
+def test_each_row_equals_its_own_sampler_and_nothing_is_recompiled(keys, alone):
     compiled = tokens_of._cache_size()
     for shift in (0, 5):  # other settings in every row
         order = [(row + shift) % len(ROWS) for row in range(len(ROWS))]

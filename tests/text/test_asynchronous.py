@@ -1,4 +1,4 @@
-"""The asynchronous stream: the same pieces, an event loop that goes on, and nothing left behind."""
+"""The asynchronous stream: the same pieces, an event loop that keeps running, and nothing left over."""
 
 import asyncio
 import gc

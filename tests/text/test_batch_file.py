@@ -53,7 +53,7 @@ def test_each_prompt_gets_what_it_gets_alone(model, source, tmp_path):
         assert (line["text"], line["token_ids"]) == (alone.text, alone.token_ids)
 
 
-def test_a_run_stopped_anywhere_goes_on_to_the_same_file(model, source, tmp_path, monkeypatch):
+def test_a_run_stopped_anywhere_resumes_to_the_same_file(model, source, tmp_path, monkeypatch):
     calls = []
 
     def fake(model, prompts, options):
@@ -211,7 +211,7 @@ def test_options_that_no_file_has_are_refused(model, source, tmp_path):
             generate_file(model, source, tmp_path / "out", **options)
 
 
-def test_a_full_disk_is_one_line_and_the_next_run_goes_on(model, source, tmp_path, monkeypatch):
+def test_a_full_disk_is_one_line_and_the_next_run_resumes(model, source, tmp_path, monkeypatch):
     generate_file(model, source, tmp_path / "whole", batch_size=2, **SETTINGS)
     calls = []
 

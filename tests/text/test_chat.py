@@ -1,4 +1,4 @@
-"""Conversations: what is prefilled, taking back, other replies, branches and files."""
+"""Conversations: what is prefilled, undo, regenerated replies, branches and files."""
 
 import dataclasses
 

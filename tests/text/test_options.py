@@ -92,7 +92,7 @@ def test_the_page_shows_what_each_method_takes():
     assert documented == set(KNOWN)
 
 
-def test_a_sampler_of_ones_own():
+def test_a_custom_sampler():
     keys = lj.Sampling.create(0.7, top_k=5)
     own = lj.generate(MODEL, ["Once", "A"], 8, seed=3, sampler=keys)
     named = lj.generate(MODEL, ["Once", "A"], 8, seed=3, temperature=0.7, top_k=5)
@@ -272,7 +272,7 @@ class TestWideVocabulary:
             assert max(out.token_ids) < 257
             assert out.text == wide.tokenizer.decode(out.token_ids)
 
-    def test_nor_elsewhere(self, wide):
+    def test_none_is_drawn_by_other_methods(self, wide):
         outs = [*lj.generate_n(wide, "Once", 2, 8), lj.generate_speculative(wide, "Once", 8)[0]]
         draft = lj.generate_speculative(wide, "Once", 8, draft=wide, temperature=1.0)[0]
         assert max(id for out in [*outs, draft] for id in out.token_ids) < 257

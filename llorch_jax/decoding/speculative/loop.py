@@ -101,7 +101,7 @@ def speculate_tokens(
     drawn are not.
 
     Args:
-        params: of a model of this configuration.
+        params: the model's parameters.
         config: the model's hyperparameters.
         prompt_tokens: int32 [B, T]; rows shorter than T are padded on the right with any id.
         max_new_tokens: maximum number of new tokens of each row, one number or a sequence of B, 1 or more.
