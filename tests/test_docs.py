@@ -100,7 +100,7 @@ def test_commands_run_as_pasted(block, tmp_path, monkeypatch, capsys):
         assert captured.out or captured.err
 
 
-def tests_in(path: Path) -> set[str]:
+def names_of_tests(path: Path) -> set[str]:
     """The tests of a file, those of classes as Class::test."""
     found = set()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -119,4 +119,4 @@ def test_every_promise_names_tests_that_exist():
         named = re.findall(r"`([\w/]+\.py)::([\w:]+)`", row)
         assert named, f"expected a test that holds the promise: {row}"
         for file, test in named:
-            assert test in tests_in(ROOT / "tests" / file), f"{file}: expected {test}, which docs/reliability.md names"
+            assert test in names_of_tests(ROOT / "tests" / file), f"{file}: expected {test}, which docs/reliability.md names"
