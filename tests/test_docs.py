@@ -119,4 +119,4 @@ def test_every_promise_names_tests_that_exist():
         named = re.findall(r"`([\w/]+\.py)::([\w:]+)`", row)
         assert named, f"expected a test that holds the promise: {row}"
         for file, test in named:
-            assert test in names_of_tests(ROOT / "tests" / file), f"{file}: expected {test}, which docs/reliability.md names"
+            assert test in names_of_tests(ROOT / "tests" / file), f"{file}: expected {test} of the page"

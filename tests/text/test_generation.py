@@ -212,9 +212,9 @@ class TestErrors:
             ({"max_new_tokens": 2.0}, lj.CapacityError, "max_new_tokens: .* got 2.0"),
             ({"max_new_tokens": 64}, lj.CapacityError, "n_positions=64 per row, got 67"),
             ({"temperature": -1}, lj.SamplerError, "temperature: .* got -1"),
-            ({"top_k": 0}, lj.SamplerError, "top_k: .* got 0"),  # temperature 0 does not use it, but it is a mistake
+            ({"top_k": -2}, lj.SamplerError, "top_k: .* got -2"),  # temperature 0 does not use it, but it is a mistake
             ({"top_p": 1.5}, lj.SamplerError, "top_p: .* got 1.5"),
-            ({"temperature": 1.0, "top_p": 0.0}, lj.SamplerError, "top_p: .* got 0"),
+            ({"temperature": 1.0, "top_p": -0.5}, lj.SamplerError, "top_p: .* got -0.5"),
             ({"seed": "1"}, lj.OptionError, "seed: expected a whole number, got '1'"),
             ({"seed": None}, lj.OptionError, "seed: .* got None"),
             ({"cache": "no such"}, lj.LlorchError, "cache: .*'no such'"),
