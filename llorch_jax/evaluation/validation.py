@@ -22,7 +22,7 @@ from llorch_jax.cache.static import StaticCache
 from llorch_jax.checks import check_append
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.loop import decode_step, prefill
-from llorch_jax.errors import CapacityError, ReferenceFileError
+from llorch_jax.errors import CapacityError, ReferenceFileError, SamplerError
 from llorch_jax.files import exists, read_bytes, read_json, shown
 from llorch_jax.model import run
 from llorch_jax.params import Params
@@ -102,6 +102,8 @@ def intermediates(
     """
     if new_tokens < 1:
         raise CapacityError(f"new_tokens: expected 1 or more, got {new_tokens}")
+    if temperature == 0:  # which means greedy decoding elsewhere, and has no softmax
+        raise SamplerError(f"temperature: expected a number above 0, got {temperature}")
     divisor = Sampling.create(temperature).temperature
     tokens, _ = check_append(config, tokens, None, later=new_tokens - 1)
     values = _first_block(params, config, tokens)

@@ -134,6 +134,7 @@ class TestIntermediates:
             ({"tokens": [1, 2]}, lj.TokenError, r"\[B, T\]"),
             ({"new_tokens": 64}, lj.CapacityError, "n_positions=64 per row, got 65"),
             ({"new_tokens": 0}, lj.CapacityError, "new_tokens: expected 1 or more, got 0"),
+            ({"temperature": 0}, lj.SamplerError, "temperature: .*got 0"),
             ({"temperature": -1.0}, lj.SamplerError, "temperature: .*got -1"),
         ],
     )
