@@ -9,6 +9,7 @@ import tiny
 from cache_cases import assert_close
 
 import llorch_jax as lj
+from llorch_jax.kernels import describe
 from llorch_jax.linear import QuantizedMatrix
 
 CONFIG = tiny.CONFIG
@@ -54,7 +55,8 @@ def test_prefill_and_decode_step(layout):
         second, _ = lj.decode_step(params, CONFIG, np.array([3, 4], np.int32), cache)
         return np.stack([first, second])
 
-    assert_close(logits(PARAMS), logits(EXPECTED))
+    # The native kernels round each column of the activations to 16 bits; see docs/kernels.md.
+    assert_close(logits(PARAMS), logits(EXPECTED), None if describe().isa is None else 1e-3)
 
 
 WAYS = {
