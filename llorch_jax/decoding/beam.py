@@ -26,6 +26,7 @@ from llorch_jax.params import Params
 from llorch_jax.sampling.masking import only_allowed
 from llorch_jax.tracing import whole
 
+_MOST_BEAMS = 4096  # rows of one batch per prompt; more is a slip, and would run out of memory
 _NEVER = -1e9  # a score that no text has
 
 
@@ -182,7 +183,7 @@ def check_beams(
     early_stopping: Any,
 ) -> None:
     """Raises SearchError for an impossible setting of `beam_search`."""
-    whole("num_beams", num_beams, SearchError)
+    whole("num_beams", num_beams, SearchError, most=_MOST_BEAMS)
     whole("num_return", num_return, SearchError)
     whole("num_beam_groups", num_beam_groups, SearchError)
     if num_return > num_beams:

@@ -20,6 +20,8 @@ from llorch_jax.text.results import Generation
 from llorch_jax.text.timing import Stopwatch
 from llorch_jax.tracing import whole
 
+_MOST_SAMPLES = 4096  # rows of one batch per prompt; more is a slip, and would run out of memory
+
 
 def generate_n(
     model: Model,
@@ -54,8 +56,8 @@ def generate_n(
         OptionError: n or best_of is impossible, an option is of no use here, or the temperature is 0, which would make
             all samples alike.
     """
-    whole("n", n, OptionError)
-    drawn = n if best_of is None else whole("best_of", best_of, OptionError, least=n)
+    whole("n", n, OptionError, most=_MOST_SAMPLES)
+    drawn = n if best_of is None else whole("best_of", best_of, OptionError, n, _MOST_SAMPLES)
     prompts = prompt_list(prompt)
     if options.get("num_beams") not in (None, 1):
         checked = GenerationOptions.create(max_new_tokens=max_new_tokens, **options)

@@ -141,7 +141,8 @@ def test_one_beam_is_greedy(params):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_beams": 0}, "num_beams: expected a whole number from 1 up, got 0"),
+        ({"num_beams": 0}, r"num_beams: expected a whole number in 1 \.\. 4096, got 0"),
+        ({"num_beams": 10**9}, r"num_beams: expected a whole number in 1 \.\. 4096, got 1000000000"),
         ({"num_beams": 2.0}, "num_beams: expected a whole number"),
         ({"num_return": 5}, "at most num_beams=4, got 5"),
         ({"num_beam_groups": 3}, "a divisor of num_beams=4, got 3"),

@@ -228,7 +228,7 @@ class TestSearches:
     def test_one_beam_is_no_search(self):
         sampled = lj.generate(MODEL, "Once", 6, temperature=1.0, seed=2)
         assert lj.generate(MODEL, "Once", 6, temperature=1.0, seed=2, num_beams=1).token_ids == sampled.token_ids
-        for wrong in (0, 2.5, True):
+        for wrong in (0, 2.5, True, 10**9):
             with pytest.raises(lj.LlorchError, match="num_beams: expected a whole number"):
                 lj.generate(MODEL, "Once", 6, num_beams=wrong)
 

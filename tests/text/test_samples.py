@@ -69,10 +69,11 @@ def test_the_best_have_the_greatest_mean_logprob(model, batch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"n": 0}, "n: expected a whole number from 1 up, got 0"),
+        ({"n": 0}, r"n: expected a whole number in 1 \.\. 4096, got 0"),
+        ({"n": 10**9}, r"n: expected a whole number in 1 \.\. 4096, got 1000000000"),
         ({"max_tokens": 3}, "max_tokens: got an unknown option; expected max_new_tokens"),
         ({"top_logprobs": 1, "num_beams": 2}, "top_logprobs: expected none with beam search"),
-        ({"n": 3, "best_of": 2}, "best_of: expected a whole number from 3 up, got 2"),
+        ({"n": 3, "best_of": 2}, r"best_of: expected a whole number in 3 \.\. 4096, got 2"),
         ({"temperature": 0}, "temperature: expected more than 0"),
     ],
 )
