@@ -213,7 +213,7 @@ def _numbers(spec: str, rest: str, entry: Layout) -> dict[str, int]:
     """The numbers of a specification after its name."""
     numbers: dict[str, int] = {}
     for argument, mark in entry.arguments:
-        found = re.match(rf"{re.escape(mark)}([0-9]{{1,10}})", rest, re.ASCII)
+        found = re.match(rf"{re.escape(mark)}([0-9]{{1,40}})", rest, re.ASCII)
         if found is None:
             break
         least = 0 if argument == "sinks" else 1

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import statistics
 from pathlib import Path
@@ -31,9 +32,15 @@ def show_score(source: str, text: str, settings: dict[str, Any], stride: int | N
     model, _ = load_model(source, settings)
     with waiting("compiling and scoring"):
         result = score(model, given, stride=stride)
-    summary = {"perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte, "logprob": result.total}
+    summary: dict[str, float | None] = {
+        "perplexity": result.perplexity,
+        "bits_per_byte": result.bits_per_byte,
+        "logprob": result.total,
+    }
     if as_json:
-        print(json.dumps({**summary, **dataclasses.asdict(result)}))
+        if not math.isfinite(result.perplexity):
+            summary["perplexity"] = None  # JSON has no infinity
+        print(json.dumps({**summary, **dataclasses.asdict(result)}, allow_nan=False))
     else:
         print(*(f"{name} {value:.4f}" for name, value in summary.items()), sep="\n")
 

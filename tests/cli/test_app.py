@@ -12,7 +12,7 @@ import tiny
 
 import llorch_jax as lj
 from llorch_jax import kernels
-from llorch_jax.cli import app, loading
+from llorch_jax.cli import app, loading, models
 
 PROMPT = "Once"
 
@@ -159,6 +159,12 @@ class TestOtherCommands:
             "logprobs": expected.logprobs,
             "num_bytes": 9,
         }
+
+    def test_an_infinite_perplexity_is_null_in_json(self, run, folder, monkeypatch):
+        hopeless = lj.Score(token_ids=[1, 2], logprobs=[0.0, -1e6], num_bytes=2)
+        monkeypatch.setattr(models, "score", lambda *arguments, **settings: hopeless)
+        fields = json.loads(run("score", "ab", "-m", folder, "--json")[1], parse_constant=pytest.fail)
+        assert fields["perplexity"] is None
 
     def test_inspect_says_which_kernels_run(self, run):
         code, out, _ = run("inspect", "--kernels")
