@@ -183,8 +183,7 @@ class RotatingCache(KVCache):
 
     def reserve(self, count: Any, *, lengths: Any = None, pinned: Any = ()) -> Self:
         self.check_room(count, lengths=lengths)
-        if lengths is None:  # else the caller has counted every step and rolled nothing back
-            self._check_intact(self.lengths, self.ends)
+        self._check_intact(self.lengths if lengths is None else lengths, self.ends)
         return self
 
     def crop(self, length: Any) -> Self:
