@@ -1,13 +1,16 @@
 """What queries may attend to: stored vectors, overlaid with exact vectors of some of the tokens."""
 
 import abc
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from llorch_jax.attention import DenseView, KVView
-from llorch_jax.cache.codecs import Codec, Stored
+from llorch_jax.attention import DenseView, KVView, Queries, attend
+from llorch_jax.cache.codecs import Codec, FloatCodec, IntegerCodec, Quantized, Stored
+from llorch_jax.kernels import attention as kernels
 
 
 @struct.dataclass
@@ -54,6 +57,8 @@ class StoredView(KVView):
     """Vectors as a codec stores them, in the slots of a layout.
 
     Attributes:
+        keys: stored, where the layout holds them.
+        values: stored, where the layout holds them.
         positions: int32 [B, S], [1, S] or [B, K, S]; see `DenseView`.
         exact: exact vectors of some tokens; later items take precedence.
         codec: of the stored vectors.
@@ -61,6 +66,8 @@ class StoredView(KVView):
         sinks: see `DenseView`.
     """
 
+    keys: Stored
+    values: Stored
     positions: jax.Array
     exact: tuple[Exact, ...]
     codec: Codec
@@ -80,6 +87,73 @@ class StoredView(KVView):
         for exact in self.exact:
             keys, values = exact.over(keys, values, self.positions)
         return DenseView(keys, values, self.positions, self.window, self.sinks)
+
+    def attend(self, q: jax.Array, queries: Queries, scale: float) -> jax.Array:
+        """As `KVView.attend`, of a few queries by a native kernel, which reads the slots as they are stored."""
+        if not isinstance(self.codec, FloatCodec | IntegerCodec):
+            return super().attend(q, queries, scale)
+        form = kernels.Form(
+            bits=self.codec.bits if isinstance(self.codec, IntegerCodec) else 8 * self.codec.dtype.itemsize,
+            scale=scale,
+            window=queries.window or 0,
+            view_window=self.window or 0,
+            sinks=self.sinks,
+        )
+        heads = jax.tree.leaves(self.keys)[0].shape[1]
+        if not kernels.serves(form, q, heads, len(self.exact)):
+            return super().attend(q, queries, scale)
+        arrays, structure = jax.tree.flatten((q, self, queries))
+        with jax.named_scope("attention"):
+            return kernels.attend(form, _Attention(structure, scale), *arrays)
+
+    def block_tables(self) -> jax.Array:
+        """int32 [B, N], the page of each block of slots; [0, 0] if there are no pages."""
+        return jnp.zeros((0, 0), jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Attention:
+    """How a view is attended to, given its arrays; a `kernels.Call`.
+
+    Attributes:
+        structure: of the queries' vectors, the view and the `Queries`.
+        scale: factor of the scores.
+    """
+
+    structure: Any
+    scale: float
+
+    def operands(self, *arrays: jax.Array) -> kernels.Operands:
+        q, view, queries = jax.tree.unflatten(self.structure, arrays)
+        exact = (
+            kernels.Exact(
+                each.keys.astype(jnp.float32),
+                each.values.astype(jnp.float32),
+                each.positions,
+                jnp.zeros(q.shape[0], jnp.int32) if each.start is None else each.start,
+            )
+            for each in view.exact
+        )
+        return kernels.Operands(
+            q=q,
+            query_positions=queries.positions,
+            keys=_vectors(view.keys),
+            values=_vectors(view.values),
+            positions=view.positions[:, None] if view.positions.ndim == 2 else view.positions,
+            tables=view.block_tables(),
+            exact=tuple(exact),
+        )
+
+    def plain(self, *arrays: jax.Array) -> jax.Array:
+        q, view, queries = jax.tree.unflatten(self.structure, arrays)
+        return attend(q, view.dense(), queries, self.scale)
+
+
+def _vectors(stored: Stored) -> kernels.Vectors:
+    none = jnp.zeros(0, jnp.float32)
+    if isinstance(stored, Quantized):
+        return kernels.Vectors(stored.codes, stored.scale, none if stored.zero is None else stored.zero)
+    return kernels.Vectors(stored, none, none)
 
 
 @struct.dataclass

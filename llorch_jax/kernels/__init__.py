@@ -21,6 +21,6 @@ class Description(NamedTuple):
 
 def describe() -> Description:
     """Loads the library, if that has not happened yet, and says what came of it."""
-    isa, reason = library()
+    isa, reason, _ = library()
     formats = ("float32", "bfloat16", "float16", "int8", "int8 in groups", "int4 in groups")
     return Description(isa, formats if isa else (), reason)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 
 _NAMES = ("_native.so", "_native.dylib", "_native.dll")
-_TARGETS = ("llorch_matmul",)
+_TARGETS = ("llorch_matmul", "llorch_attention")
 
 
 class Library(NamedTuple):
@@ -23,10 +23,12 @@ class Library(NamedTuple):
     Attributes:
         isa: the instruction set in use: "portable", "avx2" or "avx512"; None where the twins serve.
         reason: why the twins serve; empty where the kernels do.
+        targets: the custom calls that it has; a library built from older sources may lack some.
     """
 
     isa: str | None
     reason: str
+    targets: frozenset[str] = frozenset()
 
 
 @cache
@@ -43,6 +45,13 @@ def library() -> Library:
         return Library(None, f"{path.name} cannot be loaded: {error}")
 
 
+def available(target: str) -> bool:
+    """Whether programs traced now may call a kernel: it was built, for one CPU device or inside `shard_map`."""
+    if jax.default_backend() != "cpu" or library().isa is None or target not in library().targets:
+        return False
+    return jax.device_count() == 1 or bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
 def _path() -> Path | None:
     here = Path(__file__).parent
     return next((here / name for name in _NAMES if (here / name).exists()), None)
@@ -54,7 +63,7 @@ def _load(path: Path) -> Library:
     isa = native.llorch_isa()
     if isa is None:
         return Library(None, f"LLORCH_JAX_ISA={os.environ['LLORCH_JAX_ISA']} is not an instruction set of this machine")
-    for name in _TARGETS:
-        handler = getattr(native, name)
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
-    return Library(isa.decode(), "")
+    targets = frozenset(name for name in _TARGETS if hasattr(native, name))
+    for name in targets:
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(native, name)), platform="cpu")
+    return Library(isa.decode(), "", targets)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import mlir
 
-from llorch_jax.kernels.library import library
+from llorch_jax.kernels.library import available
 
 MAX_COLUMNS = 16
 _FLOATS = ("float32", "bfloat16", "float16")
@@ -50,11 +50,7 @@ def serves(form: Form, weight: jax.Array, x: jax.Array) -> bool:
         x: [in, M].
     """
     few = 1 <= x.shape[1] <= MAX_COLUMNS and x.shape[0] > 0 and weight.shape[0] > 0
-    if not few or x.dtype != jnp.float32 or not _has_kernel(form, weight):
-        return False
-    if jax.default_backend() != "cpu" or library().isa is None:
-        return False
-    return jax.device_count() == 1 or bool(jax.sharding.get_abstract_mesh().manual_axes)
+    return few and x.dtype == jnp.float32 and _has_kernel(form, weight) and available("llorch_matmul")
 
 
 def _has_kernel(form: Form, weight: jax.Array) -> bool:

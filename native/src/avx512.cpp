@@ -1,7 +1,8 @@
 #define LLORCH_ISA avx512
 #define LLORCH_BYTES 64
+#include "attention.h"
 #include "products.h"
 
 namespace llorch {
-extern const Kernels kAvx512{"avx512", avx512::prepare, avx512::multiply};
+extern const Kernels kAvx512{"avx512", avx512::prepare, avx512::multiply, avx512::attend, avx512::merge};
 }  // namespace llorch

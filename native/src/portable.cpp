@@ -1,7 +1,8 @@
 #define LLORCH_ISA portable
 #define LLORCH_BYTES 16
+#include "attention.h"
 #include "products.h"
 
 namespace llorch {
-extern const Kernels kPortable{"portable", portable::prepare, portable::multiply};
+extern const Kernels kPortable{"portable", portable::prepare, portable::multiply, portable::attend, portable::merge};
 }  // namespace llorch

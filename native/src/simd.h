@@ -31,6 +31,8 @@ typedef int16_t Shorts __attribute__((vector_size(LLORCH_BYTES)));
 typedef uint16_t HalfWords __attribute__((vector_size(LLORCH_BYTES / 2)));
 typedef int8_t HalfBytes __attribute__((vector_size(LLORCH_BYTES / 2)));
 typedef uint8_t HalfUnsignedBytes __attribute__((vector_size(LLORCH_BYTES / 2)));
+typedef int8_t QuarterBytes __attribute__((vector_size(LLORCH_BYTES / 4)));
+typedef uint8_t QuarterUnsignedBytes __attribute__((vector_size(LLORCH_BYTES / 4)));
 
 template <typename Vector>
 LLORCH_INLINE Vector load(const void* from) {
@@ -110,6 +112,22 @@ LLORCH_INLINE Words widen(HalfWords values) {
 #endif
 }
 
+LLORCH_INLINE Floats to_floats(QuarterBytes values) {
+#if LLORCH_BYTES == 64
+  return _mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, (__m128i)values));
+#elif LLORCH_BYTES == 32
+  long long bits;
+  __builtin_memcpy(&bits, &values, sizeof(bits));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bits)));
+#else
+  return __builtin_convertvector(values, Floats);
+#endif
+}
+
+LLORCH_INLINE Floats to_floats(QuarterUnsignedBytes values) {
+  return to_floats((QuarterBytes)values);  // no byte that comes here is above 127
+}
+
 LLORCH_INLINE Floats from_bfloat16(HalfWords bits) { return (Floats)(widen(bits) << 16); }
 
 LLORCH_INLINE Floats from_float16(HalfWords bits) {
@@ -146,6 +164,74 @@ LLORCH_INLINE float sum(Floats values) {
 #else
   return sum_quarter(values);
 #endif
+}
+
+// Indices from 0 on, as template arguments.
+template <int... kIndices>
+struct Sequence {};
+template <int kCount, int... kIndices>
+struct UpTo : UpTo<kCount - 1, kCount - 1, kIndices...> {};
+template <int... kIndices>
+struct UpTo<0, kIndices...> {
+  typedef Sequence<kIndices...> type;
+};
+
+// Where in (a, b) the first halves of consecutive groups of 2 * kWidth lanes are.
+template <int kWidth>
+constexpr int first_half(int lane) {
+  return lane / kWidth * 2 * kWidth + lane % kWidth;
+}
+
+// The groups of 2 * kWidth lanes of a and of b, one after another, each with its second half added to its first.
+template <int kWidth, int... kIndices>
+LLORCH_INLINE Floats fold(Floats a, Floats b, Sequence<kIndices...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, first_half<kWidth>(kIndices)...) +
+         __builtin_shufflevector(a, b, (first_half<kWidth>(kIndices) + kWidth)...);
+#else
+  return __builtin_shuffle(a, b, Ints{first_half<kWidth>(kIndices)...}) +
+         __builtin_shuffle(a, b, Ints{(first_half<kWidth>(kIndices) + kWidth)...});
+#endif
+}
+
+// Lane i of the result is sum(vectors[i]), added in the same order.
+template <int kCount = kLanes>
+LLORCH_INLINE Floats sums(Floats (&vectors)[kLanes]) {
+  if constexpr (kCount == 1) {
+    return vectors[0];
+  } else {
+    LLORCH_UNROLL for (int i = 0; i < kCount / 2; ++i) {
+      vectors[i] = fold<kCount / 2>(vectors[2 * i], vectors[2 * i + 1], typename UpTo<kLanes>::type());
+    }
+    return sums<kCount / 2>(vectors);
+  }
+}
+
+LLORCH_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+LLORCH_INLINE float largest(Floats values) {
+  float most = values[0];
+  for (int i = 1; i < kLanes; ++i) most = values[i] > most ? values[i] : most;
+  return most;
+}
+
+// e to the power of x, for x up to 0: 2^k times a polynomial of what is left (Cephes, expf), to about 1e-7 of the
+// result; below float32's normal range 0. NaN stays NaN.
+LLORCH_INLINE Floats exponential(Floats x) {
+  constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  constexpr int32_t kRounderBits = 0x4b400000;
+  const Floats shifted = x * 1.44269504088896341f + kRounder;
+  const Floats k = shifted - kRounder;
+  const Floats rest = multiply_add(k, broadcast(2.12194440e-4f), multiply_add(k, broadcast(-0.693359375f), x));
+  Floats p = broadcast(1.9875691500e-4f);
+  p = multiply_add(p, rest, broadcast(1.3981999507e-3f));
+  p = multiply_add(p, rest, broadcast(8.3334519073e-3f));
+  p = multiply_add(p, rest, broadcast(4.1665795894e-2f));
+  p = multiply_add(p, rest, broadcast(1.6666665459e-1f));
+  p = multiply_add(p, rest, broadcast(5.0000001201e-1f));
+  p = multiply_add(p, rest * rest, rest + 1.0f);
+  const Ints exponents = ((Ints)shifted - kRounderBits + 127) << 23;
+  return x < broadcast(-87.0f) ? Floats{} : p * (Floats)exponents;
 }
 
 }  // namespace llorch::LLORCH_ISA

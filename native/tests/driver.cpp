@@ -1,5 +1,5 @@
 // Runs the kernels on buffers of exactly the size that they may touch, at odd addresses, and compares the results with
-// sums in double precision. Built with AddressSanitizer and UndefinedBehaviorSanitizer by tests/kernels/test_sanitizers.py.
+// sums in double precision. Built with AddressSanitizer and UndefinedBehaviorSanitizer by tests/kernels/test_library.py.
 #include <atomic>
 #include <cmath>
 #include <cstdio>
@@ -11,6 +11,8 @@
 #include <thread>
 #include <vector>
 
+#include "attention_cases.h"
+#include "common.h"
 #include "dispatch.h"
 #include "parallel.h"
 
@@ -19,28 +21,6 @@ namespace {
 using llorch::Format;
 using llorch::Kernels;
 using llorch::Product;
-
-std::mt19937 random_bits(1);
-
-int between(int least, int most) { return std::uniform_int_distribution<int>(least, most)(random_bits); }
-
-// Memory that ends where the sanitizer watches, and that starts at an odd multiple of the elements' size.
-template <typename Element>
-struct Array {
-  explicit Array(size_t count) : memory(new Element[count + 1]), data(memory.get() + 1), size(count) {
-    for (size_t i = 0; i < count; ++i) data[i] = Element{};
-  }
-  std::unique_ptr<Element[]> memory;
-  Element* data;
-  size_t size;
-};
-
-float half_value(uint16_t bits) {
-  const int exponent = bits >> 10 & 31;
-  const float mantissa = static_cast<float>(bits & 1023);
-  const float size = exponent ? std::ldexp(mantissa + 1024, exponent - 25) : std::ldexp(mantissa, -24);
-  return bits & 0x8000 ? -size : size;
-}
 
 struct Case {
   Format format;
@@ -206,6 +186,9 @@ int main(int count, char** arguments) {
                   static_cast<int>(c.format), c.rows, c.width, c.group, c.depth, c.columns);
       return 1;
     }
+  }
+  for (int i = 0; i < cases; ++i) {
+    if (!attention_agrees(*kernels)) return 1;
   }
   if (!loops_end()) return 1;
   std::printf("%s: %d cases\n", kernels->name, cases);

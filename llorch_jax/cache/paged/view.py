@@ -34,3 +34,6 @@ class PagedView(StoredView):
             return jax.tree.map(lambda pool: gather_pages(pool, self.tables), stored)
 
         return gathered(self.keys), gathered(self.values)
+
+    def block_tables(self) -> jax.Array:
+        return self.tables

@@ -1,48 +1,17 @@
-// The kernels as XLA custom calls. XLA hands over buffers whose shapes Python chose: everything is checked here again,
-// so that a wrong call is an error that names the argument, and not a crash.
-#include <sstream>
-#include <string>
-
+// Products as an XLA custom call.
+#include "arguments.h"
 #include "dispatch.h"
-#include "parallel.h"
-#include "xla/ffi/api/ffi.h"
 
 namespace llorch {
 namespace {
 
-namespace ffi = xla::ffi;
-
 constexpr size_t kBlockBytes = 192 * 1024;  // of weights per block of rows, roughly
 constexpr size_t kMaxGroup = 1024;         // sums of more products could overflow 32 bits
-
-std::string shape_of(const ffi::AnyBuffer& buffer) {
-  std::ostringstream shape;
-  shape << '[';
-  for (size_t i = 0; i < buffer.dimensions().size(); ++i) shape << (i > 0 ? ", " : "") << buffer.dimensions()[i];
-  shape << ']';
-  return shape.str();
-}
-
-ffi::Error wrong(const std::string& name, const std::string& expected, const std::string& got) {
-  std::ostringstream message;
-  message << "llorch_matmul: " << name << ": expected " << expected << ", got " << got;
-  return ffi::Error::InvalidArgument(message.str());
-}
-
-ffi::Error check(const std::string& name, const ffi::AnyBuffer& buffer, ffi::DataType type, const char* type_name,
-                 size_t rows, size_t columns) {
-  const auto dimensions = buffer.dimensions();
-  std::ostringstream expected;
-  expected << type_name << " [" << rows << ", " << columns << ']';
-  if (buffer.element_type() != type) return wrong(name, expected.str(), "another type of elements");
-  const bool fits = dimensions.size() == 2 && dimensions[0] == static_cast<int64_t>(rows) &&
-                    dimensions[1] == static_cast<int64_t>(columns);
-  return fits ? ffi::Error::Success() : wrong(name, expected.str(), shape_of(buffer));
-}
+const Arguments kCall("llorch_matmul");
 
 // The format of the weights and their width, checked against the number of bits (32, 16 or 0 for floating point).
 ffi::Error read_weights(const ffi::AnyBuffer& weights, int64_t bits, Product& product) {
-  if (weights.dimensions().size() != 2) return wrong("weights", "[out, width]", shape_of(weights));
+  if (weights.dimensions().size() != 2) return kCall.wrong("weights", "[out, width]", shape_of(weights));
   product.weights = weights.untyped_data();
   product.rows = weights.dimensions()[0];
   product.width = weights.dimensions()[1];
@@ -59,7 +28,7 @@ ffi::Error read_weights(const ffi::AnyBuffer& weights, int64_t bits, Product& pr
   } else if (bits == 16 && type == ffi::DataType::F16) {
     product.format = Format::kFloat16;
   } else {
-    return wrong("weights", "float32, bfloat16, float16, int8 codes or uint8 pairs of codes", "another type of elements");
+    return kCall.wrong("weights", "float32, bfloat16, float16, int8 codes or uint8 pairs of codes", "another type of elements");
   }
   return ffi::Error::Success();
 }
@@ -68,37 +37,37 @@ ffi::Error read_scales(const ffi::AnyBuffer& scales, int64_t group, Product& pro
   product.scales = scales.untyped_data();
   product.group = group;
   if (product.format != Format::kInt8 && product.format != Format::kInt4) {
-    return group == 0 ? ffi::Error::Success() : wrong("group", "0 for floating point", std::to_string(group));
+    return group == 0 ? ffi::Error::Success() : kCall.wrong("group", "0 for floating point", std::to_string(group));
   }
   if (group == 0 && product.format == Format::kInt8) {
-    return check("scales", scales, ffi::DataType::F32, "float32", product.rows, 1);
+    return kCall.check("scales", scales, ffi::DataType::F32, "float32", {product.rows, 1});
   }
   if (group < 32 || group > static_cast<int64_t>(kMaxGroup) || (group != 32 && group % 64 != 0)) {
-    return wrong("group", "32, or a multiple of 64 up to 1024", std::to_string(group));
+    return kCall.wrong("group", "32, or a multiple of 64 up to 1024", std::to_string(group));
   }
   if (product.width % group != 0) {
-    return wrong("weights", "a width in whole groups of " + std::to_string(group), std::to_string(product.width));
+    return kCall.wrong("weights", "a width in whole groups of " + std::to_string(group), std::to_string(product.width));
   }
-  return check("scales", scales, ffi::DataType::F16, "float16", product.rows, product.width / group);
+  return kCall.check("scales", scales, ffi::DataType::F16, "float16", {product.rows, product.width / product.group});
 }
 
 ffi::Error read_columns(const ffi::AnyBuffer& x, Product& product) {
   const auto dimensions = x.dimensions();
-  if (dimensions.size() != 2) return wrong("x", "[in, M]", shape_of(x));
+  if (dimensions.size() != 2) return kCall.wrong("x", "[in, M]", shape_of(x));
   product.x = static_cast<const float*>(x.untyped_data());
   product.depth = dimensions[0];
   product.columns = dimensions[1];
   if (product.depth == 0 || product.depth > product.width) {
-    return wrong("x", "1 to " + std::to_string(product.width) + " rows", shape_of(x));
+    return kCall.wrong("x", "1 to " + std::to_string(product.width) + " rows", shape_of(x));
   }
   const bool codes = product.format == Format::kInt8 || product.format == Format::kInt4;
   if (!codes && product.depth != product.width) {
-    return wrong("x", std::to_string(product.width) + " rows", shape_of(x));
+    return kCall.wrong("x", std::to_string(product.width) + " rows", shape_of(x));
   }
   if (product.columns < 1 || product.columns > kMaxColumns) {
-    return wrong("x", "1 to " + std::to_string(kMaxColumns) + " columns", shape_of(x));
+    return kCall.wrong("x", "1 to " + std::to_string(kMaxColumns) + " columns", shape_of(x));
   }
-  return check("x", x, ffi::DataType::F32, "float32", product.depth, product.columns);
+  return kCall.check("x", x, ffi::DataType::F32, "float32", {product.depth, product.columns});
 }
 
 void use_workspace(void* workspace, Product& product) {
@@ -127,37 +96,30 @@ void multiply_block(const void* context, size_t block) {
   rows.kernels->multiply(rows.product, first, last);
 }
 
-void multiply(ffi::ThreadPool& pool, size_t threads, const Rows& rows) {
-  const size_t blocks = (rows.product.rows + rows.per_block - 1) / rows.per_block;
-  const size_t others = threads - 1;
-  const size_t helpers = others < blocks ? others : blocks - 1;
-  Loop::run(
-      blocks, helpers, &rows, multiply_block, [&] { rows.kernels->prepare(rows.product); },
-      [&](Loop* loop) { pool.Schedule([loop] { loop->help(); }); });
-}
-
 ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer weights, ffi::AnyBuffer scales, ffi::AnyBuffer x,
                   ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> workspace, int64_t bits, int64_t group) {
   const Kernels* found = kernels();
-  if (found == nullptr) return wrong("LLORCH_JAX_ISA", "an instruction set of this machine", "another");
+  if (found == nullptr) return kCall.wrong("LLORCH_JAX_ISA", "an instruction set of this machine", "another");
   Product product{};
   if (ffi::Error error = read_weights(weights, bits, product); error.failure()) return error;
   if (ffi::Error error = read_scales(scales, group, product); error.failure()) return error;
   if (ffi::Error error = read_columns(x, product); error.failure()) return error;
-  if (ffi::Error error = check("y", *y, ffi::DataType::F32, "float32", product.rows, product.columns);
+  if (ffi::Error error = kCall.check("y", *y, ffi::DataType::F32, "float32", {product.rows, product.columns});
       error.failure()) {
     return error;
   }
   const size_t needed = workspace_bytes(product.width, product.columns);
   if (workspace->element_type() != ffi::DataType::U8 || workspace->size_bytes() < needed) {
-    return wrong("workspace", std::to_string(needed) + " bytes", std::to_string(workspace->size_bytes()));
+    return kCall.wrong("workspace", std::to_string(needed) + " bytes", std::to_string(workspace->size_bytes()));
   }
   if (product.rows == 0) return ffi::Error::Success();
   product.y = static_cast<float*>(y->untyped_data());
   use_workspace(workspace->untyped_data(), product);
   const int64_t pool_threads = pool.num_threads();
   const size_t threads = pool_threads > 1 ? pool_threads : 1;
-  multiply(pool, threads, Rows{found, product, rows_per_block(product.rows, weights.size_bytes(), threads)});
+  const Rows rows{found, product, rows_per_block(product.rows, weights.size_bytes(), threads)};
+  const size_t blocks = (product.rows + rows.per_block - 1) / rows.per_block;
+  run_on(pool, blocks, threads, &rows, multiply_block, [&] { found->prepare(product); });
   return ffi::Error::Success();
 }
 

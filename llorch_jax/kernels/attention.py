@@ -1,0 +1,204 @@
+"""Attention of a few queries per row over the slots of a cache, by a native kernel.
+
+The kernel goes once over the keys and values as they are stored, in slots or in pages, with an online softmax; nothing
+is gathered or decoded in memory, and blocks of slots that no query may attend to are skipped. Slots are added up in
+blocks that lie at fixed slots, so that a query's result has the same bits whatever stands in other rows, however many
+empty slots follow and however many threads there are. See docs/kernels.md.
+"""
+
+import dataclasses
+from functools import cache, partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+from jax.interpreters import mlir
+
+from llorch_jax.kernels.library import available
+
+MAX_TOKENS = 16  # queries T of a row
+_CHUNK = 256  # slots of a task
+_MAX_QUERIES = 64  # that share a key/value head
+_MAX_SCRATCH = 4096  # elements of these, padded
+
+
+class Vectors(NamedTuple):
+    """Keys or values as a codec stores them.
+
+    Attributes:
+        rows: [B, K, S, ...], or with tables [pages, K, page_size, ...]: float32, float16 or uint16 (bits of bfloat16)
+            [..., H]; int8 codes [..., H]; or uint8 pairs of 4-bit codes [..., ceil(H / 2)], element i in the low nibble
+            of byte i, element i + ceil(H / 2) in its high nibble.
+        scales: float32 [..., 1] of codes; else [0].
+        zeros: float32 [..., 1] of 4-bit codes, the value of code 0; else [0].
+    """
+
+    rows: jax.Array
+    scales: jax.Array
+    zeros: jax.Array
+
+
+class Exact(NamedTuple):
+    """Exact vectors of some tokens: the one at position p has index (p - start) % R, if it is marked with p there.
+
+    Attributes:
+        keys: float32 [B, K, R, H].
+        values: float32 [B, K, R, H].
+        positions: int32 [B, R].
+        starts: int32 [B].
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    positions: jax.Array
+    starts: jax.Array
+
+
+class Operands(NamedTuple):
+    """What the kernel reads.
+
+    Attributes:
+        q: float32 [B, T, N, H].
+        query_positions: int32 [B, T].
+        keys, values: as stored.
+        positions: int32 [B or 1, K or 1, S], of the token in each slot; negative if it is empty.
+        tables: int32 [B, N], the page of each block of page_size slots; [0, 0] without pages.
+        exact: up to two; later ones take precedence.
+    """
+
+    q: jax.Array
+    query_positions: jax.Array
+    keys: Vectors
+    values: Vectors
+    positions: jax.Array
+    tables: jax.Array
+    exact: tuple[Exact, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What is static.
+
+    Attributes:
+        bits: per stored element: 32, 16, 8 or 4.
+        scale: factor of the scores.
+        window: the model's, including the query's own token; 0 for none.
+        view_window: the cache's; 0 for none.
+        sinks: number of first positions seen regardless of view_window.
+    """
+
+    bits: int
+    scale: float
+    window: int = 0
+    view_window: int = 0
+    sinks: int = 0
+
+
+class Call(Protocol):
+    """Attention of given arrays in two ways; hashable, and so static in `jit`."""
+
+    def __hash__(self) -> int: ...
+
+    def operands(self, *arrays: jax.Array) -> Operands:
+        """What the kernel reads."""
+        ...
+
+    def plain(self, *arrays: jax.Array) -> jax.Array:
+        """The same attention in jnp, float32 [B, T, N, H]: derivatives and `vmap` go through it."""
+        ...
+
+
+def serves(form: Form, q: jax.Array, kv_heads: int, exact: int) -> bool:
+    """Whether `attend` takes these queries: a few tokens per row, on one CPU device or on each inside `shard_map`.
+
+    Args:
+        form: of the view.
+        q: [B, T, N, H].
+        kv_heads: K.
+        exact: number of `Exact`.
+    """
+    batch, tokens, heads, head_dim = q.shape
+    queries = tokens * heads // max(kv_heads, 1)
+    fits = queries <= _MAX_QUERIES and queries * _padded(head_dim, form.bits) <= _MAX_SCRATCH
+    few = batch > 0 and 1 <= tokens <= MAX_TOKENS and head_dim > 0 and fits and exact <= 2
+    return few and q.dtype == jnp.float32 and available("llorch_attention")
+
+
+def attend(form: Form, call: Call, *arrays: jax.Array) -> jax.Array:
+    """Softmax attention float32 [B, T, N, H].
+
+    A query that may attend to no slot gets zeros.
+
+    Args:
+        form: what is static.
+        call: what to make of the arrays, the first of which are the queries.
+        arrays: what `serves` has admitted.
+    """
+    return _attention(form, call, *arrays)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _attention(form: Form, call: Call, *arrays: jax.Array) -> jax.Array:
+    return _batchable(form, call)(*arrays)
+
+
+@_attention.defjvp
+def _attention_jvp(form: Form, call: Call, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """The kernel's value, and the twin's derivative."""
+    _, tangent = jax.jvp(call.plain, primals, tangents)
+    return _attention(form, call, *primals), tangent
+
+
+@cache
+def _batchable(form: Form, call: Call) -> Any:
+    """The kernel as a function that `vmap` replaces by the twin."""
+    attention = jax.custom_batching.custom_vmap(jax.jit(partial(_attention_p.bind, form=form, call=call)))
+
+    @attention.def_vmap
+    def batch(axis_size: int, in_batched: list[bool], *arrays: jax.Array) -> tuple[jax.Array, bool]:
+        axes = tuple(0 if batched else None for batched in in_batched)
+        return jax.vmap(call.plain, in_axes=axes, axis_size=axis_size)(*arrays), True
+
+    return attention
+
+
+_attention_p = jax.extend.core.Primitive("llorch_attention")
+
+
+@_attention_p.def_abstract_eval  # type: ignore[untyped-decorator]
+def _shape(q: Any, *arrays: Any, form: Form, call: Call) -> Any:
+    return jax.core.ShapedArray(q.shape, np.dtype(np.float32))
+
+
+def _lower(ctx: Any, *arrays: Any, form: Form, call: Call) -> Any:
+    """The kernel, or in a program that is exported, and may run where there is no kernel, its twin."""
+    exported = ctx.module_context.lowering_parameters.for_export
+    function = call.plain if exported else partial(_native, form, call)
+    return mlir.lower_fun(function, multiple_results=False)(ctx, *arrays)
+
+
+mlir.register_lowering(_attention_p, _lower)
+
+
+def _padded(head_dim: int, bits: int) -> int:
+    parts = 2 if bits == 4 else 1
+    return parts * (-(-head_dim // (16 * parts)) * 16)
+
+
+def _native(form: Form, call: Call, *arrays: jax.Array) -> jax.Array:
+    operands = call.operands(*arrays)
+    batch, tokens, heads, head_dim = operands.q.shape
+    chunks = -(-operands.positions.shape[2] // _CHUNK)
+    floats = batch * tokens * heads * chunks * (_padded(head_dim, form.bits) + 2)
+    out = jax.ShapeDtypeStruct(operands.q.shape, jnp.float32)
+    target = jax.ffi.ffi_call("llorch_attention", (out, jax.ShapeDtypeStruct((4 * floats,), jnp.uint8)))
+    return target(
+        *jax.tree.leaves(operands),
+        bits=np.int64(form.bits),
+        window=np.int64(form.window),
+        view_window=np.int64(form.view_window),
+        sinks=np.int64(form.sinks),
+        scale=np.float32(form.scale),
+    )[0]
