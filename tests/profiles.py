@@ -1,10 +1,13 @@
 """How hard the tests look: `make test` takes minutes and is always the same, `make thorough` explores.
 
-LLORCH_TESTS=thorough chooses the second, for single files too. It differs in three ways: programs are compiled as
-users' are; property tests draw new examples, ten times as many; soaks run at full length.
+LLORCH_TESTS=thorough chooses the second, for single files too. It differs in four ways: programs are compiled
+as users' are; property tests draw new examples, ten times as many; soaks run at full length; and the dearest cases, such
+as those of another layout on the demo model, all run.
 """
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 from hypothesis import settings
 
@@ -22,6 +25,14 @@ settings.register_profile("thorough", deadline=None, print_blob=True)
 def examples(count: int) -> settings:
     """The number of examples of a property test in `make test`."""
     return settings(max_examples=_FACTOR * count)
+
+
+def some(cases: Sequence[Any], quick: int) -> list[Any]:
+    """Of the cases of a test, all in `make thorough`, `quick` evenly spaced ones in `make test`.
+
+    For cases that repeat, on another model or layout, what cheaper tests hold for every case.
+    """
+    return list(cases) if THOROUGH else [cases[i * len(cases) // quick] for i in range(quick)]
 
 
 def whole(count: int, *, quick: int) -> int:

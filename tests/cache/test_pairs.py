@@ -40,6 +40,11 @@ def append(cache, k, v, count):
     return after.advance(count), view.dense()
 
 
+@jax.jit
+def shown(cache):
+    return cache.read(0).dense()
+
+
 def vectors(seed, width, batch=3):
     return np.random.default_rng(seed).standard_normal((2, batch, width, 2, 5)).astype(np.float32)
 
@@ -70,7 +75,7 @@ def test_shows_what_a_static_cache_of_the_same_codec_shows(name, codec, residual
         (cache, seen), (static, expected) = (append(each.reserve(counts), k, v, counts) for each in caches)
         caches = cache, static
         lengths = lengths + counts
-        for views in ((seen, expected), tuple(each.read(0).dense() for each in caches)):
+        for views in ((seen, expected), tuple(shown(each) for each in caches)):
             for row, head in np.ndindex(3, 2):
                 got, wanted = (held(view, row, head, lengths[row]) for view in views)
                 assert got.keys() == wanted.keys()
@@ -102,14 +107,14 @@ def test_rows_are_inserted_freed_and_chosen(name, codec, residual):
     inserted = cache.insert([2, 0], source)
     assert inserted.lengths.tolist() == [5, 2, 3]
     for row, (origin, there, length) in enumerate([(source, 1, 5), (cache, 1, 2), (source, 0, 3)]):
-        got, wanted = inserted.read(0).dense(), origin.read(0).dense()
+        got, wanted = shown(inserted), shown(origin)
         for head in range(2):
             found, expected = held(got, row, head, length), held(wanted, there, head, length)
             assert found.keys() == expected.keys()
             assert all(np.array_equal(found[p], expected[p]) for p in expected)
     freed = inserted.free([1])
     assert freed.lengths.tolist() == [5, 0, 3]
-    assert held(freed.read(0).dense(), 0, 1, 5).keys() == held(inserted.read(0).dense(), 0, 1, 5).keys()
+    assert held(shown(freed), 0, 1, 5).keys() == held(shown(inserted), 0, 1, 5).keys()
     assert cache.lengths.tolist() == [5, 2, 4]  # as if none of it had happened
     for slots in ([0, 0], [0, 3], [0]):
         with pytest.raises(CacheError, match=r"slots|rows"):

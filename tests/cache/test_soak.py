@@ -19,7 +19,7 @@ from llorch_jax.errors import CacheError, CapacityError
 
 CONFIG = make_config(layers=2, heads=1, head_dim=2)
 LIMIT, ROWS = CONFIG.n_positions, 3
-OPERATIONS = whole(20_000, quick=5_600)
+OPERATIONS = whole(20_000, quick=2_800)
 SLACK = {"slack": 3}
 CASES = {  # a specification, and a codec where it is not the layout's own
     "static": {},

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import tiny
+from profiles import some
 
 import llorch_jax as lj
 from llorch_jax.errors import ChatError
@@ -21,7 +22,7 @@ def say(chat, words, count=12):
     return "".join(chat.reply(words, count))
 
 
-@pytest.mark.parametrize("cache", ["static", "dynamic", "paged", "int8", "rotating:512", "h2o:512"])
+@pytest.mark.parametrize("cache", some(["static", "dynamic", "paged", "int8", "h2o:512", "rotating:512"], 3))
 def test_only_new_text_is_prefilled_and_turns_are_one_text(model, cache):
     chat = Chat(model, RAW, cache=cache)
     first = say(chat, "Once upon a time")

@@ -10,7 +10,7 @@ import tiny
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from profiles import examples
+from profiles import examples, some
 
 import llorch_jax as lj
 
@@ -278,6 +278,6 @@ def test_the_same_seed_gives_the_same_text_everywhere(settings):
     for order in ([0, 1, 2], [2, 0, 1]):
         batch = lj.generate(model, [prompts[i] for i in order], seed=[seeds[i] for i in order], **asked)
         assert [out.token_ids for out in batch] == [alone[i] for i in order]
-    for cache in ("static", "dynamic", "paged:8", "rotating:64", "h2o:64"):
+    for cache in some(("static", "dynamic", "paged:8", "rotating:64", "h2o:64"), 2):
         pieces = list(lj.stream(model, prompts[1], seed=seeds[1], cache=cache, **asked))
         assert [piece.token_id for piece in pieces] == alone[1]
