@@ -1,8 +1,8 @@
 """How hard the tests look: `make test` takes minutes and is always the same, `make thorough` explores.
 
-LLORCH_TESTS=thorough chooses the second, for single files too. It differs in four ways: programs are compiled
-as users' are; property tests draw new examples, ten times as many; soaks run at full length; and the dearest cases, such
-as those of another layout on the demo model, all run.
+LLORCH_TESTS=thorough chooses the second, for single files too. It differs in four ways: programs are compiled as users'
+are; property tests draw new examples, ten times as many; soaks run at full length; and the dearest cases, such as those
+of another layout on the demo model, all run.
 """
 
 import os
