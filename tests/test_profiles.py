@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from twins import twins
 
 import llorch_jax as lj
 from benchmarks import profile_cache, suite
@@ -11,6 +12,7 @@ from benchmarks.hlo import Operation, module_name, operations
 from benchmarks.measure import random_model
 from benchmarks.signals import signals
 from benchmarks.trace import Program, Span, exclusive, with_ends
+from llorch_jax import kernels
 from llorch_jax.decoding import steps
 
 TEXT = """HloModule jit_example, is_scheduled=true, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
@@ -140,7 +142,9 @@ def test_a_profile_without_the_program_is_refused():
 
 @pytest.fixture(scope="module")
 def rows():
-    return profile_cache.measure("tiny", 1, [16], ["static", "paged"], 3)["rows"]
+    """With the twins, whose steps have a part for every scope."""
+    with twins():
+        return profile_cache.measure("tiny", 1, [16], ["static", "paged"], 3)["rows"]
 
 
 def test_parts_of_a_step_are_not_negative_and_sum_to_the_step_of_one_round(rows):
@@ -165,14 +169,24 @@ def test_the_typical_round_is_the_one_with_the_median_step():
     assert (parts["a"].low, parts["a"].high) == (1.0, 4.0)
 
 
-def test_every_scope_that_is_summed_is_in_the_compiled_step():
+def scopes_of_a_step():
+    """The named scopes to which operations of a paged cache's compiled loop belong."""
     config, params = random_model("tiny")
     decoder = Decoder(params, config, lj.make_cache(config, "paged", batch_size=1), 16, 16)
     state = decoder.rewind()
     given = params, config, decoder.request.decoding, decoder.out, state, decoder.span
     program = Program(steps.loop, *given, scopes=tuple(profile_cache.PARTS))
-    owners = {scope for each in program.operations.values() for scope in each.shares}
-    assert owners >= set(profile_cache.PARTS)
+    return {scope for each in program.operations.values() for scope in each.shares}
+
+
+def test_every_scope_that_is_summed_is_in_the_compiled_step():
+    with twins():
+        assert scopes_of_a_step() >= set(profile_cache.PARTS)
+
+
+@pytest.mark.skipif(kernels.describe().isa is None, reason="the kernels were not built")
+def test_native_attention_gathers_no_pages():
+    assert set(profile_cache.PARTS) - scopes_of_a_step() == {"cache_read"}
 
 
 @pytest.mark.parametrize(("share", "on"), [(0.19, False), (0.21, True)])

@@ -27,8 +27,8 @@ CASES = {  # a specification, and a codec where it is not the layout's own
     "dynamic": {},
     "rotating:9+2": {},
     "rotating:9+2 int4": {"residual": 5},
-    "paged:4": {"num_pages": 40},  # 48 for all rows at their longest: pages run out now and then
-    "paged:4 int8": {"num_pages": 40, "residual": 5},
+    "paged:4": {"num_pages": 20},  # 48 for all rows at their longest: pages run out now and then
+    "paged:4 int8": {"num_pages": 20, "residual": 5},
     "int8": {"residual": 5},
     "int4": {"residual": 5},
     "recent:9": SLACK,
@@ -185,4 +185,4 @@ def test_random_operations_equal_a_slow_model(case, tmp_path):
         assert soak.refused > 0
         stats = soak.cache.page_stats()
         assert stats.used <= sum(-(-len(row) // 4) + 1 for row in soak.rows)
-        assert stats.total == 40
+        assert stats.total == 20
