@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         ConfigError,
         ConstraintError,
         DraftError,
+        EngineError,
         ExportError,
         LlorchError,
         ModelError,
@@ -59,7 +60,9 @@ if TYPE_CHECKING:
     from llorch_jax.sampling import Greedy, History, Mirostat, Sampler, Sampling
     from llorch_jax.text.asynchronous import astream
     from llorch_jax.text.constrained.constraint import Constraint
+    from llorch_jax.text.engine import Engine, EngineStats
     from llorch_jax.text.generation import generate, stream
+    from llorch_jax.text.handles import Handle
     from llorch_jax.text.options import GenerationOptions
     from llorch_jax.text.results import Generation, Piece
     from llorch_jax.text.samples import generate_n
@@ -82,12 +85,16 @@ _HOMES = {
     "DraftError": "errors",
     "DraftModel": "decoding.speculative.drafts",
     "DynamicCache": "cache",
+    "Engine": "text.engine",
+    "EngineError": "errors",
+    "EngineStats": "text.engine",
     "EvictingCache": "cache",
     "ExportError": "errors",
     "GPT2Config": "config",
     "Generation": "text.results",
     "GenerationOptions": "text.options",
     "Greedy": "sampling",
+    "Handle": "text.handles",
     "History": "sampling",
     "KVCache": "cache",
     "LlorchError": "errors",
@@ -182,12 +189,16 @@ __all__ = [
     "DraftError",
     "DraftModel",
     "DynamicCache",
+    "Engine",
+    "EngineError",
+    "EngineStats",
     "EvictingCache",
     "ExportError",
     "GPT2Config",
     "Generation",
     "GenerationOptions",
     "Greedy",
+    "Handle",
     "History",
     "KVCache",
     "LlorchError",

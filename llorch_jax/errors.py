@@ -73,5 +73,9 @@ class NonFiniteError(LlorchError):
     """The model computed NaN or infinite logits, so that no token can be chosen."""
 
 
+class EngineError(LlorchError):
+    """A request could not be queued or answered by the engine; the message says why."""
+
+
 class ExportError(LlorchError):
     """A program cannot be serialized, or was serialized by something else."""

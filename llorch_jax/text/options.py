@@ -35,12 +35,13 @@ Method = Literal[
     "beam search",
     "contrastive search",
     "chat",
+    "the engine",
 ]
 
 SAMPLING = ("top_k", "top_p", *SETTINGS, "mirostat_tau", "mirostat_eta")
 _CONSTRAINTS = ("constraint", "regex", "json_schema", "grammar", "choices")
 _BEAMS = ("num_beams", "num_beam_groups", "diversity_penalty", "length_penalty", "early_stopping")
-_DRAWING = ("temperature", "top_k", "sampling settings", "sampler")
+_DRAWING = ("temperature", "top_k", "sampling settings", "mirostat", "sampler")
 _ALWAYS = ("max_new_tokens", "seed", "cache layout", "codec", "residual", "stop_ids")
 
 _SAMPLED = (*_ALWAYS, *_DRAWING, "max_new_tokens per prompt")
@@ -54,6 +55,16 @@ TAKES: dict[Method, tuple[str, ...]] = {
     "beam search": (*_ALWAYS, *_BEAMS),
     "contrastive search": (*_ALWAYS, "top_k", "penalty_alpha", "stop"),
     "chat": (*_ALWAYS, *_DRAWING, "overflow", "stop"),
+    "the engine": (
+        "max_new_tokens",
+        "seed",
+        "stop_ids",
+        "temperature",
+        "top_k",
+        "sampling settings",
+        "stop",
+        "top_logprobs",
+    ),
 }
 
 
@@ -165,11 +176,13 @@ class GenerationOptions:
     def check_method(self, method: Method) -> None:
         """Raises OptionError for the first given option that a method does not take."""
         for name, value in self._given().items():
-            kind = "sampling settings" if name in SAMPLING and name != "top_k" else name
+            kind = name
+            if name in SAMPLING and name != "top_k":
+                kind = "mirostat" if name.startswith("mirostat") else "sampling settings"
             if name == "max_new_tokens" and isinstance(value, tuple):
                 kind = "max_new_tokens per prompt"
             if kind not in TAKES[method]:
-                shown = "cache" if name == "cache object" else name
+                shown = "cache" if name in ("cache object", "cache layout") else name
                 if kind == "max_new_tokens per prompt":
                     raise OptionError(f"{shown}: expected one number with {method}, got {_brief(value)}")
                 raise OptionError(f"{shown}: expected none with {method}, which cannot use it, got {_brief(value)}")
@@ -217,17 +230,21 @@ class GenerationOptions:
             return self.cache
         return fit_cache(config, self.cache, rows, tokens, codec=self.codec, residual=self.residual)
 
+    def sampling_for(self, model: Model) -> dict[str, Any]:
+        """The sampling settings, with the ids of a model's tokens at which repetitions end."""
+        sampling = {**self.sampling}
+        breakers = sampling.get("dry_breakers")
+        if "dry_multiplier" in sampling and breakers is None:
+            sampling["dry_breakers"] = breaker_ids(tokenizer_of(model))
+        elif _is_texts(breakers):
+            sampling["dry_breakers"] = breaker_ids(tokenizer_of(model), sampling["dry_breakers"])
+        return sampling
+
     def sampler_for(self, model: Model) -> Sampler:
         """The sampler that these options describe, limited to ids that the model's tokenizer has."""
         sampler: Any = self.sampler
         if sampler is None:
-            sampling = {**self.sampling}
-            breakers = sampling.get("dry_breakers")
-            if "dry_multiplier" in sampling and breakers is None:
-                sampling["dry_breakers"] = breaker_ids(tokenizer_of(model))
-            elif _is_texts(breakers):
-                sampling["dry_breakers"] = breaker_ids(tokenizer_of(model), sampling["dry_breakers"])
-            sampler = make_sampler(self.temperature, **sampling)
+            sampler = make_sampler(self.temperature, **self.sampling_for(model))
         mask = known_ids(tokenizer_of(model), model.config.vocab_size)
         return sampler if mask is None else Masked(sampler, mask, insists=False)
 
@@ -256,12 +273,12 @@ class GenerationOptions:
         given = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name == "cache":
-                given["cache object" if isinstance(value, KVCache) else "cache layout"] = value
+            if isinstance(value, KVCache):
+                given["cache object"] = value
             elif field.name == "sampling":
                 given |= value
             elif value is not field.default and not np.array_equal(value, field.default):  # type: ignore[arg-type]
-                given[field.name] = value
+                given["cache layout" if field.name == "cache" else field.name] = value
         return given
 
 

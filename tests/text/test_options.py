@@ -41,6 +41,8 @@ EXAMPLES = {
     "temperature": 0.5,
     "top_k": 5,
     "sampling settings": {"min_p": 0.1},
+    "mirostat": {"temperature": 1.0, "mirostat_tau": 4.0},
+    "cache layout": {"cache": "int8"},
     "sampler": lj.Greedy(),
     "overflow": "reencode",
     "stop": "b",
@@ -60,10 +62,10 @@ EXAMPLES = {
 def test_a_method_refuses_by_name_what_it_does_not_take(method, name):
     value = EXAMPLES[name]
     options = GenerationOptions.create(**(value if isinstance(value, dict) else {name: value}))
-    if name in TAKES[method]:
+    if {name, *(["temperature"] if name == "mirostat" else [])} <= {*TAKES[method]}:
         options.check_method(method)
         return
-    shown = "min_p" if isinstance(value, dict) and "min_p" in value else name
+    shown = f"({'|'.join(value)})" if isinstance(value, dict) and name != "constraint" else name
     with pytest.raises(lj.OptionError, match=f"{shown}: expected none with {method}, which cannot use it, got"):
         options.check_method(method)
 
@@ -87,7 +89,9 @@ def test_the_page_shows_what_each_method_takes():
             for name in names:
                 if name in ("regex", "json_schema", "grammar", "choices"):
                     name = "constraint"
-                kind = "sampling settings" if name in SAMPLING and name != "top_k" else name
+                kind = name
+                if name in SAMPLING and name != "top_k":
+                    kind = "mirostat" if name.startswith("mirostat") else "sampling settings"
                 assert (cell == "yes") == (kind in TAKES[method]), (name, method)
     assert documented == set(KNOWN)
 

@@ -1,0 +1,393 @@
+"""The engine's loop, one iteration at a time: plan, dispatch, and read what the iteration before computed.
+
+Results are read one iteration late, so that the device has the next step in its queue while the host looks at the last.
+A slot whose text has ended meanwhile computes nothing: the device knows the ids that end it and the tokens left. All of
+it belongs to one thread.
+"""
+
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from llorch_jax.buckets import bucket, power_of_two
+from llorch_jax.cache.paged import PagedCache
+from llorch_jax.config import GPT2Config
+from llorch_jax.decoding.steps import check_chosen
+from llorch_jax.engine import slots as programs
+from llorch_jax.engine.pages import PagePool
+from llorch_jax.engine.scheduler import Limits, Plan, Rank, schedule
+from llorch_jax.engine.sequences import Ranks, Request, Sequence, Token
+from llorch_jax.engine.settings import SlotSettings
+from llorch_jax.engine.statistics import Statistics
+from llorch_jax.errors import CapacityError, EngineError
+from llorch_jax.kernels.library import available
+from llorch_jax.params import Params
+
+_LATE = 1  # iterations by which results are read late
+TOP_LOGPROBS = 20  # alternatives that a step records if any of its requests asks for some
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """The fixed sizes of an engine.
+
+    Attributes:
+        limits: of a step.
+        num_pages: pages of the pool.
+        codec: how keys and values are stored.
+    """
+
+    limits: Limits
+    num_pages: int
+    codec: str | None = None
+
+
+class Core:
+    """Requests, pages and slots of one model."""
+
+    def __init__(self, params: Params, config: GPT2Config, plot: Plot, known: np.ndarray | None = None) -> None:
+        """Allocates the pool.
+
+        Args:
+            params: the model's parameters.
+            config: the model's hyperparameters.
+            plot: sizes.
+            known: bits of the ids that may be drawn, see `Settings`; None for all.
+        """
+        self._params = params
+        self._config = config
+        self._plot = plot
+        self._limits = plot.limits
+        self._known = None if known is None else jax.device_put(known)
+        self._ranks = Ranks()
+        self._waiting: dict[Rank, Sequence] = {}
+        self._running: dict[Rank, Sequence] = {}
+        self._in_flight: deque[tuple[list[Sequence], programs.Chosen]] = deque()
+        self.statistics = Statistics()
+        self._set_up()
+
+    def _set_up(self) -> None:
+        """An empty pool, and slots without requests."""
+        limits = self._limits
+        cache = PagedCache.init(
+            self._config,
+            batch_size=limits.slots,
+            page_size=limits.page_size,
+            num_pages=self._plot.num_pages,
+            codec=self._plot.codec,
+            residual=0,
+        )
+        self.pages = PagePool(self._plot.num_pages, limits.page_size)
+        self._slots = programs.Slots.empty(cache, bucket(self._config.n_positions + 1))
+        self._columns = -(-self._config.n_positions // limits.page_size)
+        self._free_slots = list(range(limits.slots - 1, -1, -1))
+        self._settings = SlotSettings(limits.slots, self._known)
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self._waiting or self._running or self._in_flight)
+
+    @property
+    def slots(self) -> int:
+        """Number of requests that can run at once."""
+        return self._limits.slots
+
+    @property
+    def waiting(self) -> int:
+        """Number of waiting requests; may be asked from any thread."""
+        return len(self._waiting)
+
+    @property
+    def queue(self) -> list[Sequence]:
+        """The waiting requests by rank."""
+        return [self._waiting[rank] for rank in sorted(self._waiting)]
+
+    @property
+    def active(self) -> list[Sequence]:
+        """The running requests by rank."""
+        return [self._running[rank] for rank in sorted(self._running)]
+
+    def check(self, request: Request) -> None:
+        """Raises CapacityError for a request that could never be answered."""
+        most = self._config.n_positions
+        total = len(request.tokens) + request.max_new_tokens - 1
+        if total > most:
+            raise CapacityError(
+                f"prompt and max_new_tokens: expected both within the context of {most}, got {len(request.tokens)} and "
+                f"{request.max_new_tokens} tokens"
+            )
+        needed = -(-total // self._limits.page_size)
+        if needed > self._plot.num_pages:
+            raise CapacityError(
+                f"num_pages: expected an engine with {needed} pages for {len(request.tokens)} and "
+                f"{request.max_new_tokens} tokens, got {self._plot.num_pages} pages of {self._limits.page_size}"
+            )
+
+    def add(self, request: Request) -> Sequence:
+        """Queues a checked request."""
+        sequence = Sequence(request, self._ranks.next(request.priority), self._limits.page_size)
+        self._waiting[sequence.rank] = sequence
+        self.statistics.requests += 1
+        return sequence
+
+    def cancel(self, sequence: Sequence, error: BaseException | None = None) -> None:
+        """Gives a request up, and frees what it holds; `error` is reported to it."""
+        if sequence.over:
+            return
+        sequence.over = True
+        self._drop(sequence)
+        if error is not None:
+            sequence.request.on_error(error)
+
+    def withdraw(self, sequence: Sequence) -> None:
+        """Cancels a request for its caller."""
+        if not sequence.over:
+            self.statistics.cancelled += 1
+            self.cancel(sequence, EngineError("request: it was cancelled"))
+
+    def step(self) -> None:
+        """One iteration."""
+        self._expire()
+        plan = self._plan()
+        if plan.preempt and self._in_flight:  # what has ended since may have pages enough
+            self._read_all()
+            plan = self._plan()
+        involved: list[Sequence] = []
+        try:
+            self._carry_out(plan, involved)
+        except Exception as error:
+            self._recover(involved, error)
+            return
+        nothing = not (plan.prefill or plan.decode)
+        while len(self._in_flight) > (0 if nothing else _LATE):
+            self._read()
+
+    def fail_all(self, error: BaseException) -> None:
+        """Gives all requests up."""
+        self._in_flight.clear()
+        for sequence in [*self._running.values(), *self._waiting.values()]:
+            self.cancel(sequence, error)
+
+    def held(self) -> list[list[int]]:
+        """The pages of each running request."""
+        return [sequence.held for sequence in self._running.values()]
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for sequence in [*self._waiting.values(), *self._running.values()]:
+            deadline = sequence.request.deadline
+            if deadline is not None and now >= deadline:
+                self.statistics.expired += 1
+                self.cancel(sequence, EngineError("deadline: expected an answer before it, got none in time"))
+
+    def _plan(self) -> Plan:
+        waiting = []
+        for sequence in self.queue[: self._limits.slots]:
+            pages = self.pages.match(sequence.tokens[: sequence.length], sequence.request.salt)
+            waiting.append(sequence.waiting(len(pages) * self._limits.page_size, self.pages.idle_among(pages)))
+        running = [each.running(self.pages.owned(each.held)) for each in self._running.values()]
+        return schedule(waiting, running, self.pages.available, self._limits)
+
+    def _carry_out(self, plan: Plan, involved: list[Sequence]) -> None:
+        for rank in plan.preempt:
+            self._preempt(self._running[rank])
+        for rank in plan.admit:
+            self._admit(self._waiting[rank])
+        decoding = [self._running[rank] for rank in plan.decode]
+        involved += decoding
+        if decoding:
+            self._decode(decoding)
+        for rank, count in plan.prefill:
+            sequence = self._running[rank]
+            involved[:] = [sequence]
+            self._prefill(sequence, count)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._release(sequence)
+        sequence.restart()
+        sequence.preemptions += 1
+        self.statistics.preemptions += 1
+        self._waiting[sequence.rank] = sequence
+
+    def _admit(self, sequence: Sequence) -> None:
+        del self._waiting[sequence.rank]
+        pages = self.pages.match(sequence.tokens[: sequence.length], sequence.request.salt)
+        self.pages.hold(pages)
+        sequence.begin(pages, self._limits.page_size)
+        sequence.slot = self._free_slots.pop()
+        self._running[sequence.rank] = sequence
+        self.statistics.prompt_tokens += sequence.target
+        self.statistics.cached_tokens += sequence.cached
+
+    def _drop(self, sequence: Sequence) -> None:
+        """Frees what a request that is over holds."""
+        if self._waiting.pop(sequence.rank, None) is None and sequence.rank in self._running:
+            self._release(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        del self._running[sequence.rank]
+        self.pages.release(sequence.held)
+        self._free_slots.append(sequence.place)
+
+    def _grow(self, sequence: Sequence, count: int) -> None:
+        """Pages for `count` more tokens; those that a window has left behind are freed."""
+        window = self._config.sliding_window
+        if window is not None:
+            passed = max(sequence.computed - window + 1, 0) // self._limits.page_size
+            left = [page for page in sequence.pages[:passed] if page >= 0]
+            sequence.pages[:passed] = [-1] * passed
+            self.pages.release(left)
+        needed = -(-(sequence.computed + count) // self._limits.page_size) - len(sequence.pages)
+        sequence.pages += self.pages.allocate(max(needed, 0))
+
+    def _prefill(self, sequence: Sequence, count: int) -> None:
+        """Dispatches a chunk, and after the last one the first token."""
+        self._grow(sequence, count)
+        start = sequence.computed
+        size = 1 if count == 1 else bucket(count, self._config.n_positions)
+        tokens = np.zeros((1, size), np.int32)
+        tokens[0, :count] = sequence.tokens[start : start + count]
+        place = np.array([start], np.int32), np.array([count], np.int32)
+        table = self._tables([sequence], 1)
+        logits, self._slots = programs.prefill(self._params, self._config, self._slots, tokens, *place, table)
+        sequence.computed += count
+        self._index(sequence)
+        if sequence.decoding:
+            self._enter(sequence, logits)
+
+    def _enter(self, sequence: Sequence, logits: jax.Array) -> None:
+        """Dispatches the first token of a request whose tokens are all in the cache."""
+        request = sequence.request
+        self._settings.set(sequence.place, request)
+        history = np.zeros(self._slots.history.tokens.shape[1], np.int32)
+        history[: sequence.length] = sequence.tokens[: sequence.length]
+        entrant = programs.Entrant(
+            slot=np.int32(sequence.place),
+            tokens=history,
+            length=np.int32(sequence.length),
+            prompt=np.int32(len(request.tokens)),
+            remaining=np.int32(request.max_new_tokens - sequence.new),
+        )
+        top = TOP_LOGPROBS if request.top_logprobs else 0
+        chosen, self._slots = programs.enter(
+            self._slots, self._settings.on_device(), logits, entrant, top_logprobs=min(top, self._config.vocab_size)
+        )
+        sequence.dispatched += 1
+        self._in_flight.append(([sequence], chosen))
+
+    def _decode(self, sequences: list[Sequence]) -> None:
+        """Dispatches the next token of some requests."""
+        for sequence in sequences:
+            self._grow(sequence, 1)
+        size = min(power_of_two(len(sequences)), self._limits.slots)
+        rows = np.full(size, self._limits.slots, np.int32)
+        rows[: len(sequences)] = [sequence.place for sequence in sequences]
+        top = TOP_LOGPROBS if any(sequence.request.top_logprobs for sequence in sequences) else 0
+        chosen, self._slots = programs.decode(
+            self._params,
+            self._config,
+            self._slots,
+            self._settings.on_device(),
+            rows,
+            self._tables(sequences, size),
+            top_logprobs=min(top, self._config.vocab_size),
+        )
+        for sequence in sequences:
+            sequence.computed += 1
+            sequence.dispatched += 1
+        self._in_flight.append((sequences, chosen))
+        self.statistics.steps += 1
+
+    def _tables(self, sequences: list[Sequence], rows: int) -> np.ndarray:
+        """int32 [rows, N], the pages of some requests, filled up with -1.
+
+        The kernels skip what has no tokens; without them few widths are compiled, to gather no more than needed.
+        """
+        columns = self._columns
+        if not available("llorch_attention"):
+            columns = min(columns, power_of_two(max(len(sequence.pages) for sequence in sequences)))
+        tables = np.full((rows, columns), -1, np.int32)
+        for row, sequence in zip(tables, sequences, strict=False):
+            row[: len(sequence.pages)] = sequence.pages
+        return tables
+
+    def _index(self, sequence: Sequence) -> None:
+        for page, digest, content in sequence.filled(self._limits.page_size):
+            self.pages.index(page, digest, content)
+
+    def _read_all(self) -> None:
+        while self._in_flight:
+            self._read()
+
+    def _read(self) -> None:
+        """Waits for the oldest results, and gives them to their requests."""
+        sequences, chosen = self._in_flight.popleft()
+        try:
+            known: Any = jax.tree.map(np.asarray, chosen)
+        except Exception as error:  # of a program that has been dispatched without one
+            self._recover(sequences, error)
+            return
+        now = time.perf_counter()
+        for row, sequence in enumerate(sequences):
+            if not sequence.over:
+                self._take(sequence, known, row, now)
+
+    def _take(self, sequence: Sequence, known: Any, row: int, now: float) -> None:
+        """Gives a new token to its request."""
+        request = sequence.request
+        token = int(known.token[row])
+        try:
+            check_chosen(known.token[row : row + 1, None], known.logprob[row : row + 1, None])
+        except Exception as error:
+            self.cancel(sequence, error)
+            return
+        sequence.push(token)
+        self._index(sequence)
+        self.statistics.token(sequence, now)
+        ended = token in request.eos_ids
+        last = ended or sequence.new == request.max_new_tokens
+        top = None
+        if request.top_logprobs and known.top is not None:
+            ids = known.top.ids[row, : request.top_logprobs].tolist()
+            top = list(zip(ids, known.top.logprobs[row, : request.top_logprobs].tolist(), strict=True))
+        try:
+            goes_on = request.on_token(Token(token, float(known.logprob[row]), top, last, ended))
+        except Exception as error:  # of the caller's own code
+            self.cancel(sequence, error)
+            return
+        if last or not goes_on:
+            sequence.over = True
+            self.statistics.finished += 1
+            self._drop(sequence)
+
+    def _recover(self, involved: Iterable[Sequence], error: Exception) -> None:
+        """Fails the requests of a step that went wrong; the others are computed again in a new pool.
+
+        The pool may have been donated to the program that failed.
+        """
+        self.statistics.failures += 1
+        self._in_flight.clear()
+        involved = list(involved) or [*self._running.values()]  # something must go, or it would happen again
+        failed = EngineError(f"a step of the engine failed: {type(error).__name__}: {error}"[:300])
+        for sequence in involved:
+            if not sequence.over:
+                sequence.over = True
+                sequence.request.on_error(failed)
+        for sequence in list(self._running.values()):
+            sequence.restart()
+            if not sequence.over:
+                self._waiting[sequence.rank] = sequence
+        self._running.clear()
+        self._set_up()
+
+
+def compile_count() -> int:
+    """How many variants of the engine's programs have been compiled in this process."""
+    compiled: list[Any] = [programs.prefill, programs.enter, programs.decode]
+    return sum(program._cache_size() for program in compiled)

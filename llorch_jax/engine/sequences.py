@@ -1,0 +1,175 @@
+"""A request inside the engine: what was asked for, and how far it has come."""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llorch_jax.engine.pages import Chain
+from llorch_jax.engine.scheduler import Rank, Running, Waiting
+
+
+class Token(NamedTuple):
+    """A new token of a request.
+
+    Attributes:
+        id: of the token.
+        logprob: natural log-probability under the model.
+        top: most likely ids with their log-probabilities; None if not asked for.
+        last: whether the request has ended with it.
+        ended: whether that was by an id that ends a text.
+    """
+
+    id: int
+    logprob: float
+    top: list[tuple[int, float]] | None
+    last: bool
+    ended: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked of the engine; checked by `Core.check`.
+
+    Attributes:
+        tokens: int32 [T], the prompt.
+        max_new_tokens: maximum number of new tokens.
+        settings: of the sampler, as `Sampling.create` takes them, for one row.
+        key: uint32 [W], data of the random key.
+        eos_ids: ids that end the text.
+        top_logprobs: number of most likely tokens to report at every step.
+        priority: requests of higher priority come first.
+        deadline: `time.monotonic()` after which it is given up; None for no limit.
+        salt: requests share cached prefixes only with those of the same salt.
+        on_token: called for every new token, in the engine's thread; returns whether to go on.
+        on_error: called instead, once, if the request fails or is given up.
+    """
+
+    tokens: np.ndarray
+    max_new_tokens: int
+    settings: Mapping[str, Any]
+    key: np.ndarray
+    eos_ids: tuple[int, ...] = ()
+    top_logprobs: int = 0
+    priority: int = 0
+    deadline: float | None = None
+    salt: bytes = b""
+    on_token: Callable[[Token], bool]
+    on_error: Callable[[BaseException], None]
+
+
+class Sequence:
+    """A request that waits or runs.
+
+    Attributes:
+        request: what was asked for.
+        rank: its place in the order.
+        tokens: prompt and new tokens so far, int32, with room for all.
+        length: how many they are.
+        computed: number of tokens that the cache holds, or will hold after what has been dispatched.
+        target: number of tokens to compute before it decodes.
+        pages: its pages in order; -1 for those that a window has freed.
+        slot: its slot; None while it waits.
+        dispatched: number of new tokens whose computation has been dispatched, in all.
+        over: whether it has ended, failed or been cancelled.
+        cached: number of prompt tokens that the prefix cache had, at the last admission.
+        submitted: `time.perf_counter()` then.
+        started: the same at its first token; None before.
+        latest: the same at its newest token.
+        preemptions: how often it has been preempted.
+    """
+
+    def __init__(self, request: Request, rank: Rank, page_size: int) -> None:
+        self.request = request
+        self.rank = rank
+        self.tokens = np.zeros(len(request.tokens) + request.max_new_tokens, np.int32)
+        self.tokens[: len(request.tokens)] = request.tokens
+        self.length = len(request.tokens)
+        self.computed = 0
+        self.target = self.length
+        self.pages: list[int] = []
+        self.slot: int | None = None
+        self.dispatched = 0
+        self.over = False
+        self.cached = 0
+        self.submitted = time.perf_counter()
+        self.started: float | None = None
+        self.latest = self.submitted
+        self.preemptions = 0
+        self._chain = Chain(page_size, request.salt)
+
+    @property
+    def new(self) -> int:
+        """Number of new tokens that are known."""
+        return self.length - len(self.request.tokens)
+
+    @property
+    def place(self) -> int:
+        """Its slot, while it runs."""
+        assert self.slot is not None
+        return self.slot
+
+    @property
+    def decoding(self) -> bool:
+        """Whether all its tokens are in the cache, or will be."""
+        return self.computed >= self.target
+
+    @property
+    def held(self) -> list[int]:
+        """The pages that it holds."""
+        return [page for page in self.pages if page >= 0]
+
+    def push(self, token: int) -> None:
+        """Adds a new token."""
+        self.tokens[self.length] = token
+        self.length += 1
+
+    def waiting(self, cached: int, idle: int) -> Waiting:
+        """What the scheduler must know of it while it waits."""
+        return Waiting(self.rank, self.length, cached, idle)
+
+    def running(self, owned: int) -> Running:
+        """What the scheduler must know of it while it runs."""
+        ended = self.over or self.dispatched >= self.request.max_new_tokens
+        return Running(self.rank, self.computed, self.target, len(self.pages), owned, ended)
+
+    def restart(self) -> None:
+        """Goes back to waiting, with all tokens that are known."""
+        self.slot = None
+        self.pages = []
+        self.computed = 0
+        self.target = self.length
+        self.dispatched = self.new
+        self._chain = Chain(self._chain.page_size, self.request.salt)
+
+    def begin(self, pages: list[int], page_size: int) -> None:
+        """Starts with pages of the prefix cache."""
+        self.pages = list(pages)
+        self.cached = self.computed = len(pages) * page_size
+        for number in range(len(pages)):
+            self._chain.push(self.tokens[number * page_size : (number + 1) * page_size].tolist())
+
+    def filled(self, page_size: int) -> list[tuple[int, bytes, bytes]]:
+        """Page, digest and contents of every page that has become full with known tokens since the last call."""
+        known = min(self.computed, max(self.target, self.length - 1))  # the newest token is not in the cache
+        out = []
+        while (self._chain.pages + 1) * page_size <= known:
+            number = self._chain.pages
+            content = self._chain.push(self.tokens[number * page_size : (number + 1) * page_size].tolist())
+            if self.pages[number] >= 0:
+                out.append((self.pages[number], *content))
+        return out
+
+
+class Ranks:
+    """Numbers requests in the order of their arrival."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count()
+
+    def next(self, priority: int) -> Rank:
+        """The rank of the next request."""
+        return Rank(-priority, next(self._numbers))

@@ -1,0 +1,197 @@
+"""The engine's compiled programs: a chunk of a prompt, the first token of a slot, and the next token of some slots.
+
+The device holds, for each slot, what changes from step to step; block tables and settings are the host's, and come with
+every call. The programs own the slots that they are given: these are donated, and the pools are written in place.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from llorch_jax.cache.paged import PagedCache
+from llorch_jax.config import GPT2Config
+from llorch_jax.decoding.params import DecodingParams
+from llorch_jax.decoding.steps import Alternatives, DecodeState, choose, next_state
+from llorch_jax.model import run
+from llorch_jax.params import Params
+from llorch_jax.sampling import History, Sampling
+from llorch_jax.sampling.masking import Masked
+
+
+@struct.dataclass
+class Slots:
+    """What the device holds for B slots.
+
+    Attributes:
+        cache: the pools, and the lengths of the slots; its tables are not used.
+        token: int32 [B], the newest token of each slot, not in the cache yet.
+        finished: bool [B], slots whose text has ended, or that hold none.
+        remaining: int32 [B], number of tokens that each may still get.
+        history: tokens of each slot so far.
+    """
+
+    cache: PagedCache
+    token: jax.Array
+    finished: jax.Array
+    remaining: jax.Array
+    history: History
+
+    @classmethod
+    def empty(cls, cache: PagedCache, capacity: int) -> "Slots":
+        """Slots without requests, one for each row of an empty cache; texts have at most `capacity` tokens."""
+        batch = cache.lengths.shape[0]
+
+        def zeros() -> jax.Array:
+            return jnp.zeros(batch, jnp.int32)
+
+        history = History(jnp.zeros((batch, capacity), jnp.int32), zeros(), zeros())
+        return cls(cache, zeros(), jnp.ones(batch, bool), zeros(), history)
+
+
+class Settings(NamedTuple):
+    """How tokens are chosen, for every slot; NumPy arrays or device arrays.
+
+    Attributes:
+        sampler: a superset, see `Sampling.superset`.
+        keys: uint32 [B, W], data of the random keys.
+        eos_ids: int32 [B, E], filled up with -1.
+        known: int32 [1, ceil(V / 32)], bits of the ids that may be drawn; None for all.
+    """
+
+    sampler: Sampling
+    keys: Any
+    eos_ids: Any
+    known: Any = None
+
+    def rows(self, rows: jax.Array, top_logprobs: int) -> DecodingParams:
+        """The settings of some slots, in `jit`."""
+        of = partial(jax.tree.map, lambda array: jnp.asarray(array)[rows])
+        sampler: Any = of(self.sampler)
+        if self.known is not None:
+            sampler = Masked(sampler, self.known, insists=False)
+        return DecodingParams(sampler, jax.random.wrap_key_data(of(self.keys)), of(self.eos_ids), top_logprobs)
+
+
+class Entrant(NamedTuple):
+    """A request whose prompt is in the cache, as it enters a slot.
+
+    Attributes:
+        slot: int32.
+        tokens: int32 [S], prompt and earlier results, padded.
+        length: int32, how many they are.
+        prompt: int32, how many of them are the prompt.
+        remaining: int32, number of tokens that it may still get.
+    """
+
+    slot: Any
+    tokens: Any
+    length: Any
+    prompt: Any
+    remaining: Any
+
+
+class Chosen(NamedTuple):
+    """New tokens.
+
+    Attributes:
+        token: int32 [A].
+        logprob: float32 [A], under the model; NaN where no token could be chosen.
+        top: `Alternatives` [A, n], or None.
+    """
+
+    token: jax.Array
+    logprob: jax.Array
+    top: Alternatives | None
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="slots")
+def prefill(
+    params: Params, config: GPT2Config, slots: Slots, tokens: Any, start: Any, count: Any, table: Any
+) -> tuple[jax.Array, Slots]:
+    """Logits [1, V] after a chunk of one request's tokens.
+
+    Args:
+        params: the model's parameters.
+        config: the model's hyperparameters.
+        slots: all slots; only the pools change.
+        tokens: int32 [1, T], padded on the right.
+        start: int32 [1], position of the first.
+        count: int32 [1], how many they are.
+        table: int32 [1, N], the request's pages.
+    """
+    out = run(params, config, tokens, _rows_of(slots.cache, start, table), count, last=True)
+    cache = slots.cache.replace(keys=out.cache.keys, values=out.cache.values)
+    return out.logits, slots.replace(cache=cache)  # type: ignore[attr-defined]
+
+
+@partial(jax.jit, static_argnames="top_logprobs", donate_argnames="slots")
+def enter(
+    slots: Slots, settings: Settings, logits: jax.Array, entrant: Entrant, *, top_logprobs: int
+) -> tuple[Chosen, Slots]:
+    """The first token of a request, which from now on has a slot, given the logits [1, V] after its prompt."""
+    row = jnp.asarray(entrant.slot)[None]
+    length = jnp.asarray(entrant.length)[None]
+    before = DecodeState(
+        token=None,
+        logprob=None,
+        finished=jnp.zeros(1, bool),
+        remaining=jnp.asarray(entrant.remaining)[None],
+        cache=None,
+        history=History(jnp.asarray(entrant.tokens)[None], length, jnp.asarray(entrant.prompt)[None]),
+    )
+    state = choose(settings.rows(row, top_logprobs), logits, before, length)
+    return Chosen(state.token, state.logprob, state.top), _put(slots, row, state, length)
+
+
+@partial(jax.jit, static_argnames=("config", "top_logprobs"), donate_argnames="slots")
+def decode(
+    params: Params, config: GPT2Config, slots: Slots, settings: Settings, rows: Any, tables: Any, *, top_logprobs: int
+) -> tuple[Chosen, Slots]:
+    """The next token of some slots.
+
+    Args:
+        params: the model's parameters.
+        config: the model's hyperparameters.
+        slots: all slots.
+        settings: of all slots.
+        rows: int32 [A], numbers of different slots, filled up with B, which stands for none.
+        tables: int32 [A, N], their pages.
+        top_logprobs: number of alternatives to record.
+    """
+    there = jnp.minimum(rows, slots.token.shape[0] - 1)
+    before = DecodeState(
+        token=slots.token[there],
+        logprob=None,
+        finished=slots.finished[there] | (rows >= slots.token.shape[0]),
+        remaining=slots.remaining[there],
+        cache=_rows_of(slots.cache, slots.cache.lengths[there], tables),
+        history=jax.tree.map(lambda array: array[there], slots.history),
+    )
+    state = next_state(params, config, settings.rows(there, top_logprobs), before)
+    cache = slots.cache.replace(keys=state.cache.keys, values=state.cache.values)
+    slots = _put(slots.replace(cache=cache), rows, state, state.cache.lengths)  # type: ignore[attr-defined]
+    return Chosen(state.token, state.logprob, state.top), slots
+
+
+def _rows_of(cache: PagedCache, lengths: jax.Array, tables: Any) -> PagedCache:
+    """A cache with the same pools, of rows with these lengths and tables."""
+    sources = jnp.full((len(cache.keys), lengths.shape[0]), -1, jnp.int32)
+    return cache.replace(tables=jnp.asarray(tables), lengths=jnp.asarray(lengths), sources=sources)
+
+
+def _put(slots: Slots, rows: jax.Array, state: DecodeState, lengths: jax.Array) -> Slots:
+    """The slots with the state of some of them; those that stand for none are dropped."""
+
+    def put(array: jax.Array, new: jax.Array) -> jax.Array:
+        return array.at[rows].set(new, mode="drop")
+
+    return slots.replace(  # type: ignore[attr-defined]
+        cache=slots.cache.replace(lengths=put(slots.cache.lengths, lengths)),
+        token=put(slots.token, state.token),
+        finished=put(slots.finished, state.finished),
+        remaining=put(slots.remaining, state.remaining),
+        history=jax.tree.map(put, slots.history, state.history),
+    )

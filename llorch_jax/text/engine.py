@@ -1,0 +1,276 @@
+"""An engine for many users: requests come and go at any time, and share one model, one cache and every step."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import jax
+import numpy as np
+
+from llorch_jax.cache.paged.cache import PAGE_SIZE
+from llorch_jax.engine.core import TOP_LOGPROBS, Core, Plot
+from llorch_jax.engine.pages import PageCounts
+from llorch_jax.engine.scheduler import Limits
+from llorch_jax.engine.sequences import Request
+from llorch_jax.engine.worker import Worker
+from llorch_jax.errors import EngineError, OptionError
+from llorch_jax.loading.checkpoint import Model
+from llorch_jax.sampling import Sampling
+from llorch_jax.text.collecting import Growing
+from llorch_jax.text.ending import Ending
+from llorch_jax.text.handles import Handle
+from llorch_jax.text.options import GenerationOptions
+from llorch_jax.text.prompts import encode_prompts, row_keys
+from llorch_jax.text.vocabulary import known_ids, tokenizer_of
+from llorch_jax.tracing import is_whole, whole
+
+CHUNK = 16
+IDLE_CHUNK = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineStats:
+    """What an engine is doing, and what it has done since it started.
+
+    Attributes:
+        slots: number of requests that can run at once.
+        running: requests that have a slot.
+        waiting: requests that wait for one.
+        pages: how the pages of the cache are used.
+        requests: requests submitted so far.
+        finished: requests answered in full.
+        cancelled: requests cancelled by their callers.
+        expired: requests that missed their deadline.
+        preemptions: how often a running request has given up its pages, to be computed again later.
+        failures: steps that raised an exception.
+        steps: decode steps.
+        prompt_tokens: prompt tokens of the requests that have got a slot.
+        cached_tokens: how many of them the prefix cache had.
+        new_tokens: tokens generated.
+        first_token: mean seconds from submission to the first token; 0 before there is one.
+        between_tokens: mean seconds between two tokens of a request; 0 before there are any.
+    """
+
+    slots: int
+    running: int
+    waiting: int
+    pages: PageCounts
+    requests: int
+    finished: int
+    cancelled: int
+    expired: int
+    preemptions: int
+    failures: int
+    steps: int
+    prompt_tokens: int
+    cached_tokens: int
+    new_tokens: int
+    first_token: float
+    between_tokens: float
+
+    @property
+    def hit_rate(self) -> float:
+        """The part of the prompt tokens that the prefix cache had, 0 .. 1."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+
+class Engine:
+    """Continuous batching over one paged cache with an automatic prefix cache; a context manager.
+
+    The model runs in a thread of the engine's own. All methods may be called from any thread, and handles may be read
+    from threads and event loops. A request's tokens are those of `generate` with the same options, whatever runs beside
+    it. See docs/engine.md.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        slots: int = 8,
+        num_pages: int | None = None,
+        *,
+        page_size: int = PAGE_SIZE,
+        codec: str | None = None,
+        chunk: int = CHUNK,
+        idle_chunk: int = IDLE_CHUNK,
+        max_waiting: int = 1024,
+    ) -> None:
+        """Allocates the cache and starts the engine's thread.
+
+        Args:
+            model: from `load`; it must have a tokenizer.
+            slots: maximum number of requests that run at once; more of them wait.
+            num_pages: pages of the cache, for all requests together; by default enough for a full context in every
+                slot.
+            page_size: tokens per page.
+            codec: how keys and values are stored: float32 (the default), bfloat16, float16, int8 or int4.
+            chunk: maximum number of prompt tokens that a step computes while other requests are generating.
+            idle_chunk: the same while none is.
+            max_waiting: number of waiting requests beyond which no more are taken.
+
+        Raises:
+            EngineError: a size is invalid.
+            CacheError: the codec is unknown.
+            ModelError: the model has no tokenizer.
+        """
+        config = model.config
+        tokenizer_of(model)
+        page_size = min(whole("page_size", page_size, EngineError), config.n_positions)
+        blocks = -(-config.n_positions // page_size)
+        slots = whole("slots", slots, EngineError, most=4096)
+        num_pages = slots * blocks if num_pages is None else whole("num_pages", num_pages, EngineError, most=2**31 - 1)
+        limits = Limits(
+            slots=slots,
+            page_size=page_size,
+            chunk=whole("chunk", chunk, EngineError),
+            idle_chunk=whole("idle_chunk", idle_chunk, EngineError),
+        )
+        plot = Plot(limits, num_pages, codec)
+        known = known_ids(tokenizer_of(model), config.vocab_size)
+        max_waiting = whole("max_waiting", max_waiting, EngineError)
+        self.model = model
+        self._worker = Worker(lambda: Core(model.params, config, plot, known), max_waiting)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        self.close(drain=kind is None)
+
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        max_new_tokens: int = 64,
+        *,
+        priority: int = 0,
+        deadline: float | None = None,
+        cache_salt: str = "",
+        sample: int = 0,
+        **options: Any,
+    ) -> Handle:
+        """Queues a request, and returns at once.
+
+        Args:
+            prompt: a text, or token ids.
+            max_new_tokens: maximum number of new tokens.
+            priority: requests of higher priority get slots and pages first.
+            deadline: seconds from now after which the request is given up if it has not ended.
+            cache_salt: the request shares cached prefixes only with those of the same salt.
+            sample: number of the sample, from 0: with a seed, `sample=i` gives the i-th text of `generate_n`.
+            options: temperature, seed, stop and others of `GenerationOptions` by name; docs/options.md says which.
+
+        Raises:
+            OptionError: an option is unknown, invalid, or not for the engine.
+            SamplerError: a sampling setting is invalid.
+            TokenError: the prompt is empty, or has characters or ids that are not in the vocabulary.
+            CapacityError: prompt and new tokens do not fit the context, or the engine's pages.
+            EngineError: too many requests wait, or the engine is closed.
+        """
+        checked = GenerationOptions.create(max_new_tokens=max_new_tokens, **options)
+        return self.submit_checked(
+            prompt, checked, priority=priority, deadline=deadline, cache_salt=cache_salt, sample=sample
+        )
+
+    def submit_checked(
+        self,
+        prompt: str | Sequence[int],
+        options: GenerationOptions,
+        *,
+        priority: int = 0,
+        deadline: float | None = None,
+        cache_salt: str = "",
+        sample: int = 0,
+        notify: Callable[[Handle], None] | None = None,
+    ) -> Handle:
+        """`submit` for checked options; `notify` is called in the engine's thread after every change of the handle."""
+        model = self.model
+        settings = _settings(model, options)
+        if not is_whole(priority):
+            raise OptionError(f"priority: expected a whole number, got {priority!r:.80}")
+        if deadline is not None and (not isinstance(deadline, int | float) or not deadline > 0):
+            raise OptionError(f"deadline: expected seconds above 0, got {deadline!r:.80}")
+        if not isinstance(cache_salt, str):
+            raise OptionError(f"cache_salt: expected a text, got {cache_salt!r:.80}")
+        given = prompt if isinstance(prompt, str) else check_ids(prompt, model.config.vocab_size)
+        (ids,) = encode_prompts(model, [given])
+        (limit,) = options.limits(1)
+        ending = Ending.of(model, options, limit)
+        handle = Handle(Growing(tokenizer_of(model), ending, ids), notify)
+        sample = whole("sample", sample, OptionError, least=0, most=2**31 - 1)
+        request = Request(
+            tokens=np.asarray(ids, np.int32),
+            max_new_tokens=limit,
+            settings=settings,
+            key=np.asarray(jax.random.key_data(row_keys(options.seed, 1, sample + 1)[sample])),
+            eos_ids=ending.ids,
+            top_logprobs=options.top_logprobs,
+            priority=int(priority),
+            deadline=None if deadline is None else time.monotonic() + deadline,
+            salt=cache_salt.encode("utf-8", "surrogatepass"),
+            on_token=handle.take,
+            on_error=handle.fail,
+        )
+        handle.attach(self._worker, self._worker.submit(request))
+        return handle
+
+    def stats(self) -> EngineStats:
+        """What the engine is doing, between two steps.
+
+        Raises:
+            EngineError: the engine is closed.
+        """
+        return self._worker.call(_stats)
+
+    def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
+        """Takes no more requests, and ends the engine's thread.
+
+        Args:
+            drain: whether the requests under way are answered first; otherwise they fail with an EngineError.
+            timeout: seconds after which they fail even so; None for no limit.
+        """
+        self._worker.close(drain=drain, timeout=timeout)
+
+
+def check_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
+    """Token ids as a list.
+
+    Raises:
+        OptionError: they are no ids of the vocabulary.
+    """
+    known = ids.tolist() if isinstance(ids, np.ndarray | jax.Array) else ids
+    if not isinstance(known, Sequence):
+        raise OptionError(f"prompt: expected a text or a list of token ids, got a {type(ids).__name__}")
+    for id in known:
+        if not is_whole(id) or not 0 <= id < vocab_size:
+            raise OptionError(f"prompt: expected ids in 0 .. {vocab_size - 1}, got {id!r:.80}")
+    return [int(id) for id in known]
+
+
+def _settings(model: Model, options: GenerationOptions) -> dict[str, Any]:
+    """The settings of a slot's sampler, after all checks of the options."""
+    options.check_method("the engine")
+    options.check_model(model.config)
+    if options.top_logprobs > TOP_LOGPROBS:
+        raise OptionError(f"top_logprobs: expected 0 .. {TOP_LOGPROBS} with the engine, got {options.top_logprobs}")
+    settings = {"temperature": options.temperature, **options.sampling_for(model)}
+    Sampling.superset([settings]).check_ids(model.config.vocab_size)
+    return settings
+
+
+def _stats(core: Core) -> EngineStats:
+    found = core.statistics
+    first, between = found.first_token, found.between_tokens
+    counts = {
+        field.name: getattr(found, field.name)
+        for field in dataclasses.fields(found)
+        if isinstance(getattr(found, field.name), int)
+    }
+    return EngineStats(
+        slots=core.slots,
+        running=len(core.active),
+        waiting=core.waiting,
+        pages=core.pages.counts(),
+        first_token=first.total / max(first.count, 1),
+        between_tokens=between.total / max(between.count, 1),
+        **counts,
+    )
