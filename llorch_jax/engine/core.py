@@ -6,6 +6,7 @@ it belongs to one thread.
 """
 
 import dataclasses
+import math
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -24,7 +25,7 @@ from llorch_jax.engine.scheduler import Limits, Plan, Rank, schedule
 from llorch_jax.engine.sequences import Ranks, Request, Sequence, Token
 from llorch_jax.engine.settings import SlotSettings
 from llorch_jax.engine.statistics import Statistics
-from llorch_jax.errors import CapacityError, EngineError
+from llorch_jax.errors import CapacityError, EngineError, LlorchError
 from llorch_jax.kernels.library import available
 from llorch_jax.params import Params
 
@@ -334,30 +335,32 @@ class Core:
             self._recover(sequences, error)
             return
         now = time.perf_counter()
+        tokens, logprobs = known.token.tolist(), known.logprob.tolist()
         for row, sequence in enumerate(sequences):
-            if not sequence.over:
-                self._take(sequence, known, row, now)
+            if sequence.over:
+                continue
+            if math.isnan(logprobs[row]):
+                try:
+                    check_chosen(known.token[row : row + 1, None], known.logprob[row : row + 1, None])
+                except LlorchError as error:
+                    self.cancel(sequence, error)
+                continue
+            self._take(sequence, tokens[row], logprobs[row], known.top, row, now)
 
-    def _take(self, sequence: Sequence, known: Any, row: int, now: float) -> None:
+    def _take(self, sequence: Sequence, token: int, logprob: float, alternatives: Any, row: int, now: float) -> None:
         """Gives a new token to its request."""
         request = sequence.request
-        token = int(known.token[row])
-        try:
-            check_chosen(known.token[row : row + 1, None], known.logprob[row : row + 1, None])
-        except Exception as error:
-            self.cancel(sequence, error)
-            return
         sequence.push(token)
         self._index(sequence)
         self.statistics.token(sequence, now)
         ended = token in request.eos_ids
         last = ended or sequence.new == request.max_new_tokens
         top = None
-        if request.top_logprobs and known.top is not None:
-            ids = known.top.ids[row, : request.top_logprobs].tolist()
-            top = list(zip(ids, known.top.logprobs[row, : request.top_logprobs].tolist(), strict=True))
+        if request.top_logprobs:
+            ids = alternatives.ids[row, : request.top_logprobs].tolist()
+            top = list(zip(ids, alternatives.logprobs[row, : request.top_logprobs].tolist(), strict=True))
         try:
-            goes_on = request.on_token(Token(token, float(known.logprob[row]), top, last, ended))
+            goes_on = request.on_token(Token(token, logprob, top, last, ended))
         except Exception as error:  # of the caller's own code
             self.cancel(sequence, error)
             return
