@@ -77,5 +77,9 @@ class EngineError(LlorchError):
     """A request could not be queued or answered by the engine; the message says why."""
 
 
+class EngineFullError(EngineError):
+    """As many requests wait as may; a later attempt may succeed."""
+
+
 class ExportError(LlorchError):
     """A program cannot be serialized, or was serialized by something else."""

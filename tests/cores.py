@@ -4,7 +4,8 @@ import jax
 import numpy as np
 
 import llorch_jax as lj
-from llorch_jax.engine.core import Core, Plot
+from llorch_jax.engine.core import Core
+from llorch_jax.engine.device import Plot
 from llorch_jax.engine.scheduler import Limits
 from llorch_jax.engine.sequences import Request
 from llorch_jax.sampling import make_sampler

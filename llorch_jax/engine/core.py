@@ -5,7 +5,6 @@ A slot whose text has ended meanwhile computes nothing: the device knows the ids
 it belongs to one thread.
 """
 
-import dataclasses
 import math
 import time
 from collections import deque
@@ -15,37 +14,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from llorch_jax.buckets import bucket, power_of_two
-from llorch_jax.cache.paged import PagedCache
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.steps import check_chosen
-from llorch_jax.engine import slots as programs
+from llorch_jax.engine.device import Device, Plot
 from llorch_jax.engine.pages import PagePool
-from llorch_jax.engine.scheduler import Limits, Plan, Rank, schedule
+from llorch_jax.engine.scheduler import Plan, Rank, schedule
 from llorch_jax.engine.sequences import Ranks, Request, Sequence, Token
-from llorch_jax.engine.settings import SlotSettings
 from llorch_jax.engine.statistics import Statistics
 from llorch_jax.errors import CapacityError, EngineError, LlorchError
-from llorch_jax.kernels.library import available
 from llorch_jax.params import Params
 
 _LATE = 1  # iterations by which results are read late
-TOP_LOGPROBS = 20  # alternatives that a step records if any of its requests asks for some
-
-
-@dataclasses.dataclass(frozen=True)
-class Plot:
-    """The fixed sizes of an engine.
-
-    Attributes:
-        limits: of a step.
-        num_pages: pages of the pool.
-        codec: how keys and values are stored.
-    """
-
-    limits: Limits
-    num_pages: int
-    codec: str | None = None
 
 
 class Core:
@@ -64,30 +43,19 @@ class Core:
         self._config = config
         self._plot = plot
         self._limits = plot.limits
-        self._known = None if known is None else jax.device_put(known)
+        self._known = known
         self._ranks = Ranks()
         self._waiting: dict[Rank, Sequence] = {}
         self._running: dict[Rank, Sequence] = {}
-        self._in_flight: deque[tuple[list[Sequence], programs.Chosen]] = deque()
+        self._in_flight: deque[tuple[list[Sequence], Any]] = deque()
         self.statistics = Statistics()
         self._set_up()
 
     def _set_up(self) -> None:
         """An empty pool, and slots without requests."""
-        limits = self._limits
-        cache = PagedCache.init(
-            self._config,
-            batch_size=limits.slots,
-            page_size=limits.page_size,
-            num_pages=self._plot.num_pages,
-            codec=self._plot.codec,
-            residual=0,
-        )
-        self.pages = PagePool(self._plot.num_pages, limits.page_size)
-        self._slots = programs.Slots.empty(cache, bucket(self._config.n_positions + 1))
-        self._columns = -(-self._config.n_positions // limits.page_size)
-        self._free_slots = list(range(limits.slots - 1, -1, -1))
-        self._settings = SlotSettings(limits.slots, self._known)
+        self._device = Device(self._params, self._config, self._plot, self._known)
+        self.pages = PagePool(self._plot.num_pages, self._limits.page_size)
+        self._free_slots = list(range(self._limits.slots - 1, -1, -1))
 
     @property
     def idle(self) -> bool:
@@ -250,73 +218,27 @@ class Core:
     def _prefill(self, sequence: Sequence, count: int) -> None:
         """Dispatches a chunk, and after the last one the first token."""
         self._grow(sequence, count)
-        start = sequence.computed
-        size = 1 if count == 1 else bucket(count, self._config.n_positions)
-        tokens = np.zeros((1, size), np.int32)
-        tokens[0, :count] = sequence.tokens[start : start + count]
-        place = np.array([start], np.int32), np.array([count], np.int32)
-        table = self._tables([sequence], 1)
-        logits, self._slots = programs.prefill(self._params, self._config, self._slots, tokens, *place, table)
+        logits = self._device.prefill(sequence, count)
         sequence.computed += count
         self._index(sequence)
         if sequence.decoding:
-            self._enter(sequence, logits)
+            self._in_flight.append(([sequence], self._device.enter(sequence, logits)))
+            sequence.dispatched += 1
 
-    def _enter(self, sequence: Sequence, logits: jax.Array) -> None:
-        """Dispatches the first token of a request whose tokens are all in the cache."""
-        request = sequence.request
-        self._settings.set(sequence.place, request)
-        history = np.zeros(self._slots.history.tokens.shape[1], np.int32)
-        history[: sequence.length] = sequence.tokens[: sequence.length]
-        entrant = programs.Entrant(
-            slot=np.int32(sequence.place),
-            tokens=history,
-            length=np.int32(sequence.length),
-            prompt=np.int32(len(request.tokens)),
-            remaining=np.int32(request.max_new_tokens - sequence.new),
-        )
-        top = TOP_LOGPROBS if request.top_logprobs else 0
-        chosen, self._slots = programs.enter(
-            self._slots, self._settings.on_device(), logits, entrant, top_logprobs=min(top, self._config.vocab_size)
-        )
-        sequence.dispatched += 1
-        self._in_flight.append(([sequence], chosen))
+    def warm_up(self) -> None:
+        """Compiles every program; does nothing while requests run."""
+        if self.idle:
+            self._device.warm_up()
 
     def _decode(self, sequences: list[Sequence]) -> None:
         """Dispatches the next token of some requests."""
         for sequence in sequences:
             self._grow(sequence, 1)
-        size = min(power_of_two(len(sequences)), self._limits.slots)
-        rows = np.full(size, self._limits.slots, np.int32)
-        rows[: len(sequences)] = [sequence.place for sequence in sequences]
-        top = TOP_LOGPROBS if any(sequence.request.top_logprobs for sequence in sequences) else 0
-        chosen, self._slots = programs.decode(
-            self._params,
-            self._config,
-            self._slots,
-            self._settings.on_device(),
-            rows,
-            self._tables(sequences, size),
-            top_logprobs=min(top, self._config.vocab_size),
-        )
+        self._in_flight.append((sequences, self._device.decode(sequences)))
         for sequence in sequences:
             sequence.computed += 1
             sequence.dispatched += 1
-        self._in_flight.append((sequences, chosen))
         self.statistics.steps += 1
-
-    def _tables(self, sequences: list[Sequence], rows: int) -> np.ndarray:
-        """int32 [rows, N], the pages of some requests, filled up with -1.
-
-        The kernels skip what has no tokens; without them few widths are compiled, to gather no more than needed.
-        """
-        columns = self._columns
-        if not available("llorch_attention"):
-            columns = min(columns, power_of_two(max(len(sequence.pages) for sequence in sequences)))
-        tables = np.full((rows, columns), -1, np.int32)
-        for row, sequence in zip(tables, sequences, strict=False):
-            row[: len(sequence.pages)] = sequence.pages
-        return tables
 
     def _index(self, sequence: Sequence) -> None:
         for page, digest, content in sequence.filled(self._limits.page_size):
@@ -330,22 +252,22 @@ class Core:
         """Waits for the oldest results, and gives them to their requests."""
         sequences, chosen = self._in_flight.popleft()
         try:
-            known: Any = jax.tree.map(np.asarray, chosen)
+            token, logprob, top = jax.tree.map(np.asarray, chosen)
         except Exception as error:  # of a program that has been dispatched without one
             self._recover(sequences, error)
             return
         now = time.perf_counter()
-        tokens, logprobs = known.token.tolist(), known.logprob.tolist()
+        tokens, logprobs = token.tolist(), logprob.tolist()
         for row, sequence in enumerate(sequences):
             if sequence.over:
                 continue
             if math.isnan(logprobs[row]):
                 try:
-                    check_chosen(known.token[row : row + 1, None], known.logprob[row : row + 1, None])
+                    check_chosen(token[row : row + 1, None], logprob[row : row + 1, None])
                 except LlorchError as error:
                     self.cancel(sequence, error)
                 continue
-            self._take(sequence, tokens[row], logprobs[row], known.top, row, now)
+            self._take(sequence, tokens[row], logprobs[row], top, row, now)
 
     def _take(self, sequence: Sequence, token: int, logprob: float, alternatives: Any, row: int, now: float) -> None:
         """Gives a new token to its request."""
@@ -388,9 +310,3 @@ class Core:
                 self._waiting[sequence.rank] = sequence
         self._running.clear()
         self._set_up()
-
-
-def compile_count() -> int:
-    """How many variants of the engine's programs have been compiled in this process."""
-    compiled: list[Any] = [programs.prefill, programs.enter, programs.decode]
-    return sum(program._cache_size() for program in compiled)

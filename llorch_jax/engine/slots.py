@@ -14,7 +14,7 @@ from flax import struct
 from llorch_jax.cache.paged import PagedCache
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.params import DecodingParams
-from llorch_jax.decoding.steps import Alternatives, DecodeState, choose, next_state
+from llorch_jax.decoding.steps import Alternatives, DecodeState, choose
 from llorch_jax.model import run
 from llorch_jax.params import Params
 from llorch_jax.sampling import History, Sampling
@@ -66,13 +66,13 @@ class Settings(NamedTuple):
     eos_ids: Any
     known: Any = None
 
-    def rows(self, rows: jax.Array, top_logprobs: int) -> DecodingParams:
+    def rows(self, rows: jax.Array) -> DecodingParams:
         """The settings of some slots, in `jit`."""
         of = partial(jax.tree.map, lambda array: jnp.asarray(array)[rows])
         sampler: Any = of(self.sampler)
         if self.known is not None:
             sampler = Masked(sampler, self.known, insists=False)
-        return DecodingParams(sampler, jax.random.wrap_key_data(of(self.keys)), of(self.eos_ids), top_logprobs)
+        return DecodingParams(sampler, jax.random.wrap_key_data(of(self.keys)), of(self.eos_ids))
 
 
 class Entrant(NamedTuple):
@@ -99,12 +99,12 @@ class Chosen(NamedTuple):
     Attributes:
         token: int32 [A].
         logprob: float32 [A], under the model; NaN where no token could be chosen.
-        top: `Alternatives` [A, n], or None.
+        logits: float32 [A, V], from which they were chosen.
     """
 
     token: jax.Array
     logprob: jax.Array
-    top: Alternatives | None
+    logits: jax.Array
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="slots")
@@ -127,10 +127,8 @@ def prefill(
     return out.logits, slots.replace(cache=cache)  # type: ignore[attr-defined]
 
 
-@partial(jax.jit, static_argnames="top_logprobs", donate_argnames="slots")
-def enter(
-    slots: Slots, settings: Settings, logits: jax.Array, entrant: Entrant, *, top_logprobs: int
-) -> tuple[Chosen, Slots]:
+@partial(jax.jit, donate_argnames="slots")
+def enter(slots: Slots, settings: Settings, logits: jax.Array, entrant: Entrant) -> tuple[Chosen, Slots]:
     """The first token of a request, which from now on has a slot, given the logits [1, V] after its prompt."""
     row = jnp.asarray(entrant.slot)[None]
     length = jnp.asarray(entrant.length)[None]
@@ -142,13 +140,13 @@ def enter(
         cache=None,
         history=History(jnp.asarray(entrant.tokens)[None], length, jnp.asarray(entrant.prompt)[None]),
     )
-    state = choose(settings.rows(row, top_logprobs), logits, before, length)
-    return Chosen(state.token, state.logprob, state.top), _put(slots, row, state, length)
+    state = choose(settings.rows(row), logits, before, length)
+    return Chosen(state.token, state.logprob, logits), _put(slots, row, state, length)
 
 
-@partial(jax.jit, static_argnames=("config", "top_logprobs"), donate_argnames="slots")
+@partial(jax.jit, static_argnames="config", donate_argnames="slots")
 def decode(
-    params: Params, config: GPT2Config, slots: Slots, settings: Settings, rows: Any, tables: Any, *, top_logprobs: int
+    params: Params, config: GPT2Config, slots: Slots, settings: Settings, rows: Any, tables: Any
 ) -> tuple[Chosen, Slots]:
     """The next token of some slots.
 
@@ -159,7 +157,6 @@ def decode(
         settings: of all slots.
         rows: int32 [A], numbers of different slots, filled up with B, which stands for none.
         tables: int32 [A, N], their pages.
-        top_logprobs: number of alternatives to record.
     """
     there = jnp.minimum(rows, slots.token.shape[0] - 1)
     before = DecodeState(
@@ -170,10 +167,20 @@ def decode(
         cache=_rows_of(slots.cache, slots.cache.lengths[there], tables),
         history=jax.tree.map(lambda array: array[there], slots.history),
     )
-    state = next_state(params, config, settings.rows(there, top_logprobs), before)
-    cache = slots.cache.replace(keys=state.cache.keys, values=state.cache.values)
-    slots = _put(slots.replace(cache=cache), rows, state, state.cache.lengths)  # type: ignore[attr-defined]
-    return Chosen(state.token, state.logprob, state.top), slots
+    count = 1 - before.done.astype(jnp.int32)
+    out = run(params, config, before.token[:, None], before.cache, count, last=True)
+    state = choose(settings.rows(there), out.logits, before, out.cache.lengths)
+    cache = slots.cache.replace(keys=out.cache.keys, values=out.cache.values)
+    slots = _put(slots.replace(cache=cache), rows, state, out.cache.lengths)  # type: ignore[attr-defined]
+    return Chosen(state.token, state.logprob, out.logits), slots
+
+
+@partial(jax.jit, static_argnames="count")
+def alternatives(logits: jax.Array, *, count: int) -> Alternatives:
+    """The `count` most likely tokens of logits [A, V]; a program of its own, since few ask for them."""
+    values, ids = jax.lax.top_k(logits, count)
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    return Alternatives(ids.astype(jnp.int32), values - total)
 
 
 def _rows_of(cache: PagedCache, lengths: jax.Array, tables: Any) -> PagedCache:

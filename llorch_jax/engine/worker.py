@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from llorch_jax.engine.core import Core
 from llorch_jax.engine.sequences import Request, Sequence
-from llorch_jax.errors import EngineError
+from llorch_jax.errors import EngineError, EngineFullError
 
 Value = TypeVar("Value")
 _CLOSED = "engine: expected one that is open, got one that has been closed"
@@ -45,7 +45,7 @@ class Worker:
         with self._wake:
             waiting = self._core.waiting + self._pending
             if waiting >= self._max_waiting:
-                raise EngineError(f"queue: expected fewer than {self._max_waiting} waiting requests, got {waiting}")
+                raise EngineFullError(f"queue: expected fewer than {self._max_waiting} waiting requests, got {waiting}")
             self._pending += 1
             return self._order(lambda core: self._add(core, request))
 

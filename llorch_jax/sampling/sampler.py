@@ -140,7 +140,7 @@ class Sampling:
             for name, value in row.items():
                 several = ID_SETTINGS[name].per_row(value) if name in ID_SETTINGS else np.ndim(value) > 0
                 if value is not None and several:
-                    raise SamplerError(f"rows[{number}]: expected one value of {name}, got several")
+                    raise SamplerError(f"{name}: expected one value in rows[{number}], got several")
         settings = superset_settings(rows, None if like is None else like.more)
         first = {name: settings.pop(name) for name in FIRST}
         return cls(**first, more=settings, candidates=None, guarded=True)

@@ -19,11 +19,12 @@ class Growing:
 
     Attributes:
         transcript: its text.
+        prompt_ids: ids of the prompt's tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, ending: Ending, prompt_ids: list[int]) -> None:
         self.transcript = Transcript(tokenizer, ending)
-        self._prompt_ids = prompt_ids
+        self.prompt_ids = prompt_ids
         self._logprobs: list[float] = []
         self._top: list[TopLogprobs] | None = None
 
@@ -56,7 +57,7 @@ class Growing:
             token_ids=grown.token_ids,
             finish_reason=grown.finish_reason,
             logprobs=self._logprobs,
-            prompt_ids=self._prompt_ids,
+            prompt_ids=self.prompt_ids,
             timings=timings,
             stop_reason=grown.stop_reason,
             top_logprobs=self._top,

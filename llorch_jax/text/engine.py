@@ -3,13 +3,14 @@
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import jax
 import numpy as np
 
 from llorch_jax.cache.paged.cache import PAGE_SIZE
-from llorch_jax.engine.core import TOP_LOGPROBS, Core, Plot
+from llorch_jax.engine.core import Core
+from llorch_jax.engine.device import TOP_LOGPROBS, Plot
 from llorch_jax.engine.pages import PageCounts
 from llorch_jax.engine.scheduler import Limits
 from llorch_jax.engine.sequences import Request
@@ -25,6 +26,7 @@ from llorch_jax.text.prompts import encode_prompts, row_keys
 from llorch_jax.text.vocabulary import known_ids, tokenizer_of
 from llorch_jax.tracing import is_whole, whole
 
+Value = TypeVar("Value")
 CHUNK = 16
 IDLE_CHUNK = 256
 
@@ -213,13 +215,29 @@ class Engine:
         handle.attach(self._worker, self._worker.submit(request))
         return handle
 
+    def warm_up(self) -> None:
+        """Compiles all programs, which otherwise happens when each is first needed.
+
+        Raises:
+            EngineError: the engine is closed.
+        """
+        self.inspect(Core.warm_up)
+
     def stats(self) -> EngineStats:
         """What the engine is doing, between two steps.
 
         Raises:
             EngineError: the engine is closed.
         """
-        return self._worker.call(_stats)
+        return self.inspect(_stats)
+
+    def inspect(self, function: Callable[[Core], Value]) -> Value:
+        """What a function returns that is called in the engine's thread between two steps, as for a monitor.
+
+        Raises:
+            EngineError: the engine is closed.
+        """
+        return self._worker.call(function)
 
     def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
         """Takes no more requests, and ends the engine's thread.

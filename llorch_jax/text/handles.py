@@ -45,6 +45,23 @@ class Handle:
         return self._result is not None or self._error is not None
 
     @property
+    def count(self) -> int:
+        """Number of new tokens so far."""
+        return len(self._pieces)
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """Ids of the prompt's tokens."""
+        return self._growing.prompt_ids
+
+    @property
+    def cached_tokens(self) -> int:
+        """Number of prompt tokens that the prefix cache had."""
+        if self._sequence is None or not self._sequence.done():
+            return 0
+        return min(self._sequence.result().cached, len(self.prompt_ids))
+
+    @property
     def text(self) -> str:
         """The text so far."""
         return self._growing.transcript.text

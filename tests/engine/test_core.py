@@ -13,7 +13,7 @@ from profiles import examples
 from tiny import random_params
 
 import llorch_jax as lj
-from llorch_jax.engine import core as core_module
+from llorch_jax.engine import device
 from llorch_jax.engine import slots as programs
 from llorch_jax.errors import EngineError, NonFiniteError
 
@@ -122,11 +122,11 @@ def test_new_settings_compile_nothing_after_a_first_round(core):
         run(core)
 
     round_of([{"temperature": 0.0}] * 3)
-    count = core_module.compile_count()
+    count = device.compile_count()
     round_of(
         [*SETTINGS, {"temperature": 1.0, "logit_bias": {3: -5.0}, "bad_words": [[4], [5, 6]], "xtc_probability": 0.5}]
     )
-    assert core_module.compile_count() == count
+    assert device.compile_count() == count
 
 
 def test_a_cancelled_request_frees_its_pages_at_once(core):

@@ -114,8 +114,8 @@ def test_a_row_joins_a_running_loop_without_a_compilation():
     ("rows", "message"),
     [
         ([], "rows: expected settings for one row or more, got none"),
-        ([{}, {"top_k": [3, 4]}], r"rows\[1\]: expected one value of top_k, got several"),
-        ([{"logit_bias": [{1: 2.0}, {}]}], r"rows\[0\]: expected one value of logit_bias, got several"),
+        ([{}, {"top_k": [3, 4]}], r"top_k: expected one value in rows\[1\], got several"),
+        ([{"logit_bias": [{1: 2.0}, {}]}], r"logit_bias: expected one value in rows\[0\], got several"),
         ([{"min_p": 2}], "min_p: expected numbers from 0 up to 1, got 2"),
         ([{"topk": 2}], "topk: .* did you mean top_k"),
     ],

@@ -1,0 +1,48 @@
+"""`llorch-jax serve`."""
+
+from typing import Any
+
+from llorch_jax.cli import interrupts
+from llorch_jax.cli.loading import load_model
+from llorch_jax.cli.terminal import waiting
+from llorch_jax.errors import EngineError
+from llorch_jax.text.engine import Engine
+from llorch_jax.tracing import whole
+
+
+def start(
+    source: str,
+    settings: dict[str, Any],
+    engine: dict[str, Any],
+    limits: dict[str, Any],
+    host: str,
+    port: int,
+    drain_seconds: float,
+    warm_up: bool,
+) -> None:
+    """Serves a model until the process is told to end.
+
+    Raises:
+        EngineError: a setting is invalid, the address is taken, or the extra `serve` is missing.
+    """
+    try:
+        from llorch_jax.serve.app import Settings
+        from llorch_jax.serve.run import serve
+    except ImportError as error:
+        raise EngineError(
+            f"serve: expected the extra `serve`, got no {error.name}; install it with pip install 'llorch-jax[serve]'"
+        ) from None
+    whole("port", port, EngineError, least=0, most=65535)
+    for name in ("max_body", "max_texts"):
+        whole(name, limits[name], EngineError)
+    if limits["api_key"] == "":
+        raise EngineError("api_key: expected a key that is not empty")
+    if not 0 < drain_seconds < 1e6:
+        raise EngineError(f"drain_seconds: expected seconds above 0, got {drain_seconds}")
+    model, _ = load_model(source, settings)
+    running = Engine(model, **engine)
+    if warm_up:
+        with waiting("compiling"):
+            running.warm_up()
+    interrupts.give_back()
+    serve(running, Settings(**{**limits, "name": limits["name"] or model.name}), host, port, drain_seconds)

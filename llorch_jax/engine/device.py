@@ -1,0 +1,157 @@
+"""What the device holds for an engine, and the calls of its programs."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from llorch_jax.buckets import SMALLEST, bucket, power_of_two
+from llorch_jax.cache.paged import PagedCache
+from llorch_jax.config import GPT2Config
+from llorch_jax.engine import slots as programs
+from llorch_jax.engine.scheduler import Limits
+from llorch_jax.engine.sequences import Sequence
+from llorch_jax.engine.settings import SlotSettings
+from llorch_jax.kernels.attention import MAX_TOKENS
+from llorch_jax.kernels.library import available
+from llorch_jax.params import Params
+
+TOP_LOGPROBS = 20  # alternatives that a step records if any of its requests asks for some
+_FEWEST_PAGES = 8  # columns of the narrowest table for which a program is compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """The fixed sizes of an engine.
+
+    Attributes:
+        limits: of a step.
+        num_pages: pages of the pool.
+        codec: how keys and values are stored.
+    """
+
+    limits: Limits
+    num_pages: int
+    codec: str | None = None
+
+
+class Device:
+    """Pools, slots and settings of one model. What its methods return has been dispatched, not computed."""
+
+    def __init__(self, params: Params, config: GPT2Config, plot: Plot, known: np.ndarray | None) -> None:
+        """Allocates the pool.
+
+        Args:
+            params: the model's parameters.
+            config: the model's hyperparameters.
+            plot: sizes.
+            known: bits of the ids that may be drawn, see `Settings`; None for all.
+        """
+        limits = plot.limits
+        cache = PagedCache.init(
+            config,
+            batch_size=limits.slots,
+            page_size=limits.page_size,
+            num_pages=plot.num_pages,
+            codec=plot.codec,
+            residual=0,
+        )
+        self._params = params
+        self._config = config
+        self._limits = limits
+        self._slots = programs.Slots.empty(cache, bucket(config.n_positions + 1))
+        self._settings = SlotSettings(limits.slots, None if known is None else jax.device_put(known))
+        self._columns = -(-config.n_positions // limits.page_size)
+
+    def prefill(self, sequence: Sequence, count: int) -> jax.Array:
+        """Logits [1, V] after the next `count` tokens of a request."""
+        start = sequence.computed
+        tokens = np.zeros((1, self._chunk_size(count)), np.int32)
+        tokens[0, :count] = sequence.tokens[start : start + count]
+        return self._prefill(tokens, start, count, self._tables([sequence], tokens.shape[1], 1))
+
+    def enter(self, sequence: Sequence, logits: jax.Array) -> Any:
+        """The first token of a request, given the logits [1, V] after its prompt: token, logprob, alternatives."""
+        request = sequence.request
+        self._settings.set(sequence.place, request)
+        history = np.zeros(self._slots.history.tokens.shape[1], np.int32)
+        history[: sequence.length] = sequence.tokens[: sequence.length]
+        entrant = programs.Entrant(
+            slot=np.int32(sequence.place),
+            tokens=history,
+            length=np.int32(sequence.length),
+            prompt=np.int32(len(request.tokens)),
+            remaining=np.int32(request.max_new_tokens - sequence.new),
+        )
+        chosen, self._slots = programs.enter(self._slots, self._settings.on_device(), logits, entrant)
+        return self._results([sequence], chosen)
+
+    def decode(self, sequences: list[Sequence]) -> Any:
+        """The next token of some requests: token, logprob, alternatives, each with a leading axis."""
+        size = min(power_of_two(len(sequences)), self._limits.slots)
+        rows = np.full(size, self._limits.slots, np.int32)
+        rows[: len(sequences)] = [sequence.place for sequence in sequences]
+        return self._results(sequences, self._decode(rows, self._tables(sequences, 1, size)))
+
+    def warm_up(self) -> None:
+        """Compiles every program by running it on no tokens; only while nothing runs."""
+        most = min(self._limits.idle_chunk, self._config.n_positions)
+        for size in sorted({self._chunk_size(count) for count in range(1, most + 1)}):
+            blocks = range(-(-size // self._limits.page_size), self._columns + 1)
+            for columns in sorted({self._width(count, size) for count in blocks}):
+                logits = self._prefill(np.zeros((1, size), np.int32), 0, 0, np.full((1, columns), -1, np.int32))
+        history = np.zeros(self._slots.history.tokens.shape[1], np.int32)
+        nobody, one = np.int32(self._limits.slots), np.int32(1)
+        entrant = programs.Entrant(nobody, history, one, one, np.int32(0))
+        _, self._slots = programs.enter(self._slots, self._settings.on_device(), logits, entrant)
+        for size in sorted({min(power_of_two(n), self._limits.slots) for n in range(1, self._limits.slots + 1)}):
+            for columns in sorted({self._width(count, 1) for count in range(1, self._columns + 1)}):
+                chosen = self._decode(np.full(size, nobody), np.full((size, columns), -1, np.int32))
+            self._alternatives(chosen)
+        jax.block_until_ready(self._slots)
+
+    def _prefill(self, tokens: np.ndarray, start: int, count: int, table: np.ndarray) -> jax.Array:
+        place = np.array([start], np.int32), np.array([count], np.int32)
+        logits, self._slots = programs.prefill(self._params, self._config, self._slots, tokens, *place, table)
+        return logits
+
+    def _decode(self, rows: np.ndarray, tables: np.ndarray) -> programs.Chosen:
+        settings = self._settings.on_device()
+        chosen, self._slots = programs.decode(self._params, self._config, self._slots, settings, rows, tables)
+        return chosen
+
+    def _results(self, sequences: list[Sequence], chosen: programs.Chosen) -> Any:
+        wanted = any(sequence.request.top_logprobs for sequence in sequences)
+        return chosen.token, chosen.logprob, self._alternatives(chosen) if wanted else None
+
+    def _alternatives(self, chosen: programs.Chosen) -> Any:
+        return programs.alternatives(chosen.logits, count=min(TOP_LOGPROBS, self._config.vocab_size))
+
+    def _chunk_size(self, count: int) -> int:
+        """The number of columns in which `count` tokens are computed; powers of two, so that few are compiled."""
+        return min(max(power_of_two(count), SMALLEST), self._config.n_positions)
+
+    def _tables(self, sequences: list[Sequence], tokens: int, rows: int) -> np.ndarray:
+        """int32 [rows, N], the pages of some requests that compute `tokens` columns each, filled up with -1."""
+        longest = max(len(sequence.pages) for sequence in sequences)
+        tables = np.full((rows, self._width(longest, tokens)), -1, np.int32)
+        for row, sequence in zip(tables, sequences, strict=False):
+            row[: len(sequence.pages)] = sequence.pages
+        return tables
+
+    def _width(self, pages: int, tokens: int) -> int:
+        """Columns of a table for rows of up to `pages` pages.
+
+        The kernels skip what holds no tokens. Where they do not serve, pages are gathered: no more than twice as many
+        as needed.
+        """
+        if tokens <= MAX_TOKENS and available("llorch_attention"):
+            return self._columns
+        return min(self._columns, max(power_of_two(pages), _FEWEST_PAGES))
+
+
+def compile_count() -> int:
+    """How many variants of the engine's programs have been compiled in this process."""
+    compiled: list[Any] = [programs.prefill, programs.enter, programs.decode, programs.alternatives]
+    return sum(program._cache_size() for program in compiled)

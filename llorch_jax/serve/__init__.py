@@ -1,0 +1,1 @@
+"""An HTTP server for an engine, compatible with OpenAI's API; needs the extra `serve`."""

@@ -1,0 +1,298 @@
+"""The HTTP application: routes, limits, authentication, streams."""
+
+import asyncio
+import contextlib
+import dataclasses
+import hmac
+import json
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from llorch_jax.errors import EngineError, LlorchError
+from llorch_jax.serve import jobs
+from llorch_jax.serve.answers import Format, error_body, usage_of
+from llorch_jax.serve.bodies import BadRequest, Fields, parse, refusal
+from llorch_jax.serve.cache_map import snapshot
+from llorch_jax.serve.metrics import Collector, exposition
+from llorch_jax.serve.page import PAGE
+from llorch_jax.serve.templates import ChatTemplate
+from llorch_jax.text.engine import Engine, check_ids
+from llorch_jax.text.handles import Handle
+from llorch_jax.text.results import Generation, Piece
+
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+_METRICS = "text/plain; version=0.0.4; charset=utf-8"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a server allows.
+
+    Attributes:
+        name: of the model in answers.
+        api_key: what clients must send as bearer token; None for nothing.
+        max_body: maximum bytes of a request's body.
+        max_texts: maximum number of texts of one request.
+        map_seconds: time between two snapshots of the cache.
+    """
+
+    name: str
+    api_key: str | None = None
+    max_body: int = 1 << 20
+    max_texts: int = 64
+    map_seconds: float = 0.1
+
+
+def make_app(engine: Engine, settings: Settings) -> Starlette:
+    """The application for an engine, which the caller closes.
+
+    Raises:
+        CheckpointError: the model's chat template is damaged.
+    """
+    server = _Server(engine, settings)
+    routes = [
+        Route("/", server.page, methods=["GET"]),
+        Route("/health", server.health, methods=["GET"]),
+        Route("/metrics", server.guarded(server.metrics), methods=["GET"]),
+        Route("/debug/cache", server.guarded(server.cache), methods=["GET"]),
+        Route("/v1/models", server.guarded(server.models), methods=["GET"]),
+        Route("/v1/completions", server.guarded(server.completions), methods=["POST"]),
+        Route("/v1/chat/completions", server.guarded(server.chat), methods=["POST"]),
+        Route("/tokenize", server.guarded(server.tokenize), methods=["POST"]),
+        Route("/detokenize", server.guarded(server.detokenize), methods=["POST"]),
+    ]
+    handlers: Any = {HTTPException: _http_error, BadRequest: _bad_request, Exception: _server_error}
+    return Starlette(routes=routes, exception_handlers=handlers)
+
+
+class _Server:
+    """The handlers of the routes."""
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._template = ChatTemplate.of(engine.model)
+        assert engine.model.tokenizer is not None  # or there would be no engine
+        self._tokenizer = engine.model.tokenizer
+
+    def guarded(self, handler: Handler) -> Handler:
+        """A handler for those who know the key."""
+
+        async def guard(request: Request) -> Response:
+            key = self._settings.api_key
+            given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+            if key is not None and not hmac.compare_digest(given, key.encode()):
+                raise BadRequest("authorization: expected the server's API key as bearer token", status=401)
+            return await handler(request)
+
+        return guard
+
+    async def page(self, request: Request) -> Response:
+        """The playground."""
+        return HTMLResponse(PAGE)
+
+    async def health(self, request: Request) -> Response:
+        """Whether the engine answers."""
+        try:
+            await run_in_threadpool(self._engine.stats)
+        except EngineError as error:
+            return JSONResponse({"status": "closed", "message": str(error)}, status_code=503)
+        return JSONResponse({"status": "ok"})
+
+    async def metrics(self, request: Request) -> Response:
+        """Statistics for Prometheus."""
+        return Response(exposition(await run_in_threadpool(self._engine.inspect, Collector)), media_type=_METRICS)
+
+    async def models(self, request: Request) -> Response:
+        """The one model."""
+        config = self._engine.model.config
+        entry = {"id": self._settings.name, "object": "model", "created": 0, "owned_by": "llorch-jax"}
+        return JSONResponse({"object": "list", "data": [{**entry, "max_model_len": config.n_positions}]})
+
+    async def completions(self, request: Request) -> Response:
+        """Continues prompts."""
+        job = jobs.completion(self._engine, await self._body(request), self._settings.max_texts)
+        return await self._answer(request, job, chat=False)
+
+    async def chat(self, request: Request) -> Response:
+        """Answers messages."""
+        job = jobs.chat(self._engine, self._template, await self._body(request), self._settings.max_texts)
+        return await self._answer(request, job, chat=True)
+
+    async def tokenize(self, request: Request) -> Response:
+        """The token ids of a text."""
+        fields = Fields(await self._body(request))
+        text = fields.text("prompt")
+        special = fields.flag("add_special_tokens")
+        fields.end()
+        try:
+            ids = self._tokenizer.encode(text, add_special_tokens=special)
+        except LlorchError as error:
+            raise BadRequest(f"prompt: {error}"[:300], "prompt") from None
+        most = self._engine.model.config.n_positions
+        return JSONResponse({"count": len(ids), "max_model_len": most, "tokens": ids})
+
+    async def detokenize(self, request: Request) -> Response:
+        """The text of token ids."""
+        fields = Fields(await self._body(request))
+        given = fields.take("tokens", [])
+        fields.end()
+        try:
+            ids = check_ids(given, self._engine.model.config.vocab_size)
+            return JSONResponse({"prompt": self._tokenizer.decode(ids)})
+        except LlorchError as error:
+            raise BadRequest(f"tokens: {str(error).partition(': ')[2]}"[:300], "tokens") from None
+
+    async def cache(self, request: Request) -> Response:
+        """Snapshots of the cache's pages, as they change."""
+
+        async def events() -> AsyncIterator[bytes]:
+            last = None
+            while True:
+                found = json.dumps(await run_in_threadpool(self._engine.inspect, snapshot))
+                if found != last:
+                    yield _event(found)
+                    last = found
+                await asyncio.sleep(self._settings.map_seconds)
+
+        return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+    async def _body(self, request: Request) -> dict[str, Any]:
+        """The body of a request, as long as it is not too long."""
+        most = self._settings.max_body
+        body = bytearray()
+        async for part in request.stream():
+            body += part
+            if len(body) > most:
+                raise BadRequest(f"body: expected at most {most} bytes, got more", status=413)
+        return parse(bytes(body))
+
+    async def _answer(self, request: Request, job: jobs.Job, *, chat: bool) -> Response:
+        answer = Format(self._tokenizer, self._settings.name, chat=chat, logprobs=job.logprobs)
+        handles = await run_in_threadpool(job.start, self._engine)
+        echoes = [str(prompt) if job.echo else "" for prompt in job.prompts for _ in range(job.samples)]
+        if job.stream:
+            events = _stream(answer, handles, echoes, job)
+            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        try:
+            results = await _unless_gone(request, _all(handles))
+        except LlorchError as error:
+            raise BadRequest(str(error), status=_status(error)) from None
+        finally:
+            _cancel(handles)
+        if results is None:
+            return Response(status_code=499)  # nobody reads it
+        return JSONResponse(answer.whole(results, echoes, usage_of(handles, job.samples)))
+
+
+async def _all(handles: Sequence[Handle]) -> list[Generation]:
+    return [await handle.wait() for handle in handles]
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, list[Generation]]) -> list[Generation] | None:
+    """The result of some work, which is cancelled once the client has disconnected; then None."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await asyncio.gather(working, watching, return_exceptions=True)
+
+
+async def _stream(
+    answer: Format, handles: Sequence[Handle], echoes: Sequence[str], job: jobs.Job
+) -> AsyncIterator[bytes]:
+    """The events of a streamed answer; whatever ends the stream ends the requests too."""
+    offsets = [len(echo) for echo in echoes]
+    try:
+        for index, echo in enumerate(echoes):
+            if echo or answer.chat:
+                yield _event(json.dumps(answer.part(index, echo, None)))
+        async for index, piece in _merged(handles):
+            yield _event(json.dumps(answer.part(index, piece.text, piece, offsets[index])))
+            offsets[index] += len(piece.text)
+        if job.usage:
+            yield _event(json.dumps(answer.usage_part(usage_of(handles, job.samples))))
+        yield _event("[DONE]")
+    except LlorchError as error:
+        yield _event(json.dumps(error_body(str(error), _status(error))))
+    finally:
+        _cancel(handles)
+
+
+async def _merged(handles: Sequence[Handle]) -> AsyncIterator[tuple[int, Piece]]:
+    """The pieces of several handles, with their numbers, as they come."""
+    queue: asyncio.Queue[tuple[int, Piece | BaseException | None]] = asyncio.Queue()
+
+    async def read(index: int, handle: Handle) -> None:
+        try:
+            async for piece in handle:
+                queue.put_nowait((index, piece))
+            queue.put_nowait((index, None))
+        except Exception as error:
+            queue.put_nowait((index, error))
+
+    tasks = [asyncio.ensure_future(read(index, handle)) for index, handle in enumerate(handles)]
+    left = len(tasks)
+    try:
+        while left:
+            index, found = await queue.get()
+            if isinstance(found, BaseException):
+                raise found
+            if found is None:
+                left -= 1
+            else:
+                yield index, found
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _cancel(handles: Sequence[Handle]) -> None:
+    for handle in handles:
+        handle.cancel()
+
+
+def _event(data: str) -> bytes:
+    return f"data: {data}\n\n".encode()
+
+
+def _status(error: LlorchError) -> int:
+    """The HTTP status for a request that was queued and then failed."""
+    if not isinstance(error, EngineError):
+        return 400
+    return 504 if str(error).startswith("deadline") else 503
+
+
+async def _bad_request(request: Request, error: BadRequest) -> Response:
+    body = error_body(error.message, error.status, error.param)
+    return JSONResponse(body, status_code=error.status, headers=dict(error.headers or {}))
+
+
+async def _http_error(request: Request, error: HTTPException) -> Response:
+    path = request.url.path[:100]
+    message = f"{request.method} {path}: {error.detail}"
+    return JSONResponse(error_body(message, error.status_code), status_code=error.status_code, headers=error.headers)
+
+
+async def _server_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)
+    if isinstance(error, LlorchError):
+        return await _bad_request(request, refusal(error))
+    return JSONResponse(error_body("an error of the server; see its log", 500), status_code=500)

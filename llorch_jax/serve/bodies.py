@@ -1,0 +1,162 @@
+"""Bodies of requests: JSON objects whose fields are all known, checked, and named in every error."""
+
+import json
+import secrets
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from llorch_jax.errors import LlorchError
+from llorch_jax.text.options import SAMPLING, GenerationOptions
+from llorch_jax.tracing import is_whole
+
+MOST_SAMPLES = 128
+_IGNORED = ("model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+_REFUSED = {
+    "suffix": "text is only continued at its end",
+    "functions": "the model cannot call functions",
+    "function_call": "the model cannot call functions",
+    "tools": "the model cannot call tools",
+    "tool_choice": "the model cannot call tools",
+    "modalities": "only text is generated",
+    "audio": "only text is generated",
+    "prediction": "the engine does not speculate",
+}
+# Names of OpenAI and vLLM, and ours.
+_RENAMED = {
+    "max_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
+    "min_tokens": "min_new_tokens",
+    "stop_token_ids": "stop_ids",
+    "repeat_penalty": "repetition_penalty",
+}
+_OPTIONS = ("seed", "stop", "stop_ids", "temperature", "regex", "json_schema", "grammar", "choices", *SAMPLING)
+
+
+class BadRequest(Exception):
+    """A request that cannot be answered.
+
+    Attributes:
+        message: what was expected and what was given.
+        param: the field.
+        status: HTTP status code.
+        headers: of the answer.
+    """
+
+    def __init__(
+        self, message: str, param: str | None = None, status: int = 400, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.status = status
+        self.headers = headers
+
+
+def parse(body: bytes) -> dict[str, Any]:
+    """The JSON object of a body.
+
+    Raises:
+        BadRequest: it is none.
+    """
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"got {name}")
+
+    try:
+        found = json.loads(body, parse_constant=refuse)
+    except RecursionError:
+        raise BadRequest("body: expected a JSON object, got one that is nested too deeply") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise BadRequest(f"body: expected a JSON object ({error})"[:300]) from None
+    if not isinstance(found, dict):
+        raise BadRequest(f"body: expected a JSON object, got a {type(found).__name__}")
+    for name in found:
+        if name in _REFUSED and found[name] not in (None, "", [], "none"):
+            raise BadRequest(f"{name}: expected none, as {_REFUSED[name]}", name)
+    return {name: value for name, value in found.items() if value is not None and name not in _REFUSED}
+
+
+class Fields:
+    """The fields of a body, taken one by one; what is left at the end is unknown."""
+
+    def __init__(self, body: Mapping[str, Any]) -> None:
+        self._left = {name: value for name, value in body.items() if name not in _IGNORED}
+
+    def take(self, name: str, default: Any = None) -> Any:
+        """A field's value."""
+        return self._left.pop(name, default)
+
+    def flag(self, name: str) -> bool:
+        """A field that is true or false; false by default."""
+        value = self.take(name, False)
+        if not isinstance(value, bool):
+            raise BadRequest(f"{name}: expected true or false, got {value!r:.80}", name)
+        return value
+
+    def number(self, name: str, default: int, least: int, most: int) -> int:
+        """A field that is a whole number."""
+        value = self.take(name, default)
+        if not is_whole(value) or not least <= value <= most:
+            raise BadRequest(f"{name}: expected a whole number in {least} .. {most}, got {value!r:.80}", name)
+        return int(value)
+
+    def text(self, name: str, default: str = "") -> str:
+        """A field that is a text."""
+        value = self.take(name, default)
+        if not isinstance(value, str):
+            raise BadRequest(f"{name}: expected a text, got {value!r:.80}", name)
+        return value
+
+    def options(self, default_tokens: int, top_logprobs: int, eos_ids: Iterable[int]) -> GenerationOptions:
+        """The options of generation, by their names here or those of OpenAI and vLLM.
+
+        Args:
+            default_tokens: maximum number of new tokens if the body does not say.
+            top_logprobs: number of alternatives to report.
+            eos_ids: ids that end a text, which `ignore_eos` bans.
+        """
+        given: dict[str, Any] = {}
+        asked: dict[str, str] = {}
+        for name in list(self._left):
+            ours = _RENAMED.get(name, name)
+            if ours in (*_OPTIONS, "max_new_tokens"):
+                if ours in given:
+                    raise BadRequest(f"{name}: expected one of it and {asked[ours]}, got both", name)
+                given[ours] = self.take(name)
+                asked[ours] = name
+        if self.flag("ignore_eos"):
+            given["logit_bias"] = {**dict.fromkeys(eos_ids, float("-inf")), **_bias(given.get("logit_bias", {}))}
+        elif "logit_bias" in given:
+            given["logit_bias"] = _bias(given["logit_bias"])
+        given.setdefault("max_new_tokens", default_tokens)
+        given.setdefault("temperature", 1.0)
+        given.setdefault("seed", secrets.randbits(32))
+        try:
+            return GenerationOptions.create(top_logprobs=top_logprobs, **given)
+        except (LlorchError, TypeError, ValueError, OverflowError) as error:
+            raise refusal(error, asked) from None
+
+    def end(self) -> None:
+        """Raises BadRequest for a field that nobody has taken."""
+        for name in self._left:
+            raise BadRequest(f"{name}: expected a known field, got an unknown one"[:200], name[:100])
+
+
+def refusal(error: Exception, asked: Mapping[str, str] | None = None) -> BadRequest:
+    """The answer to an error of the library, whose message begins with the name of a setting."""
+    message = " ".join(str(error).split())
+    name, colon, rest = message.partition(":")
+    known = {ours: theirs for theirs, ours in _RENAMED.items() if theirs not in ("max_completion_tokens",)}
+    shown = (asked or {}).get(name, known.get(name, name))
+    param = shown.split(" ")[0] if colon and len(shown) < 40 else None
+    return BadRequest(f"{shown}{colon}{rest}", param)
+
+
+def _bias(value: Any) -> dict[int, Any]:
+    """A logit bias, whose keys are texts in JSON."""
+    if not isinstance(value, dict):
+        raise BadRequest(f"logit_bias: expected an object from id to number, got {value!r:.80}", "logit_bias")
+    try:
+        return {int(id): bias for id, bias in value.items()}
+    except ValueError:
+        raise BadRequest(f"logit_bias: expected ids as keys, got {next(iter(value))!r:.40}", "logit_bias") from None

@@ -1,0 +1,185 @@
+"""From the body of a request to requests for the engine, all of which are queued or none."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llorch_jax.engine.device import TOP_LOGPROBS
+from llorch_jax.errors import EngineFullError, LlorchError
+from llorch_jax.serve.bodies import MOST_SAMPLES, BadRequest, Fields, refusal
+from llorch_jax.serve.templates import ChatTemplate, check_messages
+from llorch_jax.text.engine import Engine
+from llorch_jax.text.handles import Handle
+from llorch_jax.text.options import GenerationOptions
+
+Prompt = str | list[int]
+_DEFAULT_TOKENS = 16  # of a completion, as in OpenAI's API
+_BUSY = {"Retry-After": "1"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What one HTTP request asks for.
+
+    Attributes:
+        prompts: to continue.
+        options: of all.
+        samples: number of texts for each prompt.
+        echo: whether texts begin with their prompts.
+        logprobs: number of alternatives to show with each token; None for no log-probabilities.
+        stream: whether the answer is streamed.
+        usage: whether a stream tells the usage at its end.
+        priority, deadline, salt: see `Engine.submit`.
+    """
+
+    prompts: Sequence[Prompt]
+    options: GenerationOptions
+    samples: int
+    echo: bool
+    logprobs: int | None
+    stream: bool
+    usage: bool
+    priority: int
+    deadline: float | None
+    salt: str
+
+    def start(self, engine: Engine) -> list[Handle]:
+        """Queues all texts.
+
+        Raises:
+            BadRequest: one cannot be queued; none is then.
+        """
+        handles: list[Handle] = []
+        try:
+            for prompt in self.prompts:
+                for sample in range(self.samples):
+                    handles.append(
+                        engine.submit_checked(
+                            prompt,
+                            self.options,
+                            priority=self.priority,
+                            deadline=self.deadline,
+                            cache_salt=self.salt,
+                            sample=sample,
+                        )
+                    )
+        except BaseException as error:
+            for handle in handles:
+                handle.cancel()
+            if isinstance(error, EngineFullError):
+                raise BadRequest(str(error), status=429, headers=_BUSY) from None
+            if isinstance(error, LlorchError):
+                raise refusal(error) from None
+            raise
+        return handles
+
+
+def completion(engine: Engine, body: Mapping[str, Any], most_samples: int) -> Job:
+    """The job of a body for /v1/completions.
+
+    Raises:
+        BadRequest: a field is missing, invalid or unknown.
+    """
+    fields = Fields(body)
+    prompts = _prompts(fields.take("prompt"))
+    shown = fields.take("logprobs")
+    if shown is not None:
+        shown = fields_number("logprobs", shown)
+    echo = fields.flag("echo")
+    if echo and shown is not None:
+        raise BadRequest("echo: expected false with logprobs, which are those of new tokens only, got true", "echo")
+    if echo and any(not isinstance(prompt, str) for prompt in prompts):
+        prompts = [prompt if isinstance(prompt, str) else _decoded(engine, prompt) for prompt in prompts]
+    job = _job(engine, fields, prompts, shown, most_samples, _DEFAULT_TOKENS, echo=echo)
+    best_of = body.get("best_of", job.samples)
+    if best_of != job.samples:
+        raise BadRequest(f"best_of: expected n={job.samples}, got {best_of!r:.40}", "best_of")
+    return job
+
+
+def chat(engine: Engine, template: ChatTemplate | None, body: Mapping[str, Any], most_samples: int) -> Job:
+    """The job of a body for /v1/chat/completions.
+
+    Raises:
+        BadRequest: a field is missing, invalid or unknown, or the model has no chat template.
+    """
+    fields = Fields(body)
+    messages = check_messages(fields.take("messages"))
+    if template is None:
+        raise BadRequest("messages: expected a model with a chat template, got one without; use /v1/completions")
+    shown = 0 if fields.flag("logprobs") else None
+    top = fields.number("top_logprobs", 0, 0, TOP_LOGPROBS)
+    if top and shown is None:
+        raise BadRequest(f"top_logprobs: expected logprobs with it, got {top} alone", "top_logprobs")
+    prompt = template.render(messages)
+    (ids,) = [engine.model.tokenizer.encode(prompt)] if engine.model.tokenizer else [[]]
+    room = max(engine.model.config.n_positions + 1 - len(ids), 1)
+    return _job(engine, fields, [ids], None if shown is None else top, most_samples, room)
+
+
+def fields_number(name: str, value: Any) -> int:
+    """A number of alternatives."""
+    return Fields({name: value}).number(name, 0, 0, TOP_LOGPROBS)
+
+
+def _job(
+    engine: Engine,
+    fields: Fields,
+    prompts: Sequence[Prompt],
+    logprobs: int | None,
+    most_samples: int,
+    default_tokens: int,
+    *,
+    echo: bool = False,
+) -> Job:
+    samples = fields.number("n", 1, 1, MOST_SAMPLES)
+    if samples * len(prompts) > most_samples:
+        raise BadRequest(f"n: expected at most {most_samples} texts in all, got {samples * len(prompts)}", "n")
+    fields.take("best_of")
+    stream = fields.flag("stream")
+    extra = fields.take("stream_options", {})
+    if not isinstance(extra, dict) or set(extra) - {"include_usage", "include_obfuscation"}:
+        raise BadRequest(f"stream_options: expected include_usage, got {extra!r:.80}", "stream_options")
+    deadline = fields.take("deadline")
+    job = Job(
+        prompts=prompts,
+        samples=samples,
+        echo=echo,
+        logprobs=logprobs,
+        stream=stream,
+        usage=bool(extra.get("include_usage")),
+        priority=fields.number("priority", 0, -(2**31), 2**31),
+        deadline=None if deadline is None else _seconds(deadline),
+        salt=fields.text("cache_salt"),
+        options=fields.options(default_tokens, logprobs or 0, engine.model.config.eos_ids),
+    )
+    fields.end()
+    return job
+
+
+def _seconds(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
+        raise BadRequest(f"deadline: expected seconds above 0, got {value!r:.80}", "deadline")
+    return float(value)
+
+
+def _prompts(value: Any) -> list[Prompt]:
+    """One prompt or several, each a text or token ids."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if all(isinstance(each, str) for each in value):
+            return value
+        if all(isinstance(each, int) for each in value):
+            return [value]
+        if all(isinstance(each, list) for each in value):
+            return value
+    raise BadRequest(f"prompt: expected a text, token ids, or a list of either, got {value!r:.80}", "prompt")
+
+
+def _decoded(engine: Engine, ids: list[int]) -> str:
+    assert engine.model.tokenizer is not None
+    try:
+        return engine.model.tokenizer.decode(ids)
+    except LlorchError as error:
+        raise BadRequest(f"prompt: {error}"[:300], "prompt") from None

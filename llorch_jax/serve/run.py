@@ -1,0 +1,79 @@
+"""Running the application: a socket, signals, and an end within a bound."""
+
+import contextlib
+import signal
+import socket
+from collections.abc import Iterator
+from types import FrameType
+
+import uvicorn
+
+from llorch_jax.errors import EngineError
+from llorch_jax.serve.app import Settings, make_app
+from llorch_jax.text.engine import Engine
+
+
+def serve(engine: Engine, settings: Settings, host: str, port: int, drain_seconds: float) -> None:
+    """Serves an engine until SIGTERM or SIGINT; then answers what is under way, within a bound, and closes the engine.
+
+    Args:
+        engine: for whose model requests are answered; it is closed at the end.
+        settings: what the server allows.
+        host: address to listen at.
+        port: of the address; 0 for any that is free.
+        drain_seconds: how long requests under way may take at the end.
+
+    Raises:
+        EngineError: the address cannot be used.
+    """
+    try:
+        listening = _listen(host, port)
+    except OSError as error:
+        engine.close(drain=False)
+        raise EngineError(f"host and port: cannot listen at {host}:{port} ({error.strerror or error})") from None
+    config = uvicorn.Config(
+        make_app(engine, settings),
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=max(1, int(drain_seconds)),
+        timeout_keep_alive=30,
+        server_header=False,
+    )
+    name = listening.getsockname()
+    print(f"serving {settings.name} at http://{name[0]}:{name[1]}", flush=True)
+    try:
+        _Server(config).run(sockets=[listening])
+    finally:
+        engine.close(timeout=drain_seconds)
+
+
+class _Server(uvicorn.Server):
+    """Ends at the first SIGTERM or SIGINT once its requests are answered, and at the second one at once."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As in the base class, which would raise the signals again at the end, and end the process by them."""
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self._end) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen(2048)
+    except BaseException:
+        listening.close()
+        raise
+    return listening

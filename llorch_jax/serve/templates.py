@@ -1,0 +1,119 @@
+"""Chat templates: from messages to a prompt, in Jinja's sandbox, as transformers applies them."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llorch_jax.errors import CheckpointError
+from llorch_jax.files import read_text
+from llorch_jax.loading.checkpoint import Model
+from llorch_jax.serve.bodies import BadRequest
+
+_FILE = "chat_template.jinja"
+_SETTINGS = "tokenizer_config.json"
+_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+class ChatTemplate:
+    """The template of a model."""
+
+    def __init__(self, source: str, tokens: dict[str, str]) -> None:
+        """Compiles the template.
+
+        Args:
+            source: in Jinja.
+            tokens: special tokens by name.
+
+        Raises:
+            CheckpointError: it is no valid template.
+        """
+        import jinja2
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _refuse
+        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise CheckpointError(f"chat template: expected a valid one ({error})") from None
+        self._tokens = tokens
+
+    @classmethod
+    def of(cls, model: Model) -> "ChatTemplate | None":
+        """The template in a model's directory; None if there is none.
+
+        Raises:
+            CheckpointError: a file is damaged.
+        """
+        if model.directory is None:
+            return None
+        folder = Path(model.directory)
+        settings: dict[str, Any] = {}
+        if (folder / _SETTINGS).exists():
+            settings = json.loads(read_text(folder / _SETTINGS, CheckpointError))
+        source = settings.get("chat_template")
+        if (folder / _FILE).exists():
+            source = read_text(folder / _FILE, CheckpointError)
+        if isinstance(source, list):  # several by name
+            named = {each.get("name"): each.get("template") for each in source if isinstance(each, dict)}
+            source = named.get("default")
+        if not isinstance(source, str):
+            return None
+        tokens = {name: _content(settings.get(name)) for name in _TOKENS}
+        return cls(source, {name: token for name, token in tokens.items() if token is not None})
+
+    def render(self, messages: Sequence[dict[str, Any]], *, generation_prompt: bool = True) -> str:
+        """The prompt of some messages.
+
+        Raises:
+            BadRequest: the template refuses them.
+        """
+        import jinja2
+
+        try:
+            return self._template.render(
+                messages=messages, add_generation_prompt=generation_prompt, tools=None, **self._tokens
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise BadRequest(f"messages: the model's chat template refuses them ({error})"[:300], "messages") from None
+
+
+def check_messages(value: Any) -> list[dict[str, str]]:
+    """Messages with texts as contents.
+
+    Raises:
+        BadRequest: they are none.
+    """
+    if not isinstance(value, list) or not value:
+        raise BadRequest(f"messages: expected a list of messages, got {value!r:.80}", "messages")
+    return [_message(number, each) for number, each in enumerate(value)]
+
+
+def _message(number: int, message: Any) -> dict[str, str]:
+    name = f"messages[{number}]"
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise BadRequest(f"{name}: expected an object with role and content, got {message!r:.80}", name)
+    content = message.get("content")
+    if isinstance(content, list):
+        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+            raise BadRequest(f"{name}.content: expected texts only, got {content!r:.80}", f"{name}.content")
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise BadRequest(f"{name}.content: expected a text, got {content!r:.80}", f"{name}.content")
+    return {
+        **{key: value for key, value in message.items() if key == "name"},
+        "role": message["role"],
+        "content": content,
+    }
+
+
+def _content(token: Any) -> str | None:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _refuse(message: str) -> None:
+    import jinja2
+
+    raise jinja2.TemplateError(message)
