@@ -69,7 +69,7 @@ def commands_of(block: Block, folder: Path) -> list[list[str]]:
 
 def test_every_block_says_what_it_is():
     for block in BLOCKS:
-        known = ("python", "sh", "console", "text", "json")
+        known = ("python", "sh", "console", "text", "json", "ini", "dockerfile", "nginx")
         assert block.language in known, f"{block}: expected one of {', '.join(known)}, got {block.language!r}"
     assert len(chosen("python")) >= 10
     assert len(chosen("sh", "console")) >= 3

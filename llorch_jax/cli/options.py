@@ -181,6 +181,17 @@ _OTHERS = (
     "dtype",
     "stride",
     "weights",
+    "host",
+    "port",
+    "api_key",
+    "max_body",
+    "max_texts",
+    "drain_seconds",
+    "slots",
+    "num_pages",
+    "page_size",
+    "chunk",
+    "max_waiting",
 )
 
 # Advice that applies to Python only, and its counterpart on the command line.

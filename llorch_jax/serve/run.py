@@ -39,16 +39,24 @@ def serve(engine: Engine, settings: Settings, host: str, port: int, drain_second
         timeout_keep_alive=30,
         server_header=False,
     )
-    name = listening.getsockname()
-    print(f"serving {settings.name} at http://{name[0]}:{name[1]}", flush=True)
+    address, used = listening.getsockname()[:2]
     try:
-        _Server(config).run(sockets=[listening])
+        _Server(config, f"serving {settings.name} at http://{address}:{used}").run(sockets=[listening])
     finally:
         engine.close(timeout=drain_seconds)
 
 
 class _Server(uvicorn.Server):
     """Ends at the first SIGTERM or SIGINT once its requests are answered, and at the second one at once."""
+
+    def __init__(self, config: uvicorn.Config, ready: str) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Tells that the server is ready."""
+        await super().startup(sockets)
+        print(self._ready, flush=True)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
