@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from llorch_jax.evaluation.loglikelihood import Choice, choices
     from llorch_jax.evaluation.perplexity import Score, score
     from llorch_jax.evaluation.validation import intermediates
-    from llorch_jax.loading.checkpoint import Model, convert, load, save_model
+    from llorch_jax.loading.checkpoint import Model, convert, load, quantize_model, save_model, save_quantized
     from llorch_jax.model import forward
     from llorch_jax.params import BlockParams, Params, count_params, init_params, param_shapes
     from llorch_jax.quantization import quantize
@@ -148,9 +148,11 @@ _HOMES = {
     "plan_memory": "cache",
     "prefill": "decoding.loop",
     "quantize": "quantization",
+    "quantize_model": "loading.checkpoint",
     "register_exports": "decoding.exporting",
     "save_cache": "cache",
     "save_model": "loading.checkpoint",
+    "save_quantized": "loading.checkpoint",
     "save_session": "decoding.session",
     "score": "evaluation.perplexity",
     "speculate_tokens": "decoding.speculative.loop",
@@ -252,9 +254,11 @@ __all__ = [
     "plan_memory",
     "prefill",
     "quantize",
+    "quantize_model",
     "register_exports",
     "save_cache",
     "save_model",
+    "save_quantized",
     "save_session",
     "score",
     "speculate_tokens",

@@ -269,6 +269,22 @@ def convert_command(
     models.convert(model, directory, dtype, overwrite)
 
 
+@app.command(name="quantize")
+@with_settings("Model")
+def quantize_command(
+    settings: dict[str, Any],
+    model: ModelArgument,
+    directory: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="Directory to write.")],
+    overwrite: Annotated[bool, option("--overwrite", help="Replace the files of a model in the directory.")] = False,
+) -> None:
+    """Write a model with its weights in low precision, as given by --weights."""
+    if "weights" not in settings:
+        raise typer.BadParameter("expected --weights, such as --weights int8")
+    from llorch_jax.cli import models
+
+    models.quantize(model, directory, settings, overwrite)
+
+
 @app.command(name="bench")
 @with_settings("Model", "Cache")
 def bench_command(

@@ -56,10 +56,10 @@ def inspect_kernels() -> None:
 
 def inspect(source: str, cache: str, settings: dict[str, Any]) -> None:
     """Prints a model's configuration and the bytes of its parameters and cache, as the settings store them."""
-    weights = settings.pop("weights", "float32")
-    group_size = settings.pop("group_size", None)
     _, directory = checkpoint.locate(source)
     config = reading.load_config(directory)
+    asked = settings.pop("weights", None), settings.pop("group_size", None)
+    weights, group_size = reading.format_for(reading.format_in(directory), *asked)
     reading.check_size(directory, config)
     table = Table("setting", "value", title=escape(source))
     for field in dataclasses.fields(config):
@@ -94,6 +94,13 @@ def convert(source: str, directory: Path, dtype: str, overwrite: bool) -> None:
     """Writes a model; an interrupt removes incomplete output."""
     with waiting("converting"), interrupts.mode(interrupts.Mode.RAISE):
         checkpoint.convert(source, directory, dtype=dtype, overwrite=overwrite)
+    print(f"wrote {directory}")
+
+
+def quantize(source: str, directory: Path, settings: dict[str, Any], overwrite: bool) -> None:
+    """Writes a model in low precision; an interrupt removes incomplete output."""
+    with waiting("quantizing") as progress, interrupts.mode(interrupts.Mode.RAISE):
+        checkpoint.quantize_model(source, directory, **settings, progress=progress, overwrite=overwrite)
     print(f"wrote {directory}")
 
 

@@ -20,6 +20,7 @@ from llorch_jax.loading.hf_format import (
     hf_fields,
     stored_tensors,
 )
+from llorch_jax.loading.quantized_files import write_quantized
 from llorch_jax.loading.reading import Progress, load_config, load_params
 from llorch_jax.loading.safetensors_files import (
     CONFIG,
@@ -61,7 +62,7 @@ class Model:
 def load(
     source: PathLike,
     *,
-    weights: Any = "float32",
+    weights: Any = None,
     group_size: int | None = None,
     revision: str | None = None,
     progress: Progress | None = None,
@@ -71,8 +72,8 @@ def load(
     Args:
         source: "demo", the model bundled with this package; or a directory with `config.json` and
             `model.safetensors`; or a hub id such as "openai-community/gpt2", downloaded once into the hub's cache.
-        weights: how they are kept in memory: "float32", "bfloat16", "float16", "int8" or "int4"; see `quantize`.
-            Computation is in float32.
+        weights: how they are kept in memory: "float32", "bfloat16", "float16", "int8" or "int4"; see `quantize`. None
+            keeps what `quantize_model` has stored as it is, and others in float32. Computation is in float32.
         group_size: number of columns that share a scale, for int8 and int4; None for the format's default.
         revision: branch, tag or commit of a hub repository.
         progress: called repeatedly with the number of bytes read so far and in total.
@@ -80,9 +81,10 @@ def load(
     Raises:
         CheckpointError: there is no such model, or its files are missing, corrupt or inconsistent.
         ConfigError: `config.json` describes an unsupported model.
-        QuantizationError: there is no such weight format, or the weights do not fit it.
+        QuantizationError: there is no such weight format, the weights do not fit it, or are stored in another one.
     """
-    WeightFormat.of(weights, group_size)  # before a possible download
+    if weights is not None:
+        WeightFormat.of(weights, group_size)  # before a possible download
     name, directory = locate(source, revision)
     config = load_config(directory)
     tokenizer = Tokenizer.from_directory(directory)
@@ -131,14 +133,72 @@ def save_model(
 
     # As in transformers: the prefix separates the base model from an untied output projection.
     names = {_stored_name(config, name): name for name in sources}
-    shapes = {stored: sources[name][0].shape for stored, name in names.items()}
+    forms = {stored: (sources[name][0].shape, dtype) for stored, name in names.items()}
     with replacing_files(Path(directory), last=CONFIG) as folder:
-        write_tensors(folder / WEIGHTS, shapes, dtype, lambda stored: values(names[stored]))
-        if tokenizer is not None:
-            tokenizer.save(folder)
-        ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-        _write_json(folder / GENERATION_CONFIG, {name: id for name, id in ids.items() if id is not None})
-        _write_json(folder / CONFIG, hf_fields(config, family, dtype))
+        # Transformers refuses files without this format.
+        write_tensors(folder / WEIGHTS, forms, lambda stored: values(names[stored]), {"format": "pt"})
+        _write_rest(folder, config, tokenizer, hf_fields(config, family, dtype))
+
+
+def save_quantized(
+    directory: PathLike,
+    config: GPT2Config,
+    params: Params,
+    tokenizer: Tokenizer | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Writes a model with its weights as they are in memory, in any format of `quantize`.
+
+    `load` reads such a directory without rounding anything again. Only this package reads it: for others, write float
+    weights with `save_model`.
+
+    Args:
+        directory: the directory to write, as for `save_model`.
+        config: the model's hyperparameters.
+        params: its weights.
+        tokenizer: the tokenizer to write, if any.
+        overwrite: replace the files of a model in the directory; other files of that model are kept.
+
+    Raises:
+        CheckpointError: the directory already holds a model, or cannot be written.
+        QuantizationError: the parameters do not match the configuration, or are in several formats.
+    """
+    check_replaceable(Path(directory), overwrite)
+    with replacing_files(Path(directory), last=CONFIG) as folder:
+        _write_rest(folder, config, tokenizer, write_quantized(folder, config, params))
+
+
+def quantize_model(
+    source: PathLike,
+    directory: PathLike,
+    weights: str,
+    group_size: int | None = None,
+    *,
+    revision: str | None = None,
+    progress: Progress | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes any model that `load` loads to a directory, with its weights in another format.
+
+    Args:
+        source: as for `load`.
+        directory: the directory to write; it may be the source, with `overwrite`.
+        weights: "bfloat16", "float16", "int8" or "int4"; see `quantize`.
+        group_size: columns that share a scale, for int8 and int4; None for the format's default.
+        revision: branch, tag or commit of a hub repository.
+        progress: called repeatedly with the number of bytes read so far and in total.
+        overwrite: replace the files of a model in the directory.
+
+    Raises:
+        CheckpointError: as `load` and `save_quantized`.
+        ConfigError: as `load`.
+        QuantizationError: as `load`.
+    """
+    WeightFormat.of(weights, group_size)
+    check_replaceable(Path(directory), overwrite)
+    model = load(source, weights=weights, group_size=group_size, revision=revision, progress=progress)
+    save_quantized(directory, model.config, model.params, model.tokenizer, overwrite=overwrite)
 
 
 def convert(
@@ -194,6 +254,15 @@ def locate(source: PathLike, revision: str | None = None) -> tuple[str, Path]:
     raise CheckpointError(f"{expected}; {files.shown(source)!r} is {found}")
 
 
+def _write_rest(folder: Path, config: GPT2Config, tokenizer: Tokenizer | None, fields: dict[str, Any]) -> None:
+    """Writes what a model's directory has in addition to its weights; `fields` are those of `config.json`."""
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    _write_json(folder / GENERATION_CONFIG, {name: id for name, id in ids.items() if id is not None})
+    _write_json(folder / CONFIG, fields)
+
+
 def _write_json(path: Path, fields: dict[str, Any]) -> None:
     path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
@@ -210,7 +279,9 @@ def _check_dtype(dtype: Any) -> str:
 
 def _match_params(config: GPT2Config, tree: Params, params: Params) -> dict[str, tuple[StoredTensor, jax.Array]]:
     """Each stored tensor's parameter, by name."""
-    check_float(params, "Hugging Face's layout has no such weights; save the model's float weights")
+    check_float(
+        params, "Hugging Face's layout has no such weights; use save_quantized, or save the model's float weights"
+    )
     expected, given = jax.tree.leaves_with_path(tree), jax.tree.leaves_with_path(params)
     if [path for path, _ in expected] != [path for path, _ in given]:
         raise CheckpointError(

@@ -10,9 +10,10 @@ import numpy as np
 
 from llorch_jax import files
 from llorch_jax.config import GPT2Config
-from llorch_jax.errors import CheckpointError, ConfigError
+from llorch_jax.errors import CheckpointError, ConfigError, QuantizationError
 from llorch_jax.linear import Matrix
 from llorch_jax.loading.hf_format import ARCHITECTURES, EMBEDDING, HEAD, StoredTensor, stored_tensors
+from llorch_jax.loading.quantized_files import load_quantized, stored_format
 from llorch_jax.loading.safetensors_files import (
     CONFIG,
     GENERATION_CONFIG,
@@ -28,7 +29,7 @@ from llorch_jax.loading.safetensors_files import (
     read_tensor,
 )
 from llorch_jax.params import Params
-from llorch_jax.quantization import DTYPES, Storage, WeightFormat, quantize_by_rows
+from llorch_jax.quantization import DTYPES, Storage, WeightFormat, quantize, quantize_by_rows
 
 PathLike = str | os.PathLike[str]
 Progress = Callable[[int, int], Any]  # called with (bytes read so far, bytes in total)
@@ -67,10 +68,43 @@ def check_size(directory: PathLike, config: GPT2Config) -> None:
         check_blocks(folder, config.n_layer, find_tensors(folder))
 
 
+def format_in(directory: PathLike) -> WeightFormat | None:
+    """The format in which a directory stores its weights; None for Hugging Face's.
+
+    Raises:
+        CheckpointError: `config.json` is missing or damaged.
+    """
+    path = Path(directory) / CONFIG
+    return stored_format(_read_config(path), path)
+
+
+def format_for(stored: WeightFormat | None, weights: Any, group_size: int | None) -> WeightFormat:
+    """The format in which weights are to be kept in memory, given how they are stored.
+
+    Raises:
+        QuantizationError: there is no such format, or the weights would be rounded a second time.
+    """
+    if stored is None:
+        return WeightFormat.of("float32" if weights is None else weights, group_size)
+    if weights is None and group_size is None:
+        return stored
+    asked = WeightFormat.of(stored.name if weights is None else weights, group_size)
+    same = asked.name == stored.name and group_size in (None, stored.group_size)
+    if same:
+        return stored
+    if asked.name == "float32" and stored.name in DTYPES:
+        return asked  # exact
+    size = "" if stored.group_size is None else f" in groups of {stored.group_size}"
+    raise QuantizationError(
+        f"weights: expected {stored.name}{size}, as the model stores them, got {asked.name}; load the float model to "
+        "round it otherwise"
+    )
+
+
 def load_params(
     directory: PathLike,
     config: GPT2Config,
-    weights: Any = "float32",
+    weights: Any = None,
     group_size: int | None = None,
     *,
     progress: Progress | None = None,
@@ -83,7 +117,7 @@ def load_params(
     Args:
         directory: holds `config.json` and `model.safetensors`, or `model.safetensors.index.json` and its shards.
         config: the model's hyperparameters.
-        weights: how they are kept in memory, as for `load`.
+        weights: how they are kept in memory, as for `load`; None as they are stored.
         group_size: as for `load`.
         progress: called repeatedly with the number of bytes read so far and in total.
 
@@ -92,8 +126,12 @@ def load_params(
             NaN or infinity.
         QuantizationError: there is no such weight format, or a value is too large for it.
     """
-    form = WeightFormat.of(weights, group_size)
     directory = Path(directory)
+    stored_as = format_in(directory)
+    form = format_for(stored_as, weights, group_size)
+    if stored_as is not None:
+        as_stored = load_quantized(directory, config, stored_as, progress)
+        return as_stored if form == stored_as else quantize(as_stored, form.name)
     family = _read_family(directory)
     entries = find_tensors(directory)
     check_blocks(directory, config.n_layer, entries)

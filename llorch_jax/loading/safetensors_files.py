@@ -27,7 +27,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # Names that identify a directory as a model.
 MODEL_FILES = (CONFIG, GENERATION_CONFIG, WEIGHTS, INDEX, WHOLE, SETTINGS, VOCAB, MERGES)
-_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # in a safetensors header
+CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8", "uint8": "U8"}  # in a safetensors header
 _EXPONENTS = {  # the exponent bits of 16-bit dtypes, shifted left by one so that the sign is out of the way
     "bfloat16": np.uint16(0xFF00),
     "float16": np.uint16(0xF800),
@@ -58,12 +58,17 @@ class Entry:
     @property
     def dtype(self) -> np.dtype | None:
         """NumPy's dtype, or None if weights cannot have it."""
-        return next((DTYPES[name] for name, code in _CODES.items() if code == self.code), None)
+        return next((dtype for name, dtype in DTYPES.items() if CODES[name] == self.code), None)
 
     @property
     def nbytes(self) -> int:
         """Size of the tensor in the file, in bytes."""
         return math.prod(self.shape) * (self.dtype.itemsize if self.dtype else 0)
+
+    @property
+    def stored(self) -> int:
+        """The same for any dtype, codes included."""
+        return self.nbytes or math.prod(self.shape)
 
 
 def find_tensors(directory: Path) -> dict[str, Entry]:
@@ -186,26 +191,30 @@ def _all_finite(array: np.ndarray) -> bool:
 
 
 def write_tensors(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, values: Callable[[str], np.ndarray]
+    path: Path,
+    forms: Mapping[str, tuple[tuple[int, ...], str]],
+    values: Callable[[str], np.ndarray],
+    about: Mapping[str, str],
 ) -> None:
     """Writes a safetensors file tensor by tensor, without a second copy of all weights.
 
     Args:
         path: of the new file.
-        shapes: name -> shape, in the order of writing.
-        dtype: of all tensors: a key of `DTYPES`.
+        forms: name -> shape and dtype, a key of `CODES`, in the order of writing.
         values: called with each name; returns its values in that shape and dtype.
+        about: the file's metadata.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
+    header: dict[str, Any] = {"__metadata__": dict(about)}
     end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + math.prod(shape) * DTYPES[dtype].itemsize
-        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    for name, (shape, dtype) in forms.items():
+        size = DTYPES[dtype].itemsize if dtype in DTYPES else 1
+        start, end = end, end + math.prod(shape) * size
+        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format requires aligned data
     with path.open("xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in shapes:
+        for name in forms:
             np.ascontiguousarray(values(name)).tofile(file)
 
 

@@ -210,7 +210,8 @@ def test_written_files_are_the_librarys_own(tmp_path, dtype):
     }
     save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    write_tensors(tmp_path / "ours", shapes, dtype, tensors.__getitem__)
+    forms = {name: (shape, dtype) for name, shape in shapes.items()}
+    write_tensors(tmp_path / "ours", forms, tensors.__getitem__, {"format": "pt"})
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 

@@ -1,0 +1,319 @@
+"""The engine under load: throughput and latencies against serving one at a time and against static batches.
+
+    python -m benchmarks.engine [--preset gpt2] [--requests 40] [--rate 4] [--slots 8] [--rounds 1] [--plot FILE]
+
+Requests arrive at random (Poisson) with prompts and answers of random (log-normal) lengths, all from one seed. The same
+trace goes to the engine, to an engine with one slot, and to static batches of as many rows as the engine has slots,
+each of which runs until its last row has ended. Three more figures: the first token of a prompt of 512 cached tokens,
+the time between tokens of running streams while a prompt of 900 tokens comes in, and a step of the engine with all
+slots taken over one of `generate_tokens`.
+"""
+
+import dataclasses
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import llorch_jax as lj
+from benchmarks.measure import Sample, random_model
+from benchmarks.reports import Report, keep, parser, plain, report
+from llorch_jax.decoding.overflow import padded
+from llorch_jax.decoding.request import prepare
+from llorch_jax.decoding.streaming import stream_steps
+from llorch_jax.engine.core import Core
+from llorch_jax.engine.device import Plot
+from llorch_jax.engine.scheduler import Limits
+from llorch_jax.engine.sequences import Request, Token
+from llorch_jax.engine.worker import Worker
+from llorch_jax.text.engine import CHUNK, IDLE_CHUNK
+
+PAGE = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrival:
+    """A request of a trace: seconds after the start, its prompt, and how many tokens it wants."""
+
+    at: float
+    prompt: list[int]
+    new: int
+
+
+@dataclasses.dataclass
+class Times:
+    """When the tokens of one request came, in seconds after the start of the trace."""
+
+    arrival: Arrival
+    tokens: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def first(self) -> float:
+        """Seconds from arrival to the first token."""
+        return self.tokens[0] - self.arrival.at
+
+
+def trace(config: lj.GPT2Config, requests: int, rate: float, seed: int = 0) -> list[Arrival]:
+    """Random arrivals."""
+    dice = np.random.default_rng(seed)
+    at = np.cumsum(dice.exponential(1 / rate, requests))
+    most = config.n_positions // 2
+    prompts = np.clip(dice.lognormal(np.log(100), 0.8, requests), 8, most).astype(int)
+    news = np.clip(dice.lognormal(np.log(48), 0.6, requests), 8, min(200, most)).astype(int)
+    texts = [dice.integers(0, config.vocab_size, count).tolist() for count in prompts]
+    return [Arrival(float(when), text, int(new)) for when, text, new in zip(at, texts, news, strict=True)]
+
+
+class Engine:
+    """An engine for tokens."""
+
+    def __init__(self, params: lj.Params, config: lj.GPT2Config, slots: int) -> None:
+        limits = Limits(slots, PAGE, CHUNK, IDLE_CHUNK)
+        pages = slots * -(-config.n_positions // PAGE)
+        self._worker = Worker(lambda: Core(params, config, Plot(limits, pages)), max_waiting=10_000)
+        self._worker.call(Core.warm_up)
+
+    def run(self, arrivals: Sequence[Arrival]) -> list[Times]:
+        """The times of a trace, in real time, with an empty prefix cache."""
+        self._worker.call(lambda core: core.pages.forget())
+        start = time.perf_counter()
+        found = []
+        for arrival in arrivals:
+            time.sleep(max(0.0, start + arrival.at - time.perf_counter()))
+            times, _ = self.submit(arrival, start)
+            found.append(times)
+        self.wait()
+        return found
+
+    def submit(self, arrival: Arrival, start: float) -> tuple[Times, threading.Event]:
+        """Queues a request; the event is set once it has ended."""
+        times, done = Times(arrival), threading.Event()
+
+        def take(token: Token) -> bool:
+            times.tokens.append(time.perf_counter() - start)
+            if token.last:
+                done.set()
+            return True
+
+        def fail(error: BaseException) -> None:
+            raise error
+
+        key = np.zeros(2, np.uint32)
+        tokens = np.asarray(arrival.prompt, np.int32)
+        request = Request(tokens=tokens, max_new_tokens=arrival.new, settings={}, key=key, on_token=take, on_error=fail)
+        self._worker.submit(dataclasses.replace(request, settings={"temperature": 0.0}))
+        return times, done
+
+    def wait(self) -> None:
+        """Returns once nothing is left to do."""
+        while not self._worker.call(lambda core: core.idle):
+            time.sleep(0.01)
+
+    def forget(self) -> None:
+        """Empties the prefix cache."""
+        self._worker.call(lambda core: core.pages.forget())
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._worker.close(drain=True, timeout=None)
+
+
+def static_batches(params: lj.Params, config: lj.GPT2Config, rows: int, arrivals: Sequence[Arrival]) -> list[Times]:
+    """The times of a trace in batches of up to `rows` requests that have arrived, one batch after the other."""
+    start = time.perf_counter()
+    left, found = list(arrivals), []
+    while left:
+        time.sleep(max(0.0, start + left[0].at - time.perf_counter()))
+        now = time.perf_counter() - start
+        batch = [each for each in left[:rows] if each.at <= now]
+        left = left[len(batch) :]
+        times = [Times(each) for each in batch]
+        filled = batch + [batch[-1]] * (rows - len(batch))  # always as many rows: no other program
+        tokens, lengths = padded([each.prompt for each in filled])
+        cache = lj.make_cache(config, "static", batch_size=rows)
+        request = prepare(config, tokens, [each.new for each in filled], cache, lengths, eos_id=None)
+        for number, _ in enumerate(stream_steps(params, config, request)):
+            now = time.perf_counter() - start
+            for each in times:
+                if number < each.arrival.new:
+                    each.tokens.append(now)
+        found += times
+    return found
+
+
+def summary(times: Sequence[Times]) -> dict[str, Any]:
+    """Throughput in tokens per second, and percentiles of latencies in ms."""
+    between = [1000 * gap for each in times for gap in np.diff(each.tokens)]
+    first = [1000 * each.first for each in times]
+    span = max(each.tokens[-1] for each in times) - min(each.arrival.at for each in times)
+
+    def at(values: list[float]) -> dict[str, float]:
+        return {f"p{share}": float(np.percentile(values, share)) for share in (50, 95, 99)}
+
+    total = sum(len(each.tokens) for each in times)
+    return {"tokens_per_second": total / span, "first_token_ms": at(first), "between_tokens_ms": at(between)}
+
+
+def prefix_hit(engine: Engine, config: lj.GPT2Config, tokens: int) -> tuple[float, float]:
+    """Milliseconds to the first token of a prompt of `tokens` tokens and a few more: not cached, and cached."""
+    dice = np.random.default_rng(1)
+    beginning = dice.integers(0, config.vocab_size, tokens).tolist()
+    found = []
+    engine.forget()
+    for end in range(2):
+        start = time.perf_counter()
+        times, done = engine.submit(Arrival(0.0, [*beginning, end, 1, 2], 1), start)
+        done.wait()
+        found.append(1000 * times.first)
+    return found[0], found[1]
+
+
+def stall(engine: Engine, config: lj.GPT2Config, slots: int, tokens: int) -> tuple[list[float], float]:
+    """Milliseconds between tokens of streams while a prompt of `tokens` tokens comes in, and to its first token."""
+    dice = np.random.default_rng(2)
+    engine.forget()
+    start = time.perf_counter()
+    prompts = dice.integers(0, config.vocab_size, (slots - 1, 16)).tolist()
+    new = min(400, config.n_positions - 20)
+    streams = [engine.submit(Arrival(0.0, prompt, new), start)[0] for prompt in prompts]
+    while any(len(each.tokens) < 4 for each in streams):
+        time.sleep(0.01)
+    long = Arrival(time.perf_counter() - start, dice.integers(0, config.vocab_size, tokens).tolist(), 1)
+    times, done = engine.submit(long, start)
+    done.wait()
+    since, until = long.at, times.tokens[0]
+    engine.wait()
+    gaps = [
+        1000 * (after - before)
+        for each in streams
+        for before, after in zip(each.tokens, each.tokens[1:], strict=False)
+        if before >= since and after <= until
+    ]
+    return gaps, 1000 * times.first
+
+
+def step_ms(engine: Engine, params: lj.Params, config: lj.GPT2Config, slots: int, new: int) -> tuple[float, float]:
+    """Milliseconds of a step with all slots taken, and of one of `generate_tokens` with as many rows."""
+    prompts = np.random.default_rng(3).integers(0, config.vocab_size, (slots, 16)).astype(np.int32)
+    engine.forget()
+    start = time.perf_counter()
+    times = [engine.submit(Arrival(0.0, row.tolist(), new + 4 * slots), start)[0] for row in prompts]
+    engine.wait()
+    since, until = max(each.tokens[0] for each in times), min(each.tokens[-1] for each in times)
+    pairs = [pair for each in times for pair in zip(each.tokens, each.tokens[1:], strict=False)]
+    gaps = [after - before for before, after in pairs if before >= since and after <= until]
+
+    def generate(count: int) -> float:
+        cache = lj.make_cache(config, "paged", batch_size=slots)
+        begin = time.perf_counter()
+        jax.block_until_ready(lj.generate_tokens(params, config, prompts, count, cache=cache, eos_id=None)[0])
+        return time.perf_counter() - begin
+
+    generate(new)
+    generate(2)
+    return 1000 * statistics.mean(gaps), 1000 * (generate(new) - generate(2)) / (new - 2)
+
+
+def measure(preset: str, requests: int, rate: float, slots: int, rounds: int) -> Report:
+    """All figures."""
+    config, params = random_model(preset)
+    arrivals = trace(config, requests, rate)
+    many, one = Engine(params, config, slots), Engine(params, config, 1)
+    contenders: dict[str, Callable[[], list[Times]]] = {
+        "engine": lambda: many.run(arrivals),
+        "one at a time": lambda: one.run(arrivals),
+        "static batches": lambda: static_batches(params, config, slots, arrivals),
+    }
+    static_batches(params, config, slots, arrivals)  # compiles its programs
+    found = {name: [summary(run()) for _ in range(rounds)] for name, run in contenders.items()}
+    long = min(900, config.n_positions - 32)
+    cached = min(512, config.n_positions // 2)
+    misses, hits = zip(*(prefix_hit(many, config, cached) for _ in range(rounds + 2)), strict=True)
+    gaps, first = stall(many, config, slots, long)
+    steps = [step_ms(many, params, config, slots, min(100, config.n_positions // 4)) for _ in range(rounds + 1)]
+    many.close()
+    one.close()
+    rows = [
+        {
+            "name": name,
+            "unit": "tokens/s",
+            "value": Sample.of([each["tokens_per_second"] for each in values]),
+            **values[0],
+        }
+        for name, values in found.items()
+    ]
+    extra = {
+        "prefix_hit_ms": {"tokens": cached, "miss": statistics.median(misses), "hit": statistics.median(hits)},
+        "stall_ms": {
+            "tokens": long,
+            "p50": float(np.percentile(gaps, 50)),
+            "p99": float(np.percentile(gaps, 99)),
+            "first": first,
+        },
+        "step_ms": {"engine": min(a for a, _ in steps), "generate_tokens": min(b for _, b in steps)},
+    }
+    setting = {"preset": preset, "requests": requests, "rate": rate, "slots": slots}
+    return report("engine", setting, plain(rows), {}, "static batches", **extra)
+
+
+def show(figures: Report) -> None:
+    """Prints the figures."""
+    print(f"== engine: {', '.join(f'{key} {value}' for key, value in figures['setting'].items())}")
+    print(f"{'':<16}{'tokens/s':>9}   {'first token, ms: p50 / p95 / p99':<34}between tokens, ms: p50 / p95 / p99")
+    for row in figures["rows"]:
+        first, between = (
+            " / ".join(f"{value:,.0f}" for value in row[key].values())
+            for key in ("first_token_ms", "between_tokens_ms")
+        )
+        print(f"{row['name']:<16}{row['value']['median']:>9.1f}   {first:<34}{between}")
+    hit, wait, step = figures["prefix_hit_ms"], figures["stall_ms"], figures["step_ms"]
+    ratio = hit["miss"] / hit["hit"]
+    print(
+        f"prefix of {hit['tokens']} cached tokens: first token {hit['miss']:.0f} -> {hit['hit']:.0f} ms, {ratio:.1f} x sooner"
+    )
+    print(
+        f"while a prompt of {wait['tokens']} tokens comes in: {wait['p50']:.1f} ms between tokens, "
+        f"p99 {wait['p99']:.1f} ({wait['p99'] / wait['p50']:.2f} x); its first token after {wait['first']:,.0f} ms"
+    )
+    over = step["engine"] / step["generate_tokens"]
+    print(f"a step with all slots taken: {step['engine']:.1f} ms, {over:.3f} x generate_tokens")
+
+
+def plot(figures: Report, path: Path) -> None:
+    """Draws latencies at the three percentiles."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+    titles = {"first_token_ms": "first token", "between_tokens_ms": "between tokens"}
+    for axis, (key, title) in zip(axes, titles.items(), strict=True):
+        for number, row in enumerate(figures["rows"]):
+            places = np.arange(3) + 0.27 * (number - 1)
+            axis.bar(places, row[key].values(), 0.25, label=row["name"])
+        axis.set_xticks(range(3), ["p50", "p95", "p99"])
+        axis.set(title=title, ylabel="ms", yscale="log")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parser(__doc__, rounds=1)
+    options.add_argument("--requests", type=int, default=40)
+    options.add_argument("--rate", type=float, default=4.0, help="mean number of arrivals per second")
+    options.add_argument("--slots", type=int, default=8)
+    options.add_argument("--plot", type=Path, help="file for a plot of the latencies; needs matplotlib")
+    chosen = options.parse_args(argv)
+    figures = measure(chosen.preset, chosen.requests, chosen.rate, chosen.slots, chosen.rounds)
+    show(figures)
+    keep(figures, chosen.json)
+    if chosen.plot:
+        plot(figures, chosen.plot)
+
+
+if __name__ == "__main__":
+    main()
