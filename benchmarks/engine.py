@@ -273,9 +273,8 @@ def show(figures: Report) -> None:
         print(f"{row['name']:<16}{row['value']['median']:>9.1f}   {first:<34}{between}")
     hit, wait, step = figures["prefix_hit_ms"], figures["stall_ms"], figures["step_ms"]
     ratio = hit["miss"] / hit["hit"]
-    print(
-        f"prefix of {hit['tokens']} cached tokens: first token {hit['miss']:.0f} -> {hit['hit']:.0f} ms, {ratio:.1f} x sooner"
-    )
+    times = f"{hit['miss']:.0f} -> {hit['hit']:.0f} ms"
+    print(f"prefix of {hit['tokens']} cached tokens: first token {times}, {ratio:.1f} x sooner")
     print(
         f"while a prompt of {wait['tokens']} tokens comes in: {wait['p50']:.1f} ms between tokens, "
         f"p99 {wait['p99']:.1f} ({wait['p99'] / wait['p50']:.2f} x); its first token after {wait['first']:,.0f} ms"

@@ -102,7 +102,16 @@ def read_pair(
         prefix_space: put a space before a text that does not begin with one.
     """
     vocab = _read_vocab(vocab_path)
-    merges = _read_merges(merges_path, vocab)
+    return from_pieces(vocab, _read_merges(merges_path, vocab), added, prefix_space)
+
+
+def from_pieces(
+    vocab: dict[str, int],
+    merges: list[tuple[str, str]],
+    added: dict[str, int] | None = None,
+    prefix_space: bool = False,
+) -> tokenizers.Tokenizer:
+    """As `read_pair`, of a vocabulary and merges that have been checked."""
     backend = tokenizers.Tokenizer(models.BPE({**vocab, **(added or {})}, merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
     backend.decoder = decoders.ByteLevel()
@@ -289,9 +298,18 @@ def _read_merges(path: Path, vocab: dict[str, int]) -> list[tuple[str, str]]:
         line = line.removesuffix("\r")
         if not line or line.startswith("#version"):
             continue
-        left, _, right = line.partition(" ")
-        if any(token not in vocab for token in (left, right, left + right)):
-            expected = "expected two tokens of vocab.json whose concatenation is a third"
-            raise CheckpointError(f"{path}, line {number}: {expected}, got {line[:40]!r}; are both files of one model?")
-        merges.append((left, right))
+        merges.append(check_merge(line, vocab, f"{path}, line {number}"))
     return merges
+
+
+def check_merge(line: str, vocab: dict[str, int], where: str) -> tuple[str, str]:
+    """The two tokens of a merge.
+
+    Raises:
+        CheckpointError: they, or the token that they become, are not in the vocabulary.
+    """
+    left, _, right = line.partition(" ")
+    if any(token not in vocab for token in (left, right, left + right)):
+        expected = "expected two tokens of the vocabulary whose concatenation is a third"
+        raise CheckpointError(f"{where}: {expected}, got {line[:40]!r}; are both of one model?")
+    return left, right

@@ -18,10 +18,12 @@ from llorch_jax.cli import interrupts
 from llorch_jax.cli.loading import load_model
 from llorch_jax.cli.terminal import show_bytes, waiting
 from llorch_jax.cli.values import text_or_stdin
+from llorch_jax.errors import QuantizationError
 from llorch_jax.evaluation.perplexity import score
 from llorch_jax.evaluation.speed import measure_speed
 from llorch_jax.evaluation.validation import Verdict, compare, intermediates, load_reference
 from llorch_jax.loading import checkpoint, reading
+from llorch_jax.loading.gguf_files import GGUF
 from llorch_jax.params import count_params, nbytes, param_shapes
 from llorch_jax.quantization import quantized_shapes
 
@@ -57,16 +59,23 @@ def inspect_kernels() -> None:
 def inspect(source: str, cache: str, settings: dict[str, Any]) -> None:
     """Prints a model's configuration and the bytes of its parameters and cache, as the settings store them."""
     _, directory = checkpoint.locate(source)
-    config = reading.load_config(directory)
     asked = settings.pop("weights", None), settings.pop("group_size", None)
-    weights, group_size = reading.format_for(reading.format_in(directory), *asked)
-    reading.check_size(directory, config)
+    if directory.is_dir():
+        config = reading.load_config(directory)
+        weights, group_size = reading.format_for(reading.format_in(directory), *asked)
+        reading.check_size(directory, config)
+        stored_weights = f"{show_bytes(nbytes(quantized_shapes(config, weights, group_size)))} in {weights}"
+    else:
+        if asked != (None, None):
+            raise QuantizationError(f"weights: expected none with a GGUF file, which is shown as it is, got {asked[0]}")
+        file = GGUF.open(directory)
+        config = file.config()
+        stored_weights = file.describe()
     table = Table("setting", "value", title=escape(source))
     for field in dataclasses.fields(config):
         table.add_row(field.name, str(getattr(config, field.name)))
     Console().print(table)
-    stored_bytes = show_bytes(nbytes(quantized_shapes(config, weights, group_size)))
-    print(f"parameters: {count_params(param_shapes(config)):,}; {stored_bytes} in {weights}")
+    print(f"parameters: {count_params(param_shapes(config)):,}; {stored_weights}")
     plan = plan_memory(config, cache, **settings)
     stored = f" of {settings['codec']}" if "codec" in settings else ""
     print(f"{cache} cache{stored}: {show_bytes(plan.total)} per sequence of up to {config.n_positions} tokens")

@@ -123,7 +123,7 @@ PANELS: dict[str, tuple[Setting, ...]] = {
     "Search and speculation": SEARCH,
 }
 
-MODEL_HELP = "demo, a directory with config.json and *.safetensors, or a hub id."
+MODEL_HELP = "demo, a directory with config.json and *.safetensors, a GGUF file, or a hub id."
 CACHE_HELP = (
     "Layout of the KV cache: static[:CAPACITY], dynamic, paged[:PAGE_SIZE], rotating:WINDOW[+SINKS], int8, int4, "
     "recent:BUDGET, sinks:BUDGET, h2o:BUDGET or snapkv:BUDGET."

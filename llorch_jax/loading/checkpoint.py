@@ -13,6 +13,8 @@ from llorch_jax import files
 from llorch_jax.config import GPT2Config
 from llorch_jax.errors import CheckpointError
 from llorch_jax.loading import hub
+from llorch_jax.loading.gguf_files import SUFFIX, load_gguf
+from llorch_jax.loading.gguf_tokenizer import tokenizer_in
 from llorch_jax.loading.hf_format import (
     HEAD,
     StoredTensor,
@@ -49,7 +51,7 @@ class Model:
         params: its weights.
         tokenizer: None if the checkpoint has none; such a model takes and returns token ids, but no text.
         name: "demo", a hub id, or the name of its directory.
-        directory: the directory from which it was loaded, or None.
+        directory: the directory from which it was loaded; None for a GGUF file, and for a model made otherwise.
     """
 
     config: GPT2Config
@@ -71,9 +73,10 @@ def load(
 
     Args:
         source: "demo", the model bundled with this package; or a directory with `config.json` and
-            `model.safetensors`; or a hub id such as "openai-community/gpt2", downloaded once into the hub's cache.
+            `model.safetensors`; or a GGUF file; or a hub id such as "openai-community/gpt2", downloaded once into the
+            hub's cache.
         weights: how they are kept in memory: "float32", "bfloat16", "float16", "int8" or "int4"; see `quantize`. None
-            keeps what `quantize_model` has stored as it is, and others in float32. Computation is in float32.
+            keeps what `quantize_model` or GGUF has stored, and others in float32. Computation is in float32.
         group_size: number of columns that share a scale, for int8 and int4; None for the format's default.
         revision: branch, tag or commit of a hub repository.
         progress: called repeatedly with the number of bytes read so far and in total.
@@ -86,6 +89,9 @@ def load(
     if weights is not None:
         WeightFormat.of(weights, group_size)  # before a possible download
     name, directory = locate(source, revision)
+    if directory.suffix == SUFFIX and not directory.is_dir():
+        file, config, params = load_gguf(directory, weights, group_size, progress)
+        return Model(config, params, tokenizer_in(file), name)
     config = load_config(directory)
     tokenizer = Tokenizer.from_directory(directory)
     params = load_params(directory, config, weights, group_size, progress=progress)
@@ -231,14 +237,15 @@ def convert(
 
 
 def locate(source: PathLike, revision: str | None = None) -> tuple[str, Path]:
-    """Name and directory of the model that `load` is to load."""
+    """Name and directory, or GGUF file, of the model that `load` is to load."""
     if source == DEMO:
         folder = Path(__file__).parents[1] / "assets" / DEMO
         if not (folder / CONFIG).exists():
             raise CheckpointError(f"{DEMO}: this installation lacks the model, expected in {folder}; install it again")
         return DEMO, folder
     expected = (
-        f"source: expected {DEMO!r}, a directory with {CONFIG} and {WEIGHTS}, or a hub id such as openai-community/gpt2"
+        f"source: expected {DEMO!r}, a directory with {CONFIG} and {WEIGHTS}, a GGUF file, or a hub id such as "
+        "openai-community/gpt2"
     )
     if not isinstance(source, str | os.PathLike) or isinstance(os.fspath(source), bytes):
         raise CheckpointError(f"{expected}; got {type(source).__name__}")
@@ -248,6 +255,10 @@ def locate(source: PathLike, revision: str | None = None) -> tuple[str, Path]:
             if revision is not None:
                 raise CheckpointError(f"revision: only hub models have one, but {source} is a directory; leave it out")
             return path.resolve().name, path
+        if path.suffix == SUFFIX and path.is_file():
+            if revision is not None:
+                raise CheckpointError(f"revision: only hub models have one, but {source} is a file; leave it out")
+            return path.stem, path
         found = "a file" if files.exists(source, CheckpointError) else "no such directory"
     if hub.is_repo_id(source) and found != "a file":
         return str(source), hub.download(str(source), revision)

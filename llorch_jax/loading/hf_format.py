@@ -105,7 +105,7 @@ def stored_tensors(config: GPT2Config, family: str) -> Params:
 def _block(config: GPT2Config, linear: bool, name: str) -> BlockParams:
     width, inner = config.n_embd, config.inner_dim
     qkv_rows = (config.n_head + 2 * config.kv_heads) * config.head_dim
-    heads = () if linear else _grouped_heads(config)
+    heads = () if linear else grouped_heads(config)
     return BlockParams(
         ln_1=_norm(f"{name}.ln_1", width),
         qkv=_dense(f"{name}.attn.c_attn", qkv_rows, width, linear, heads),
@@ -116,7 +116,7 @@ def _block(config: GPT2Config, linear: bool, name: str) -> BlockParams:
     )
 
 
-def _grouped_heads(config: GPT2Config) -> tuple[int, ...]:
+def grouped_heads(config: GPT2Config) -> tuple[int, ...]:
     """Heads of [queries, keys, values] in the order of `BlockParams.qkv`; empty where that is the same."""
     first_key = config.n_head
     first_value = config.n_head + config.kv_heads
