@@ -183,10 +183,11 @@ def _watch(reading: int) -> None:
 
 
 def _repeat(number: int, line: object) -> None:
-    """Resends a signal if the main thread still reads the same line: it may have arrived just before the read."""
+    """Resends a signal as long as the main thread reads the same line: each may arrive just before the read."""
     time.sleep(_REACTION)
-    if _State.reading is line:
+    while _State.reading is line:
         signal.pthread_kill(threading.main_thread().ident or 0, number)
+        time.sleep(_REACTION)
 
 
 def _leave(code: int) -> None:

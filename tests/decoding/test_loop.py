@@ -9,6 +9,7 @@ import pytest
 from cache_cases import assert_close
 from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 
 import llorch_jax as lj
 from llorch_jax.decoding import steps
@@ -106,6 +107,7 @@ KEY = jax.random.key(5)
 
 
 class TestLoops:
+    @examples(30)
     @given(
         st.lists(st.integers(1, 12), min_size=1, max_size=3),
         st.integers(1, 10),

@@ -57,7 +57,7 @@ jobs = st.lists(
 )
 
 
-@examples(8)
+@examples(5)
 @given(jobs=jobs)
 def test_tokens_are_those_of_each_request_alone(params, core, jobs):
     """Greedy and drawn, beside others, with cached beginnings, preempted or not, whatever the order."""
