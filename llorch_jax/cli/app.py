@@ -357,6 +357,10 @@ def serve_command(
     max_waiting: Annotated[
         int, option("--max-waiting", metavar="N", help="Number of requests that may wait.", panel="Engine")
     ] = 1024,
+    prefix_cache: Annotated[
+        Path | None,
+        option("--prefix-cache", metavar="FILE", help="File of cached prefixes, over restarts.", panel="Engine"),
+    ] = None,
     warm_up: Annotated[
         bool, option("--warm-up/--no-warm-up", help="Compile everything before listening.", panel="Engine")
     ] = True,
@@ -370,4 +374,4 @@ def serve_command(
     engine = {"slots": slots, "num_pages": num_pages, "page_size": page_size, "codec": codec}
     engine |= {"chunk": chunk, "max_waiting": max_waiting}
     limits = {"name": name, "api_key": api_key, "max_body": max_body, "max_texts": max_texts}
-    serving.start(model, settings, engine, limits, host, port, drain_seconds, warm_up)
+    serving.start(model, settings, engine, limits, host, port, drain_seconds, warm_up, prefix_cache)

@@ -1,10 +1,11 @@
 """`llorch-jax serve`."""
 
+from pathlib import Path
 from typing import Any
 
 from llorch_jax.cli import interrupts
 from llorch_jax.cli.loading import load_model
-from llorch_jax.cli.terminal import waiting
+from llorch_jax.cli.terminal import note, waiting
 from llorch_jax.errors import EngineError
 from llorch_jax.text.engine import Engine
 from llorch_jax.tracing import whole
@@ -19,6 +20,7 @@ def start(
     port: int,
     drain_seconds: float,
     warm_up: bool,
+    prefixes: Path | None,
 ) -> None:
     """Serves a model until the process is told to end.
 
@@ -41,8 +43,10 @@ def start(
         raise EngineError(f"drain_seconds: expected seconds above 0, got {drain_seconds}")
     model, _ = load_model(source, settings)
     running = Engine(model, **engine)
+    if prefixes is not None and prefixes.exists():
+        note(f"{running.load_prefixes(prefixes)} pages of cached prefixes from {prefixes}", style="")
     if warm_up:
         with waiting("compiling"):
             running.warm_up()
     interrupts.give_back()
-    serve(running, Settings(**{**limits, "name": limits["name"] or model.name}), host, port, drain_seconds)
+    serve(running, Settings(**{**limits, "name": limits["name"] or model.name}), host, port, drain_seconds, prefixes)

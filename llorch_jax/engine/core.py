@@ -9,15 +9,18 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from llorch_jax.cache.files import fingerprint
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.steps import check_chosen
 from llorch_jax.engine.device import Device, Plot
 from llorch_jax.engine.pages import PagePool
+from llorch_jax.engine.prefix_files import load_prefixes, save_prefixes
 from llorch_jax.engine.scheduler import Plan, Rank, schedule
 from llorch_jax.engine.sequences import Ranks, Request, Sequence, Token
 from llorch_jax.engine.statistics import Statistics
@@ -136,6 +139,17 @@ class Core:
         nothing = not (plan.prefill or plan.decode)
         while len(self._in_flight) > (0 if nothing else _LATE):
             self._read()
+
+    def save_prefixes(self, path: Path) -> int:
+        """Writes the prefix cache to a file, and returns the number of its pages."""
+        self._read_all()
+        return save_prefixes(path, self._device.cache, self.pages, fingerprint(self._params, self._config))
+
+    def load_prefixes(self, path: Path) -> int:
+        """Adds the pages of a file to the prefix cache, as many as are free, and returns their number."""
+        print_of = fingerprint(self._params, self._config)
+        self._device.cache, count = load_prefixes(path, self._device.cache, self.pages, print_of)
+        return count
 
     def fail_all(self, error: BaseException) -> None:
         """Gives all requests up."""

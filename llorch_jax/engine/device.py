@@ -94,6 +94,15 @@ class Device:
         rows[: len(sequences)] = [sequence.place for sequence in sequences]
         return self._results(sequences, self._decode(rows, self._tables(sequences, 1, size)))
 
+    @property
+    def cache(self) -> PagedCache:
+        """The pools."""
+        return self._slots.cache
+
+    @cache.setter
+    def cache(self, cache: PagedCache) -> None:
+        self._slots = self._slots.replace(cache=cache)  # type: ignore[attr-defined]
+
     def warm_up(self) -> None:
         """Compiles every program by running it on no tokens; only while nothing runs."""
         most = min(self._limits.idle_chunk, self._config.n_positions)

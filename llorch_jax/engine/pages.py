@@ -56,6 +56,15 @@ class PagePool:
         """Number of pages that can be allocated."""
         return len(self._free) + len(self._idle)
 
+    @property
+    def free(self) -> tuple[int, ...]:
+        """The pages that hold nothing."""
+        return tuple(self._free)
+
+    def knows(self, digest: bytes) -> bool:
+        """Whether a page with this digest is indexed."""
+        return digest in self._pages
+
     def counts(self) -> PageCounts:
         """How the pages are used."""
         return PageCounts(

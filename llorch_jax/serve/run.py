@@ -4,6 +4,7 @@ import contextlib
 import signal
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -13,7 +14,9 @@ from llorch_jax.serve.app import Settings, make_app
 from llorch_jax.text.engine import Engine
 
 
-def serve(engine: Engine, settings: Settings, host: str, port: int, drain_seconds: float) -> None:
+def serve(
+    engine: Engine, settings: Settings, host: str, port: int, drain_seconds: float, prefixes: Path | None = None
+) -> None:
     """Serves an engine until SIGTERM or SIGINT; then answers what is under way, within a bound, and closes the engine.
 
     Args:
@@ -22,6 +25,7 @@ def serve(engine: Engine, settings: Settings, host: str, port: int, drain_second
         host: address to listen at.
         port: of the address; 0 for any that is free.
         drain_seconds: how long requests under way may take at the end.
+        prefixes: file to which the prefix cache is written at the end.
 
     Raises:
         EngineError: the address cannot be used.
@@ -42,6 +46,8 @@ def serve(engine: Engine, settings: Settings, host: str, port: int, drain_second
     address, used = listening.getsockname()[:2]
     try:
         _Server(config, f"serving {settings.name} at http://{address}:{used}").run(sockets=[listening])
+        if prefixes is not None:
+            engine.save_prefixes(prefixes)
     finally:
         engine.close(timeout=drain_seconds)
 

@@ -1,8 +1,10 @@
 """An engine for many users: requests come and go at any time, and share one model, one cache and every step."""
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import jax
@@ -238,6 +240,27 @@ class Engine:
             EngineError: the engine is closed.
         """
         return self._worker.call(function)
+
+    def save_prefixes(self, path: str | os.PathLike[str]) -> int:
+        """Writes the prefix cache to a file, replacing it only by a complete one; returns the number of pages.
+
+        It runs between two steps, which wait for it.
+
+        Raises:
+            EngineError: the file cannot be written, or the engine is closed.
+        """
+        return self.inspect(lambda core: core.save_prefixes(Path(path)))
+
+    def load_prefixes(self, path: str | os.PathLike[str]) -> int:
+        """Adds the pages in a file of `save_prefixes` to the prefix cache; returns their number.
+
+        Where fewer are free, the longest unused stay out.
+
+        Raises:
+            EngineError: the file is missing, damaged, of another model, or of an engine with pages of another size or
+                codec; or the engine is closed.
+        """
+        return self.inspect(lambda core: core.load_prefixes(Path(path)))
 
     def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
         """Takes no more requests, and ends the engine's thread.
