@@ -167,8 +167,11 @@ def dense(params: Dense, x: jax.Array) -> jax.Array:
 @jax.named_scope("norm")
 def layer_norm(params: Norm, x: jax.Array, epsilon: float) -> jax.Array:
     """Layer norm (Ba et al. 2016) of each column of x [D, M], with the biased variance."""
-    centred = x - jnp.mean(x, axis=0, keepdims=True)
-    variance = jnp.mean(jnp.square(centred), axis=0, keepdims=True)
+    # Sums as products with ones: those of the native kernels do not depend on the number of columns, but XLA would add up
+    # in another order from six columns on.
+    ones = jnp.ones((1, x.shape[0]))
+    centred = x - matmul(ones, x) / x.shape[0]
+    variance = matmul(ones, jnp.square(centred)) / x.shape[0]
     weight = params.weight.astype(jnp.float32)[:, None]
     bias = params.bias.astype(jnp.float32)[:, None]
     return centred * jax.lax.rsqrt(variance + epsilon) * weight + bias
