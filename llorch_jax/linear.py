@@ -167,7 +167,7 @@ def dense(params: Dense, x: jax.Array) -> jax.Array:
 @jax.named_scope("norm")
 def layer_norm(params: Norm, x: jax.Array, epsilon: float) -> jax.Array:
     """Layer norm (Ba et al. 2016) of each column of x [D, M], with the biased variance."""
-    # Sums as products with ones: those of the native kernels do not depend on the number of columns, but XLA would add up
+    # Sums as products with ones: those of the native kernels do not depend on the number of columns, while XLA adds up
     # in another order from six columns on.
     ones = jnp.ones((1, x.shape[0]))
     centred = x - matmul(ones, x) / x.shape[0]
