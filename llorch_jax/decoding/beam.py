@@ -26,7 +26,7 @@ from llorch_jax.params import Params
 from llorch_jax.sampling.masking import only_allowed
 from llorch_jax.tracing import whole
 
-_MOST_BEAMS = 4096  # rows of one batch per prompt; more is a slip, and would run out of memory
+_MOST_BEAMS = 4096  # rows of one batch per prompt; more is probably a mistake, and would run out of memory
 _NEVER = -1e9  # a score that no text has
 
 
@@ -54,7 +54,7 @@ class _Rules:
         length_penalty: float32 [].
         diversity: float32 [].
         eager: bool [], stop when K texts have ended.
-        patient: bool [], stop only when no text however long could be better.
+        patient: bool [], stop only once no text, however long, could be better.
         eos_ids: int32 [B, E], filled up with -1.
         limit: int32 [], maximum number of new tokens.
         allowed: int32 [1, ceil(V / 32)], bits of the ids that may be chosen; None for all.
@@ -92,7 +92,7 @@ class _Group:
 
 @struct.dataclass
 class _State:
-    """Groups, how many tokens their beams have (int32 []), and the cache of B * G * K rows without the last ones."""
+    """The groups, the number of tokens of their beams (int32 []), and the cache of B * G * K rows, one token behind."""
 
     groups: tuple[_Group, ...]
     count: jax.Array
@@ -146,7 +146,7 @@ def beam_search(
 
     Raises:
         TokenError, CapacityError: as `generate_tokens`.
-        SearchError: a setting is impossible.
+        SearchError: a setting is invalid.
         NonFiniteError: the model's logits are NaN or infinite.
     """
     whole("max_new_tokens", max_new_tokens, CapacityError)
@@ -182,7 +182,7 @@ def check_beams(
     diversity_penalty: Any,
     early_stopping: Any,
 ) -> None:
-    """Raises SearchError for an impossible setting of `beam_search`."""
+    """Raises SearchError for an invalid setting of `beam_search`."""
     whole("num_beams", num_beams, SearchError, most=_MOST_BEAMS)
     whole("num_return", num_return, SearchError)
     whole("num_beam_groups", num_beam_groups, SearchError)
@@ -220,7 +220,7 @@ def _first(rules: _Rules, state: _State, logits: jax.Array) -> _State:
 
 @partial(jax.jit, static_argnames="config", donate_argnames="state")
 def _loop(params: Params, config: GPT2Config, rules: _Rules, state: _State, until: jax.Array) -> _State:
-    """Steps until the beams have `until` tokens, or fewer where nothing that has ended can change any more."""
+    """Runs steps until the beams have `until` tokens, or until no finished text can change any more."""
 
     def unfinished(state: _State) -> jax.Array:
         return (state.count < until) & jnp.any(jnp.stack([group.open for group in state.groups]))

@@ -31,11 +31,11 @@ class _State:
         tokens: int32 [B, N], new ones.
         count: int32 [], how many there are.
         ids: int32 [B, C], candidates for the next token.
-        probabilities: float32 [B, C], theirs.
-        seen: float32 [B, S, D], hidden states of the tokens so far, of length 1.
+        probabilities: float32 [B, C], of the candidates.
+        seen: float32 [B, S, D], hidden states of the tokens so far, scaled to length 1.
         known: int32 [B], how many of them there are.
         finished: bool [B].
-        cache: of B * C rows, those of one text alike.
+        cache: of B * C rows; the rows of one text are identical.
         allowed: int32 [1, ceil(V / 32)], bits of the ids that may be chosen; None for all.
     """
 
@@ -78,8 +78,8 @@ def contrastive_search(
         penalty_alpha: from 0, which is greedy decoding, to 1.
         eos_id: as in `generate_tokens`.
         cache: of B rows, to append the prompts to, donated; None makes a `StaticCache`. Its rows are forked after the
-            prefill; a `PagedCache` needs pages for that, and a step on the host for every token. Tokens that it holds
-            already are not compared with.
+            prefill; a `PagedCache` needs pages for that, and a step on the host for every token. New tokens are not
+            compared with those that it holds already.
         lengths: int32 [B], number of real prompt tokens in each row; None means all T.
         allowed: bits int32 [1, ceil(V / 32)], the lowest first, of the ids that may be chosen; None for all.
 
@@ -89,7 +89,7 @@ def contrastive_search(
 
     Raises:
         TokenError, CapacityError: as `prefill`; the prompt and all new tokens must fit.
-        SearchError: a setting is impossible.
+        SearchError: a setting is invalid.
         NonFiniteError: the model's logits are NaN or infinite.
     """
     whole("max_new_tokens", max_new_tokens, CapacityError, most=2**30)
@@ -151,7 +151,7 @@ def _prefill(
 def _loop(
     params: Params, config: GPT2Config, decoding: DecodingParams, alpha: jax.Array, state: _State, until: jax.Array
 ) -> _State:
-    """Steps until there are `until` tokens, or fewer where all rows have ended."""
+    """Runs steps until there are `until` tokens, or until all rows have ended."""
 
     def unfinished(state: _State) -> jax.Array:
         return (state.count < until) & ~jnp.all(state.finished)

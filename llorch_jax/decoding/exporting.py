@@ -21,10 +21,10 @@ _CLASSES = (Params, BlockParams, Dense, Norm, QuantizedMatrix, steps.Generated, 
 def register_exports() -> None:
     """Registers the pytrees of this package with `jax.export`; a second call changes nothing.
 
-    Programs that take or give parameters, caches, samplers or decoding states can then be serialized, and read back in
-    any process that has called it too. It needs the extra `export`. Static fields are written as JSON; a program with a
-    value that is no plain one, such as an eviction policy that is a function of your own, raises an ExportError when it
-    is serialized.
+    Programs that take or return parameters, caches, samplers or decoding states can then be serialized, and read back
+    in any process that has called it too. It needs the extra `export`. Static fields are written as JSON; a program
+    with a value that JSON cannot hold, such as an eviction policy that is a function of your own, raises an ExportError
+    when it is serialized.
     """
     for cls in _CLASSES:
         name = f"llorch_jax.{cls.__name__}"
@@ -35,7 +35,7 @@ def register_exports() -> None:
 
 
 def _is_leaf(cls: type) -> bool:
-    """Whether objects of a class are no pytrees: values of static fields, such as a codec."""
+    """Whether objects of a class are not pytrees, but values of static fields, such as a codec."""
     return jax.tree_util.all_leaves([object.__new__(cls)])
 
 

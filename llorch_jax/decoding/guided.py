@@ -21,7 +21,7 @@ from llorch_jax.sampling.masking import Masked
 
 
 class Guide(Protocol):
-    """The host's books on a batch: what may follow in each row, and which rows are complete.
+    """The host's record of a batch: what may follow in each row, and which rows are complete.
 
     Attributes:
         complete: bool [B], rows that an id has ended, or in which nothing more may follow.
@@ -33,7 +33,7 @@ class Guide(Protocol):
     mask: np.ndarray
 
     def push(self, tokens: np.ndarray, going: np.ndarray) -> None:
-        """Goes on by one token int32 [B] in the rows that are `going` on, bool [B]; in the others it is filler."""
+        """Advances by one token, int32 [B], in the rows where `going` bool [B] is true; elsewhere it is filler."""
         ...
 
     def fill(self) -> None:
@@ -42,7 +42,7 @@ class Guide(Protocol):
 
 
 def guided_steps(params: Params, config: GPT2Config, request: Request, guide: Guide) -> Generator[Step, None, KVCache]:
-    """What `stream_steps` does, of the tokens that a guide allows; `Step.finished` is `guide.complete`.
+    """As `stream_steps`, restricted to the tokens that a guide allows; `Step.finished` is `guide.complete`.
 
     Args:
         params: of the model.

@@ -66,7 +66,7 @@ def decoding_params(
     """Checked parameters for `batch` rows; arguments and errors as `generate_tokens`.
 
     Raises:
-        SamplerError: the sampler is none or names ids outside the vocabulary, or the key is missing or no key.
+        SamplerError: the sampler is not one or names ids outside the vocabulary, or the key is missing or not a key.
         TokenError: an end-of-text id is outside the vocabulary.
     """
     chosen = Greedy() if sampler is None else sampler

@@ -59,7 +59,7 @@ class Request:
 
     @property
     def later(self) -> int:
-        """Number of steps that are to follow after a re-encoding."""
+        """Number of steps left for after a re-encoding."""
         return int(np.max(self.remaining)) - self.max_new_tokens
 
 
@@ -94,7 +94,9 @@ def prepare(
         context = context_of(config, cache)
         tokens, lengths = shortened(reencode, tokens, lengths, context)
         now = _steps_until_full(context, lengths, remaining)
-        if now < np.max(remaining) and cache is not None:  # pages for rows that fill the context, as in the end they do
+        if (
+            now < np.max(remaining) and cache is not None
+        ):  # pages for rows that fill the context, as they will in the end
             cache.check_room(context)
     capacity = _history_capacity(decoding.sampler, tokens.shape, int(np.max(remaining)), room)
     tokens, cache = check_append(config, tokens, cache, lengths, later=np.minimum(remaining, now) - 1)

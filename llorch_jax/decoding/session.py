@@ -1,4 +1,4 @@
-"""Sessions: texts in progress that can be put aside, saved, and gone on with as if nothing had happened."""
+"""Sessions: texts in progress that can be put aside, saved, and continued as if nothing had happened."""
 
 import os
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from llorch_jax.sampling import Greedy, History, Mirostat, Sampler, Sampling, ch
 
 @struct.dataclass
 class Session:
-    """A batch of texts in progress: everything that the next tokens depend on, but for the model.
+    """A batch of texts in progress: everything that the next tokens depend on, except the model.
 
     Attributes:
         tokens: int32 [B, N], all tokens of each row so far, padded on the right.
@@ -149,7 +149,7 @@ def save_session(path: str | os.PathLike[str], session: Session, *, fingerprint:
     """Writes a session to a file, atomically; the session stays valid.
 
     Args:
-        path: of the file, by custom `.safetensors`.
+        path: of the file, usually with the suffix `.safetensors`.
         session: what to save.
         fingerprint: of the model, from `fingerprint`; `load_session` compares it.
 
@@ -172,6 +172,6 @@ def load_session(path: str | os.PathLike[str], *, fingerprint: str | None = None
         fingerprint: of the model that will use it, from `fingerprint`; None does not compare.
 
     Raises:
-        SessionError: the file is missing, truncated, corrupt, no session, of another format, or of another model.
+        SessionError: the file is missing, truncated, corrupt, not a session, of another format, or of another model.
     """
     return read_archive(Path(path), _KIND, fingerprint)

@@ -118,7 +118,7 @@ class KnowsProbabilities(Protocol):
 
 
 def check_sampler(sampler: Any, vocab_size: int | None = None) -> None:
-    """Raises SamplerError for what is no sampler, or names ids outside a vocabulary of this size. Host only."""
+    """Raises SamplerError for what is not a sampler, or names ids outside a vocabulary of this size. Host only."""
     if isinstance(sampler, type) or not isinstance(sampler, Sampler):
         raise SamplerError(
             "sampler: expected an object with needs_key, needs_history, init and sample, such as lj.Greedy(), "

@@ -20,7 +20,7 @@ def draw(logits: jax.Array, keys: jax.Array) -> jax.Array:
     # Not argmax: XLA would compute the noise inside its scalar loop, several times slower.
     best = jnp.max(noisy, axis=-1, keepdims=True)
     first = jnp.min(jnp.where(noisy == best, jnp.arange(count, dtype=jnp.int32)[None], count), axis=-1)
-    return jnp.minimum(first, count - 1)  # where logits are not numbers nothing is equal
+    return jnp.minimum(first, count - 1)  # NaN equals nothing
 
 
 def random_bits(keys: jax.Array, count: int) -> jax.Array:
@@ -60,7 +60,7 @@ def _gumbel(bits: jax.Array) -> jax.Array:
 
 
 def _is_counted(keys: jax.Array) -> bool:
-    """Whether the i-th number that a key gives is a hash of i, as with JAX's defaults."""
+    """Whether the i-th number that a key yields is a hash of i, as with JAX's defaults."""
     counted = getattr(jax.config, "jax_threefry_partitionable", False)
     finer = getattr(jax.config, "jax_high_dynamic_range_gumbel", False)
     return counted and not finer and str(jax.random.key_impl(keys)) == "threefry2x32"

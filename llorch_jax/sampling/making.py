@@ -20,7 +20,7 @@ def make_sampler(temperature: Any = 1.0, **settings: Any) -> Sampler:
     With `mirostat_tau` (and `mirostat_eta`, 0.1) it is a `Mirostat`, which combines with a temperature only.
 
     Raises:
-        SamplerError: a setting is unknown or out of range, be it used or not.
+        SamplerError: a setting is unknown or out of range, whether or not it is used.
     """
     given = {name: value for name, value in settings.items() if value is not None}
     if "mirostat_tau" in given:
@@ -36,5 +36,5 @@ def make_sampler(temperature: Any = 1.0, **settings: Any) -> Sampler:
 
 
 def breakers_of(pieces: Sequence[str], marks: Sequence[str] = BREAKERS) -> list[int]:
-    """The ids whose text, pieces[id], holds one of the marks: what DRY does not look past by custom of llama.cpp."""
+    """The ids whose text, pieces[id], holds one of the marks: what DRY does not look past, as in llama.cpp."""
     return [number for number, piece in enumerate(pieces) if any(mark in piece for mark in marks)]

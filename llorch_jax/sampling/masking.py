@@ -1,4 +1,4 @@
-"""Sampling from some of the tokens only, named by a bit for each."""
+"""Sampling from a subset of the tokens, given as a bit mask."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from llorch_jax.sampling.base import MASKED, ChecksIds, History, KnowsProbabilit
 class Masked:
     """Another sampler, restricted to allowed tokens.
 
-    The mask is applied to the logits before anything that the sampler does with them, as vLLM does.
+    The mask is applied to the logits before the sampler does anything with them, as in vLLM.
 
     Attributes:
         sampler: the other one.

@@ -178,7 +178,7 @@ class Sampling:
         logits = self.penalised(logits, history, eos_ids)
         if not self.guarded:
             return self._truncated(logits, lambda values, ids: self._chosen(values, ids, keys)), None
-        # Truncation never cuts off the most likely token, but for these two.
+        # Truncation never cuts off the most likely token, except by these two.
         simple = jnp.all(self._cold & ~self._on("typical_p") & ~self._on("xtc_probability"))
         return jax.lax.cond(simple, lambda: _known(logits, most_likely(logits)), lambda: self._any(logits, keys)), None
 
@@ -236,7 +236,9 @@ class Sampling:
     def filtered(self, logits: jax.Array) -> jax.Array:
         """Logits [B, V] whose softmax is what tokens are drawn from: minus infinity where a token never is."""
         if not self.is_plain:
-            raise SamplerError(f"sampler: expected one that goes by the logits alone, got settings {list(self.more)}")
+            raise SamplerError(
+                f"sampler: expected one that depends on the logits alone, got settings {list(self.more)}"
+            )
         rows = jnp.arange(logits.shape[0])[:, None]
 
         def spread(values: jax.Array, ids: jax.Array | None) -> jax.Array:

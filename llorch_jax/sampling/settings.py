@@ -20,11 +20,11 @@ Valid = Callable[[np.ndarray], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One setting: a number, or something with token ids, for all rows or for each row its own.
+    """One setting: a number, or something with token ids, for all rows or one per row.
 
     Attributes:
         expected: what it must be, in words.
-        valid: whether numbers are; None for what is no number.
+        valid: whether numbers are; None if it is not a number.
         off: the value that turns it off, as transformers, vLLM and llama.cpp have it.
         is_off: whether numbers are values that turn it off.
         dtype: that it is passed to jit in.

@@ -39,7 +39,7 @@ def generate_file(
         model: from `load`.
         source: a JSON Lines file.
         target: JSON lines, one per prompt, in their order: job, line, id, prompt, text, finish_reason, stop_reason,
-            prompt_tokens, token_ids. Results of this job that are there already are kept, a half-written last one is
+            prompt_tokens, token_ids. Results of this job that it holds already are kept; an incomplete last one is
             cut off. Any other content is refused and left as it is.
         batch_size: maximum number of prompts that run at once. A resumed run makes the same batches.
         overwrite: whether to replace the target, whatever it holds.
@@ -47,7 +47,7 @@ def generate_file(
         options: options of `generate`, which lines may override.
 
     Returns:
-        How many prompts were continued now.
+        The number of prompts continued by this call.
 
     Raises:
         LlorchError: an option is unknown or invalid.

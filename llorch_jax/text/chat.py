@@ -173,7 +173,7 @@ class Chat:
             self._forget(context - len(new) - 1)
         room = context - len(self.tokens) - len(new)
         if not self.tokens and not new:
-            raise ChatError("expected some text to go on from, got none")
+            raise ChatError("expected some text to continue, got none")
         if room < 1:
             left = max(0, context - len(self.tokens) - 1)
             raise CapacityError(

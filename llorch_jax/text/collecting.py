@@ -29,7 +29,7 @@ class Growing:
         self._top: list[TopLogprobs] | None = None
 
     def push(self, step: Step, row: int) -> str:
-        """Goes on by row `row` of a step, and returns the text that it made certain."""
+        """Adds row `row` of a step, and returns the text that it completes."""
         token = int(step.token[row])
         self._logprobs.append(float(step.logprob[row]))
         if step.top is not None:
@@ -107,7 +107,7 @@ def pieces(
 
 
 def steps_of(generated: Generated, eos_ids: Sequence[int]) -> Iterator[Step]:
-    """The steps of new tokens that are all there."""
+    """The steps of tokens that have all been generated."""
     tokens, logprobs, top = (_columns(each) for each in (generated.tokens, generated.logprobs, generated.top))
     finished = np.logical_or.accumulate(np.isin(np.asarray(generated.tokens), eos_ids), axis=1)
     for column, token in enumerate(tokens):

@@ -276,7 +276,7 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
     """Token ids as a list.
 
     Raises:
-        OptionError: they are no ids of the vocabulary.
+        OptionError: they are not ids of the vocabulary.
     """
     known = ids.tolist() if isinstance(ids, np.ndarray | jax.Array) else ids
     if not isinstance(known, Sequence):

@@ -20,7 +20,7 @@ from llorch_jax.text.results import Generation
 from llorch_jax.text.timing import Stopwatch
 from llorch_jax.tracing import whole
 
-_MOST_SAMPLES = 4096  # rows of one batch per prompt; more is a slip, and would run out of memory
+_MOST_SAMPLES = 4096  # rows of one batch per prompt; more is probably a mistake, and would run out of memory
 
 
 def generate_n(
@@ -53,7 +53,7 @@ def generate_n(
 
     Raises:
         ModelError, TokenError, CapacityError, SamplerError: as `generate`.
-        OptionError: n or best_of is impossible, an option is of no use here, or the temperature is 0, which would make
+        OptionError: n or best_of is invalid, an option has no effect here, or the temperature is 0, which would make
             all samples alike.
     """
     whole("n", n, OptionError, most=_MOST_SAMPLES)

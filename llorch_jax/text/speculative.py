@@ -38,7 +38,7 @@ def generate_speculative(
         options: as in `generate`; see docs/options.md for those that apply. A rotating cache must hold all tokens.
 
     Returns:
-        The generation, or a list of them if `prompt` is a list, and what the guesses were good for. Its
+        The generation, or a list of them if `prompt` is a list, and how useful the guesses were. Its
         `timings.ms_per_token` is per token and not per step.
 
     Raises:

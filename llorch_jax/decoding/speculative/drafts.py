@@ -157,7 +157,7 @@ class DraftModel:
         return not self.coupled
 
     def init(self, config: GPT2Config, tokens: np.ndarray, lengths: np.ndarray, new_tokens: np.ndarray) -> StaticCache:
-        """The draft model's cache of the prompts but their last tokens."""
+        """The draft model's cache of the prompts without their last tokens."""
         whole("length", self.length, DraftError)
         if self.config.vocab_size != config.vocab_size:
             raise DraftError(
@@ -206,7 +206,7 @@ class DraftModel:
         return out.logits, out.cache
 
     def rollback(self, state: StaticCache, known: jax.Array) -> StaticCache:
-        """The cache of all known tokens but the last two."""
+        """The cache of all known tokens except the last two."""
         return state.crop(known - 2)
 
 

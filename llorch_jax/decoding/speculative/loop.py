@@ -1,9 +1,9 @@
 """Speculative decoding: a draft guesses several tokens, one forward pass of the model checks them all.
 
-Exact, after Leviathan et al. 2023 (2211.17192): what comes out has the distribution of plain decoding, be the draft
-good or bad; only the speed depends on it. Guesses that are a function of the text before them (prompt lookup, greedy or
-coupled draft models) are accepted as long as they are what the sampler, with the key of their position, chooses
-itself: the tokens are those of `generate_tokens`. For guesses drawn from a draft model's distribution the paper's
+Exact, after Leviathan et al. 2023 (2211.17192): what comes out has the distribution of plain decoding, whether the
+draft is good or bad; only the speed depends on it. Guesses that are a function of the text before them (prompt lookup,
+greedy or coupled draft models) are accepted as long as they are what the sampler, with the key of their position,
+chooses itself: the tokens are those of `generate_tokens`. For guesses drawn from a draft model's distribution the paper's
 rejection sampling is used.
 """
 
@@ -34,7 +34,7 @@ from llorch_jax.tracing import is_concrete
 
 @dataclasses.dataclass(frozen=True)
 class Speculation:
-    """What the guesses were good for.
+    """How useful the guesses were.
 
     Attributes:
         proposed: int [B], guesses that were checked for each row.
@@ -50,12 +50,12 @@ class Speculation:
 
     @property
     def acceptance_rate(self) -> float:
-        """Accepted guesses over guesses, of all rows; 0 where there were none."""
+        """The fraction of all rows' guesses that were accepted; 0 if there were none."""
         return float(np.sum(self.accepted) / max(np.sum(self.proposed), 1))
 
     @property
     def tokens_per_step(self) -> float:
-        """New tokens of the longest row per forward pass; plain decoding has 1."""
+        """New tokens of the longest row per forward pass; 1 in plain decoding."""
         return float((np.max(self.new_tokens) - 1) / max(self.steps, 1))
 
 
@@ -118,13 +118,13 @@ def speculate_tokens(
 
     Returns:
         int32 [B, N], filled up after a row's end, as in `generate_tokens`; the cache, which holds the prompt and all
-        new tokens of a row but its last; and what the guesses were good for.
+        new tokens of a row but its last; and how useful the guesses were.
 
     Raises:
         TokenError, CapacityError, SamplerError, NonFiniteError: as `generate_tokens`.
         CacheError: the cache cannot undo rejected guesses: a ring or a budget that does not hold all tokens, or an
             eviction policy that lets queries vote.
-        DraftError: the draft does not fit the model, or a setting of it is impossible.
+        DraftError: the draft does not fit the model, or one of its settings is invalid.
     """
     draft = PromptLookup() if draft is None else draft
     request = prepare(config, prompt_tokens, max_new_tokens, cache, lengths, sampler, key, eos_id)
@@ -162,7 +162,7 @@ def begin(params: Params, config: GPT2Config, request: Request, draft: Draft) ->
 def finish(
     params: Params, config: GPT2Config, request: Request, draft: Draft, state: SpeculativeState
 ) -> tuple[Generated, KVCache, Speculation]:
-    """Tokens and log-probabilities [B, N] of a request begun, the cache, and what the guesses were good for."""
+    """Tokens and log-probabilities [B, N] of a request begun, the cache, and how useful the guesses were."""
     decoding = dataclasses.replace(request.decoding, top_logprobs=0)
     while not (done := done_on_host(state.decode)).all():
         wanted = np.minimum(draft.length + 1, np.asarray(state.decode.remaining))

@@ -15,12 +15,12 @@ _ACCEPTING, _RESIDUAL = 1, 2  # folded into a position's key; `drafts` has 0
 
 
 class Verdict(NamedTuple):
-    """What becomes of guesses.
+    """The outcome of a verification step.
 
     Attributes:
         state: of decoding after the new tokens, its cache as it was.
         tokens: int32 [B, D + 1], of which the first `new` are new tokens.
-        logprobs: float32 [B, D + 1], theirs.
+        logprobs: float32 [B, D + 1], of these tokens.
         new: int32 [B], number of new tokens; 0 in rows that were done.
         accepted: int32 [B], number of guesses among them.
     """
@@ -113,7 +113,7 @@ def _walk(
 
 
 def _rows_where(rows: jax.Array, new: Any, old: Any) -> Any:
-    """Of two pytrees of arrays [B, ...], the new one in the rows bool [B]."""
+    """Of two pytrees of arrays [B, ...], the new one in the rows where bool [B] is true."""
     return jax.tree.map(lambda a, b: jnp.where(rows.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
 
 
@@ -167,7 +167,7 @@ def residual(target: jax.Array, draft: jax.Array, rejected: jax.Array) -> jax.Ar
         float32 [B, V].
     """
     rest = jnp.maximum(jnp.exp(target) - jnp.exp(draft), 0.0)
-    possible = jnp.sum(rest, axis=-1, keepdims=True) > 0  # not so only where p and q are equal but for rounding
+    possible = jnp.sum(rest, axis=-1, keepdims=True) > 0  # false only where p and q are equal except for rounding
     return jnp.where(rejected[:, None] & possible, jnp.log(rest), target)
 
 
