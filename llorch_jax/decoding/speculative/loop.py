@@ -3,8 +3,8 @@
 Exact, after Leviathan et al. 2023 (2211.17192): what comes out has the distribution of plain decoding, whether the
 draft is good or bad; only the speed depends on it. Guesses that are a function of the text before them (prompt lookup,
 greedy or coupled draft models) are accepted as long as they are what the sampler, with the key of their position,
-chooses itself: the tokens are those of `generate_tokens`. For guesses drawn from a draft model's distribution the paper's
-rejection sampling is used.
+chooses itself: the tokens are those of `generate_tokens`. For guesses drawn from a draft model's distribution the
+paper's rejection sampling is used.
 """
 
 import dataclasses
