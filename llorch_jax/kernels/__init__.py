@@ -1,4 +1,4 @@
-"""Native CPU kernels: arrays in, arrays out, each with a twin in jnp that serves where the library is missing."""
+"""Native CPU kernels: arrays in, arrays out, each with a twin in jnp that is used if the library is missing."""
 
 from typing import NamedTuple
 
@@ -6,12 +6,12 @@ from llorch_jax.kernels.library import library
 
 
 class Description(NamedTuple):
-    """Which kernels serve in this process.
+    """Which kernels this process uses.
 
     Attributes:
-        isa: the instruction set: "portable", "avx2" or "avx512"; None where the jnp twins serve.
-        formats: names of the weight formats whose products of a few columns are native.
-        reason: why the twins serve; empty where the kernels do.
+        isa: the instruction set: "portable", "avx2" or "avx512"; None if the jnp twins are used.
+        formats: names of the weight formats whose products with a few columns are native.
+        reason: why the twins are used; empty if the kernels are.
     """
 
     isa: str | None
@@ -20,7 +20,7 @@ class Description(NamedTuple):
 
 
 def describe() -> Description:
-    """Loads the library, if that has not happened yet, and says what came of it."""
+    """Loads the library, unless it has been loaded already, and describes the outcome."""
     isa, reason, _ = library()
     formats = ("float32", "bfloat16", "float16", "int8", "int8 in groups", "int4 in groups")
     return Description(isa, formats if isa else (), reason)

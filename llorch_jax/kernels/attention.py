@@ -1,9 +1,9 @@
 """Attention of a few queries per row over the slots of a cache, by a native kernel.
 
-The kernel goes once over the keys and values as they are stored, in slots or in pages, with an online softmax; nothing
-is gathered or decoded in memory, and blocks of slots that no query may attend to are skipped. Slots are added up in
-blocks that lie at fixed slots, so that a query's result has the same bits whatever stands in other rows, however many
-empty slots follow and however many threads there are. See docs/kernels.md.
+The kernel makes one pass over the keys and values as they are stored, in slots or in pages, with an online softmax;
+nothing is gathered or decoded in memory, and blocks of slots that no query may attend to are skipped. Blocks have fixed
+boundaries, so that a query's result has the same bits whatever the other rows contain, however many empty slots follow
+and however many threads there are. See docs/kernels.md.
 """
 
 import dataclasses
@@ -18,10 +18,10 @@ from jax.interpreters import mlir
 
 from llorch_jax.kernels.library import available
 
-MAX_TOKENS = 16  # queries T of a row
-_CHUNK = 256  # slots of a task
-_MAX_QUERIES = 64  # that share a key/value head
-_MAX_SCRATCH = 4096  # elements of these, padded
+MAX_TOKENS = 16  # queries T per row
+_CHUNK = 256  # slots per task
+_MAX_QUERIES = 64  # queries that share a key/value head
+_MAX_SCRATCH = 4096  # elements of those queries, padded
 
 
 class Vectors(NamedTuple):
@@ -31,8 +31,8 @@ class Vectors(NamedTuple):
         rows: [B, K, S, ...], or with tables [pages, K, page_size, ...]: float32, float16 or uint16 (bits of bfloat16)
             [..., H]; int8 codes [..., H]; or uint8 pairs of 4-bit codes [..., ceil(H / 2)], element i in the low nibble
             of byte i, element i + ceil(H / 2) in its high nibble.
-        scales: float32 [..., 1] of codes; else [0].
-        zeros: float32 [..., 1] of 4-bit codes, the value of code 0; else [0].
+        scales: float32 [..., 1] for codes; otherwise [0].
+        zeros: float32 [..., 1] for 4-bit codes, the value of code 0; otherwise [0].
     """
 
     rows: jax.Array
@@ -41,7 +41,7 @@ class Vectors(NamedTuple):
 
 
 class Exact(NamedTuple):
-    """Exact vectors of some tokens: the one at position p has index (p - start) % R, if it is marked with p there.
+    """Exact vectors of some tokens: the token at position p is at index (p - start) % R if that is marked with p.
 
     Attributes:
         keys: float32 [B, K, R, H].
@@ -57,15 +57,15 @@ class Exact(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What the kernel reads.
+    """The kernel's inputs.
 
     Attributes:
         q: float32 [B, T, N, H].
         query_positions: int32 [B, T].
         keys, values: as stored.
-        positions: int32 [B or 1, K or 1, S], of the token in each slot; negative if it is empty.
-        tables: int32 [B, N], the page of each block of page_size slots; [0, 0] without pages.
-        exact: up to two; later ones take precedence.
+        positions: int32 [B or 1, K or 1, S], position of the token in each slot; negative if the slot is empty.
+        tables: int32 [B, N], the page of each block of page_size slots; [0, 0] if there are no pages.
+        exact: up to two sets of exact vectors; later ones take precedence.
     """
 
     q: jax.Array
@@ -79,14 +79,14 @@ class Operands(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What is static.
+    """The static settings of a call.
 
     Attributes:
-        bits: per stored element: 32, 16, 8 or 4.
+        bits: bits per stored element: 32, 16, 8 or 4.
         scale: factor of the scores.
-        window: the model's, including the query's own token; 0 for none.
-        view_window: the cache's; 0 for none.
-        sinks: number of first positions seen regardless of view_window.
+        window: the model's sliding window, including the query's own token; 0 for none.
+        view_window: the cache's window; 0 for none.
+        sinks: number of first positions that are visible regardless of view_window.
     """
 
     bits: int
@@ -97,27 +97,27 @@ class Form:
 
 
 class Call(Protocol):
-    """Attention of given arrays in two ways; hashable, and so static in `jit`."""
+    """Attention over given arrays, computed in either of two ways; hashable, so that it can be static in `jit`."""
 
     def __hash__(self) -> int: ...
 
     def operands(self, *arrays: jax.Array) -> Operands:
-        """What the kernel reads."""
+        """The kernel's inputs."""
         ...
 
     def plain(self, *arrays: jax.Array) -> jax.Array:
-        """The same attention in jnp, float32 [B, T, N, H]: derivatives and `vmap` go through it."""
+        """The same attention in jnp, float32 [B, T, N, H]; used for derivatives and `vmap`."""
         ...
 
 
 def serves(form: Form, q: jax.Array, kv_heads: int, exact: int) -> bool:
-    """Whether `attend` takes these queries: a few tokens per row, on one CPU device or on each inside `shard_map`.
+    """Whether `attend` supports these queries: a few tokens per row, on a single CPU device or inside `shard_map`.
 
     Args:
-        form: of the view.
+        form: static settings of the view.
         q: [B, T, N, H].
-        kv_heads: K.
-        exact: number of `Exact`.
+        kv_heads: number of key/value heads K.
+        exact: number of sets of exact vectors.
     """
     batch, tokens, heads, head_dim = q.shape
     queries = tokens * heads // max(kv_heads, 1)
@@ -129,12 +129,12 @@ def serves(form: Form, q: jax.Array, kv_heads: int, exact: int) -> bool:
 def attend(form: Form, call: Call, *arrays: jax.Array) -> jax.Array:
     """Softmax attention float32 [B, T, N, H].
 
-    A query that may attend to no slot gets zeros.
+    For a query that may attend to no slot, the result is zero.
 
     Args:
-        form: what is static.
-        call: what to make of the arrays, the first of which are the queries.
-        arrays: what `serves` has admitted.
+        form: static settings.
+        call: how to interpret the arrays, the first of which holds the queries.
+        arrays: arrays that `serves` has accepted.
     """
     return _attention(form, call, *arrays)
 
@@ -146,14 +146,14 @@ def _attention(form: Form, call: Call, *arrays: jax.Array) -> jax.Array:
 
 @_attention.defjvp
 def _attention_jvp(form: Form, call: Call, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    """The kernel's value, and the twin's derivative."""
+    """The kernel's value and the twin's derivative."""
     _, tangent = jax.jvp(call.plain, primals, tangents)
     return _attention(form, call, *primals), tangent
 
 
 @cache
 def _batchable(form: Form, call: Call) -> Any:
-    """The kernel as a function that `vmap` replaces by the twin."""
+    """The kernel as a function that `vmap` replaces with the twin."""
     attention = jax.custom_batching.custom_vmap(jax.jit(partial(_attention_p.bind, form=form, call=call)))
 
     @attention.def_vmap
@@ -173,7 +173,7 @@ def _shape(q: Any, *arrays: Any, form: Form, call: Call) -> Any:
 
 
 def _lower(ctx: Any, *arrays: Any, form: Form, call: Call) -> Any:
-    """The kernel, or in a program that is exported, and may run where there is no kernel, its twin."""
+    """Lowers to the kernel or, in an exported program, which may run where there is no kernel, to its twin."""
     exported = ctx.module_context.lowering_parameters.for_export
     function = call.plain if exported else partial(_native, form, call)
     return mlir.lower_fun(function, multiple_results=False)(ctx, *arrays)

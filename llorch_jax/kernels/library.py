@@ -1,7 +1,7 @@
-"""The shared library of native kernels: found next to this file, loaded once, registered with XLA.
+"""The shared library of native kernels: found next to this file, loaded once, and registered with XLA.
 
-Where it is missing or cannot be used, the jnp twins serve instead, and `reason` says why. Two environment variables
-are for tests: LLORCH_JAX_KERNELS=off leaves the library alone, LLORCH_JAX_ISA=portable, avx2 or avx512 chooses an
+If it is missing or cannot be used, the jnp twins are used instead, and `reason` says why. Two environment variables are
+meant for tests: LLORCH_JAX_KERNELS=off disables the library, and LLORCH_JAX_ISA=portable, avx2 or avx512 selects an
 instruction set.
 """
 
@@ -18,12 +18,12 @@ _TARGETS = ("llorch_matmul", "llorch_attention")
 
 
 class Library(NamedTuple):
-    """What loading came to.
+    """The outcome of loading the library.
 
     Attributes:
-        isa: the instruction set in use: "portable", "avx2" or "avx512"; None where the twins serve.
-        reason: why the twins serve; empty where the kernels do.
-        targets: the custom calls that it has; a library built from older sources may lack some.
+        isa: the instruction set in use: "portable", "avx2" or "avx512"; None if the twins are used.
+        reason: why the twins are used; empty if the kernels are.
+        targets: the custom calls that the library provides; one built from older sources may lack some.
     """
 
     isa: str | None
@@ -33,7 +33,7 @@ class Library(NamedTuple):
 
 @cache
 def library() -> Library:
-    """The library, loaded and registered by the first call of the process."""
+    """The library, which the first call in a process loads and registers."""
     if os.environ.get("LLORCH_JAX_KERNELS", "").lower() == "off":
         return Library(None, "LLORCH_JAX_KERNELS=off")
     path = _path()
@@ -41,12 +41,12 @@ def library() -> Library:
         return Library(None, "the kernels were not built: no C++ compiler was found when the package was installed")
     try:
         return _load(path)
-    except Exception as error:  # an unreadable file, or another version of XLA's interface: the twins still serve
+    except Exception as error:  # an unreadable file, or another version of XLA's interface: the twins still work
         return Library(None, f"{path.name} cannot be loaded: {error}")
 
 
 def available(target: str) -> bool:
-    """Whether programs traced now may call a kernel: it was built, for one CPU device or inside `shard_map`."""
+    """Whether programs traced now may call a kernel: it was built, for a single CPU device or inside `shard_map`."""
     if jax.default_backend() != "cpu" or library().isa is None or target not in library().targets:
         return False
     return jax.device_count() == 1 or bool(jax.sharding.get_abstract_mesh().manual_axes)

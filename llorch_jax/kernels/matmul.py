@@ -1,13 +1,13 @@
-"""Products of a matrix, in floating point or in codes, and a few columns, by a native kernel.
+"""Products of a matrix, stored as floating-point numbers or as codes, and a few columns, by a native kernel.
 
 The kernel reads every weight once for up to MAX_COLUMNS columns, on the threads of XLA's own pool; see docs/kernels.md.
-A column's result has the same bits whatever stands in the other columns and however many threads there are. With codes
-for weights, it rounds each column of x to 16 bits of that column's largest magnitude: the error's norm is at most
-sqrt(in) / 113,000 of the column's, and usually a hundred times smaller. A column with an infinity or a NaN in it gives
-NaN then.
+A column's result has the same bits whatever the other columns contain and however many threads there are. If the
+weights are codes, each column of x is rounded to 16 bits relative to its largest magnitude: the error's norm is at most
+sqrt(in) / 113,000 of the column's, and usually a hundred times smaller. A column that contains an infinity or a NaN
+then gives NaN.
 
-How codes and scales lie in memory is written down in `linear`, where the twins are, too: the products in jnp that serve
-where the kernels do not, and that give derivatives and batches.
+`linear` documents how codes and scales are laid out in memory. It also has the twins: the same products in jnp, which
+are used where the kernels are not, and for derivatives and `vmap`.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from llorch_jax.kernels.library import available
 
 MAX_COLUMNS = 16
 _FLOATS = ("float32", "bfloat16", "float16")
-_STEP = 64  # columns of the weights: the kernel's workspace is padded to a multiple
+_STEP = 64  # the kernel's workspace is padded to a multiple of this many columns of the weights
 
 Product = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # of codes, scales and x
 
@@ -33,7 +33,7 @@ class Form(NamedTuple):
     """How the elements of a matrix are stored.
 
     Attributes:
-        bits: per element: 32 or 16 for floating point, 8 or 4 for codes.
+        bits: bits per element: 32 or 16 for floating point, 8 or 4 for codes.
         group_size: columns per scale; None for one scale per row, or none at all.
     """
 
@@ -42,10 +42,10 @@ class Form(NamedTuple):
 
 
 def serves(form: Form, weight: jax.Array, x: jax.Array) -> bool:
-    """Whether `matmul` takes this product: a few columns, on one CPU device, or on each inside `shard_map`.
+    """Whether `matmul` supports this product: a few columns, on a single CPU device or inside `shard_map`.
 
     Args:
-        form: of the matrix.
+        form: how the matrix is stored.
         weight: the elements or codes, [out, ...].
         x: [in, M].
     """
@@ -65,11 +65,11 @@ def matmul(form: Form, weight: jax.Array, scales: jax.Array, x: jax.Array, twin:
     """The product of a matrix and a few columns.
 
     Args:
-        form: of the matrix; `serves` says which there are kernels for.
+        form: how the matrix is stored; `serves` tells whether there is a kernel for it.
         weight: float32, bfloat16 or float16 [out, in]; int8 [out, width]; or uint8 [out, width / 2].
-        scales: float32 [out, 1], or float16 [out, groups]; float16 [0, 0] where the matrix has none.
+        scales: float32 [out, 1], or float16 [out, groups]; float16 [0, 0] if the matrix has none.
         x: float32 [in, M], in <= width.
-        twin: the same product in jnp, hashable; derivatives and `vmap` go through it.
+        twin: the same product in jnp, hashable; used for derivatives and `vmap`.
 
     Returns:
         float32 [out, M].
@@ -84,14 +84,14 @@ def _product(form: Form, twin: Product, weight: jax.Array, scales: jax.Array, x:
 
 @_product.defjvp
 def _product_jvp(form: Form, twin: Product, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    """The kernel's value, and the twin's derivative."""
+    """The kernel's value and the twin's derivative."""
     _, tangent = jax.jvp(twin, primals, tangents)
     return _product(form, twin, *primals), tangent
 
 
 @cache
 def _batchable(form: Form, twin: Product) -> Any:
-    """The kernel as a function that `vmap` replaces by the twin."""
+    """The kernel as a function that `vmap` replaces with the twin."""
     product = jax.custom_batching.custom_vmap(jax.jit(partial(_matmul_p.bind, form=form, twin=twin)))
 
     @product.def_vmap
@@ -111,7 +111,7 @@ def _shape(weight: Any, scales: Any, x: Any, *, form: Form, twin: Product) -> An
 
 
 def _lower(ctx: Any, *operands: Any, form: Form, twin: Product) -> Any:
-    """The kernel, or in a program that is exported, and may run where there is no kernel, its twin."""
+    """Lowers to the kernel or, in an exported program, which may run where there is no kernel, to its twin."""
     exported = ctx.module_context.lowering_parameters.for_export
     function = twin if exported else partial(_call, form)
     return mlir.lower_fun(function, multiple_results=False)(ctx, *operands)

@@ -1,4 +1,4 @@
-// Checks of what XLA hands over: buffers whose shapes Python chose. A wrong call is an error that names the argument.
+// Checks of the buffers that XLA passes in, whose shapes Python has chosen. An error names the argument.
 #pragma once
 
 #include <sstream>
@@ -20,7 +20,7 @@ inline std::string shape_of(const ffi::AnyBuffer& buffer) {
   return shape.str();
 }
 
-// Of one custom call, by its name.
+// Argument checks for one custom call, named in its errors.
 class Arguments {
  public:
   explicit Arguments(const char* call) : call_(call) {}
@@ -45,7 +45,7 @@ class Arguments {
   const char* call_;
 };
 
-// Runs blocks 0 .. count - 1 on the calling thread and on XLA's pool, after `first` on the calling thread.
+// Runs `first` on the calling thread, then blocks 0 .. count - 1 on the calling thread and on XLA's pool.
 template <typename First>
 void run_on(ffi::ThreadPool& pool, size_t count, size_t most_threads, const void* context, Loop::Block block, First first) {
   const int64_t pool_threads = pool.num_threads();

@@ -5,10 +5,10 @@
 namespace llorch {
 namespace {
 
-constexpr size_t kBytesPerThread = 96 * 1024;  // of keys and values; fewer are read before another thread has begun
+constexpr size_t kBytesPerThread = 96 * 1024;  // of keys and values; fewer are read before another thread has started
 const Arguments kCall("llorch_attention");
 
-// Stored keys or values, and where they are: [B, K, S, ...] or [pages, K, page_size, ...].
+// The leading axes of stored keys or values: [B, K, S, ...] or [pages, K, page_size, ...].
 struct Leading {
   size_t outer;
   size_t heads;
@@ -99,7 +99,7 @@ ffi::Error read_positions(const ffi::AnyBuffer& positions, Attention& a) {
   return ffi::Error::Success();
 }
 
-// Where vectors are: in pages if there are tables [B, N], else in slots.
+// Determines where vectors are stored: in pages if there are tables [B, N], otherwise in slots.
 ffi::Error read_place(const ffi::AnyBuffer& keys, const ffi::AnyBuffer& tables, size_t batch, Attention& a, Leading& leading) {
   const auto shape = keys.dimensions();
   if (shape.size() != 4) return kCall.wrong("keys", "[B, K, S, H] or [pages, K, page_size, H]", shape_of(keys));

@@ -1,9 +1,10 @@
 // Softmax attention of a few queries over the slots of a cache, for one instruction set. Include simd.h's macros first.
 //
-// A task is one row, one key/value head and one chunk of slots: the queries of all heads that share the key/value head
-// go over the slots once, in blocks, with an online softmax (Milakov & Gimelshein 2018; Dao 2023). Blocks and chunks lie
-// at fixed slots, and a block whose slots are all masked is skipped and changes nothing. So a query's result has the
-// same bits whatever the other rows and queries are, however many empty slots follow, and on any number of threads.
+// A task is one row, one key/value head and one chunk of slots. All queries that share the key/value head are processed
+// in a single pass over the slots, in blocks, with an online softmax (Milakov & Gimelshein 2018; Dao 2023). Blocks and
+// chunks have fixed boundaries, and a block whose slots are all masked is skipped and changes nothing. So a query's
+// result has the same bits whatever the other rows and queries are, however many empty slots follow, and on any number
+// of threads.
 #pragma once
 
 #include "kernels.h"
@@ -24,7 +25,7 @@ LLORCH_INLINE Vector load_some(const void* from, size_t bytes) {
   return load<Vector>(whole);
 }
 
-// Vector `index` of the padded elements of a row of head_dim stored ones, before scales.
+// Each `get` returns vector `index` of the padded elements of a row of head_dim stored elements, before scaling.
 struct StoredFloat32 {
   static constexpr bool kFloats = true;
   static constexpr bool kNibbles = false;
@@ -91,7 +92,7 @@ LLORCH_INLINE Floats get_exact(const float* row, size_t index, size_t head_dim) 
 
 // ---- One block of slots ---------------------------------------------------------------------------------------------
 
-// The queries of a task, in the padded order, and what they have gathered so far.
+// The queries of a task, in the padded order, and their sums so far.
 struct Running {
   alignas(64) float q[kMaxScratch];
   alignas(64) float sums[kMaxScratch];
@@ -100,7 +101,7 @@ struct Running {
   float total[kMaxQueries];
 };
 
-// What a block holds: where its vectors are, and which queries see which slot.
+// A block of slots: where its vectors are, and which slots a query sees.
 struct Block {
   const char* keys[kSlots];
   const char* values[kSlots];
@@ -116,7 +117,7 @@ struct Block {
   alignas(64) float scores[kSlots];
 };
 
-// Whether any slot is seen by a query at `position`, and which are.
+// Marks the slots that a query at `position` sees; returns whether there are any.
 LLORCH_INLINE bool see(const Attention& a, int32_t position, Block& block) {
   Ints any{};
   for (size_t i = 0; i < kSlots; i += kLanes) {
@@ -140,7 +141,7 @@ LLORCH_INLINE size_t row_of(const Attention& a, size_t row, size_t head, size_t 
   return (page * a.kv_heads + head) * a.page_size + slot % a.page_size;
 }
 
-// The positions with which an exact ring is marked lie between two; most slots are outside.
+// The range of the positions with which an exact ring is marked; most slots are outside it.
 struct Marks {
   int32_t least = 0x7fffffff;
   int32_t most = -1;
@@ -190,7 +191,7 @@ LLORCH_INLINE void find_rows(const Attention& a, size_t row, size_t head, size_t
   for (size_t i = 0; i < kSlots; ++i) find_exact(a, row, head, marks, i, block);
 }
 
-// The slots that a query sees, apart by where their vectors are.
+// Lists the slots that a query sees, stored and exact vectors separately.
 LLORCH_INLINE void list_seen(const Attention& a, Block& block) {
   block.stored_count = 0;
   block.exact_count = 0;
@@ -204,7 +205,7 @@ LLORCH_INLINE void list_seen(const Attention& a, Block& block) {
   }
 }
 
-// Dot products of a query and kLanes stored vectors from slot `first` on.
+// Dot products of a query and kLanes stored vectors, starting at slot `first`.
 template <typename Stored>
 LLORCH_INLINE Floats dots(const Attention& a, const float* q, size_t width, const Block& block, size_t first) {
   Floats products[kLanes] = {};
@@ -249,7 +250,7 @@ LLORCH_INLINE void score(const Attention& a, const Running& running, size_t quer
   }
 }
 
-// Scores become weights relative to the largest score so far; what was gathered before is rescaled to that.
+// Turns scores into weights relative to the largest score so far, and rescales earlier sums accordingly.
 LLORCH_INLINE void weigh(Running& running, size_t query, size_t width, Block& block) {
   Floats most = broadcast(kMasked);
   for (size_t i = 0; i < kSlots; i += kLanes) {
@@ -273,7 +274,7 @@ LLORCH_INLINE void weigh(Running& running, size_t query, size_t width, Block& bl
   for (size_t v = 0; v < width; v += kLanes) store(gathered + v, load<Floats>(gathered + v) * by);
 }
 
-// Adds the values of the slots that a query sees, by their weights, to kVectors vectors of what it has gathered.
+// Adds the weighted values of the slots that a query sees to kVectors vectors of its sums.
 template <typename Stored, int kVectors>
 LLORCH_INLINE void gather_vectors(const Attention& a, float* gathered, size_t first, const float* exact_weights, float zeros,
                                   const Block& block) {
@@ -388,7 +389,7 @@ static void attend(const Attention& a, size_t task) {
   }
 }
 
-// The result of one query from what `count` chunks left, `stride` floats apart.
+// Combines the results of `count` chunks for one query, which are `stride` floats apart.
 template <bool kNibbles>
 LLORCH_INLINE void merge_query(const Attention& a, const float* partial, size_t count, size_t stride, float* out) {
   float most = kMasked;
@@ -397,7 +398,7 @@ LLORCH_INLINE void merge_query(const Attention& a, const float* partial, size_t 
   for (size_t element = 0; element < a.head_dim; ++element) out[element] = 0;
   for (size_t chunk = 0; chunk < count; ++chunk) {
     const float* from = partial + chunk * stride;
-    if (from[1] == 0) continue;  // nothing was seen there
+    if (from[1] == 0) continue;  // the query sees nothing in this chunk
     const float by = exponential(broadcast(from[0] - most))[0];
     total += from[1] * by;
     for (size_t element = 0; element < a.head_dim; ++element) {

@@ -1,4 +1,4 @@
-// A loop over numbered blocks of work, shared between the calling thread and helpers on somebody else's thread pool.
+// A loop over numbered blocks of work, shared between the calling thread and helpers on another owner's thread pool.
 #pragma once
 
 #include <atomic>
@@ -10,8 +10,8 @@
 
 namespace llorch {
 
-// Numbers too small for float32's normal range count as zero while this is alive, as in XLA's own threads: the result
-// of a block does not depend on whose thread computes it.
+// While this is alive, subnormal numbers count as zero, as they do in XLA's own threads: the result of a block must not
+// depend on which thread computes it.
 class FlushDenormals {
  public:
 #if defined(__SSE2__)
@@ -23,15 +23,15 @@ class FlushDenormals {
 #endif
 };
 
-// One loop. Whoever has a free hand takes the next block. A helper that the pool starts late, even after the loop has
-// ended, finds no block left; it still holds a reference, so that the loop outlives it. Nobody waits for a helper
-// that has not begun, so a pool whose threads are all busy, or all in loops of their own, cannot come to a standstill.
+// One loop. Whichever thread is free takes the next block. A helper that the pool starts late, even after the loop has
+// ended, finds no block left; it still holds a reference, so that the loop outlives it. Nothing waits for a helper that
+// has not started, so a pool whose threads are all busy, or all running loops of their own, cannot deadlock.
 class Loop {
  public:
   using Block = void (*)(const void* context, size_t block);
 
   // Runs `first` on this thread, then block(context, i) for i = 0 .. count - 1. `schedule(loop)` starts a helper, which
-  // has to call `loop->help()` once, on any thread, at any time.
+  // must call `loop->help()` once, on any thread, at any time.
   template <typename Schedule, typename First>
   static void run(size_t count, size_t helpers, const void* context, Block block, First first, Schedule schedule) {
     Loop* loop = take();
@@ -56,7 +56,7 @@ class Loop {
   }
 
  private:
-  // Every thread keeps the loop that it last ran, and runs the next one in it unless a late helper still holds it.
+  // Every thread keeps its last loop, and reuses it for the next one unless a late helper still holds it.
   struct Kept {
     Loop* loop = nullptr;
     ~Kept() {
@@ -93,8 +93,9 @@ class Loop {
     }
   }
 
-  // The last blocks of the helpers take some microseconds; sleeping at once would take longer to end. Where other
-  // processes want the processor, a helper may have lost it in the middle of its block: only sleeping leads on then.
+  // The helpers' last blocks take a few microseconds, less than going to sleep at once and waking up would take. But if
+  // other processes compete for the processor, a helper may have been preempted in the middle of its block, and only
+  // sleeping lets it continue.
   void wait() {
     for (int turn = 0; turn < kTurns && done_.load(std::memory_order_acquire) < count_; ++turn) rest();
     for (size_t done = done_.load(std::memory_order_acquire); done < count_;) {

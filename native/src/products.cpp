@@ -6,10 +6,10 @@ namespace llorch {
 namespace {
 
 constexpr size_t kBlockBytes = 192 * 1024;  // of weights per block of rows, roughly
-constexpr size_t kMaxGroup = 1024;         // sums of more products could overflow 32 bits
+constexpr size_t kMaxGroup = 1024;         // longer sums of products could overflow 32 bits
 const Arguments kCall("llorch_matmul");
 
-// The format of the weights and their width, checked against the number of bits (32, 16 or 0 for floating point).
+// Reads the format and the width of the weights, whose type must match the number of bits.
 ffi::Error read_weights(const ffi::AnyBuffer& weights, int64_t bits, Product& product) {
   if (weights.dimensions().size() != 2) return kCall.wrong("weights", "[out, width]", shape_of(weights));
   product.weights = weights.untyped_data();
@@ -82,7 +82,7 @@ struct Rows {
   size_t per_block;
 };
 
-// Equal blocks, as many for each thread as for every other. No result depends on how rows are grouped.
+// Rows per block, for blocks of equal size whose number is a multiple of the threads. No result depends on the grouping.
 size_t rows_per_block(size_t rows, size_t bytes, size_t threads) {
   const size_t per_thread = (bytes + threads * kBlockBytes - 1) / (threads * kBlockBytes);
   const size_t blocks = threads * per_thread;

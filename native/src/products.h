@@ -1,8 +1,8 @@
 // Products of a weight matrix and a few columns, for one instruction set. Include simd.h's macros first.
 //
-// A row of the weights is taken once from memory, however many columns there are. For every element of the result one
-// vector of sums runs along the row; its lanes are added at the end. Nothing in that depends on the number of columns,
-// on the other columns or on the thread, so that a column's result has the same bits wherever it stands.
+// A row of the weights is read from memory once, however many columns there are. Each element of the result is one
+// vector of sums along the row, whose lanes are added at the end. None of this depends on the number of columns, on the
+// other columns or on the thread, so that a column's result has the same bits wherever the column is.
 #pragma once
 
 #include "kernels.h"
@@ -10,14 +10,14 @@
 
 namespace llorch::LLORCH_ISA {
 
-// Rows and columns per tile: as many sums as there are registers for, and enough to hide the latency of adding. Up to
-// kNarrow columns are taken with more rows at once, because they are as fast as memory.
+// Rows and columns per tile: as many sums as fit in the registers, and enough to hide the latency of additions. Up to
+// kNarrow columns are processed with more rows at once, because they keep up with memory.
 constexpr int kTileRows = 4;
 constexpr int kTileColumns = LLORCH_BYTES == 64 ? 4 : 2;
 constexpr int kNarrowRows = 8;
 constexpr int kNarrow = LLORCH_BYTES == 64 ? 2 : 1;
 
-// ---- The columns: transposed, and for codes quantized to 16 bits ----------------------------------------------------
+// ---- The columns: transposed, and quantized to 16 bits if the weights are codes -------------------------------------
 
 template <int kColumns>
 void transpose(const Product& product) {
@@ -38,8 +38,8 @@ void transpose(const Product& product) {
   }
 }
 
-// Where the code of element k of a row stands among those of its column, in the order in which 4-bit codes unpack:
-// for each `kShorts` bytes of the row, first the elements of all low nibbles, then those of all high nibbles.
+// The place of element k among a column's codes, in the order in which 4-bit codes unpack: for each `kShorts` bytes of
+// the row, first the elements of all low nibbles, then those of all high nibbles.
 LLORCH_INLINE size_t place_of_nibble(size_t k, size_t group) {
   const size_t half = group / 2;
   const size_t within = k % group;
@@ -48,7 +48,7 @@ LLORCH_INLINE size_t place_of_nibble(size_t k, size_t group) {
   return byte / kShorts * 2 * kShorts + high * kShorts + byte % kShorts;
 }
 
-// The largest magnitude of each column, as bits: larger than infinity's where there is a NaN.
+// The largest magnitude of each column, as bits; larger than infinity's if the column contains a NaN.
 template <int kColumns>
 LLORCH_INLINE void find_largest(const Product& product, uint32_t (&largest)[kColumns]) {
   for (size_t column = 0; column < kColumns; ++column) largest[column] = 0;
@@ -62,11 +62,11 @@ LLORCH_INLINE void find_largest(const Product& product, uint32_t (&largest)[kCol
   }
 }
 
-// 16-bit codes of each column, with one scale: the error of an element is at most 1/65534 of the largest magnitude.
+// Rounds each column to 16-bit codes with one scale: an element's error is at most 1/65534 of the largest magnitude.
 template <int kColumns>
 void quantize(const Product& product) {
   constexpr uint32_t kInfinity = 0x7f800000;
-  constexpr float kSmallest = 1e-30f;       // columns below it count as zero
+  constexpr float kSmallest = 1e-30f;       // a column whose magnitudes are all below this counts as zero
   constexpr float kRounder = 12582912.0f;   // 1.5 * 2^23: adding it rounds to an integer in the low bits
   constexpr int32_t kRounderBits = 0x4b400000;
   uint32_t largest[kColumns];
@@ -83,7 +83,7 @@ void quantize(const Product& product) {
   const size_t stride = padded(product.width);
   for (size_t i = 0; i < kColumns * stride; ++i) product.codes[i] = 0;
   const bool nibbles = product.format == Format::kInt4;
-  // Sixteen consecutive elements stand together in either order, because groups are multiples of 32.
+  // Sixteen consecutive elements stay together in either order, because groups are multiples of 32.
   constexpr size_t kBlock = LLORCH_BYTES == 16 ? 8 : 16;
   for (size_t k = 0; k < product.depth; k += kBlock) {
     const size_t count = product.depth - k < kBlock ? product.depth - k : kBlock;
@@ -143,8 +143,8 @@ struct Tile {
   size_t column;
 };
 
-// Asks for a share of the rows of the next tile while this one is summed for a group of columns. With more than one
-// group, the weights are in the cache from the second on, and memory would rest.
+// Prefetches a share of the next tile's rows while this tile is summed for a group of columns. If there are several
+// groups, the weights are in the cache from the second one on, and memory would be idle.
 class Ahead {
  public:
   Ahead(const char* from, size_t distance, size_t rows, size_t step_bytes)
@@ -199,8 +199,8 @@ struct FloatTiles {
   }
 };
 
-// 8-bit codes with one scale per row. Sums are taken to float32 before they can overflow 32 bits: a step adds at most
-// 2 * 128 * 32767 to a lane.
+// 8-bit codes with one scale per row. Sums are converted to float32 before they can overflow 32 bits: a step adds at
+// most 2 * 128 * 32767 to a lane.
 template <int kRows, int kColumns>
 LLORCH_INLINE void int8_row_tile(const Product& product, const Tile& at, Ahead& ahead) {
   constexpr size_t kBlock = 128 * kShorts;
@@ -258,7 +258,7 @@ LLORCH_INLINE void read_scales(const uint16_t* from, size_t count, float (&to)[k
   for (size_t i = 0; i < kScales; i += kLanes) store(to + i, from_float16(load<HalfWords>(bits + i)));
 }
 
-// Codes with one scale per group: of 32 columns, or of a multiple of 64. Groups::kSpan of them, 1 or 2, are summed together.
+// Codes with one scale per group of 32 columns, or of a multiple of 64. Groups::kSpan groups, 1 or 2, are summed together.
 template <typename Groups, int kRows, int kColumns>
 LLORCH_INLINE void group_tile(const Product& product, const Tile& at, Ahead& ahead) {
   const size_t groups = product.width / product.group;
@@ -312,7 +312,7 @@ struct Int8Groups {
   }
 };
 
-// 4-bit codes; a group of 32 fills half a vector of 64 bytes, so that two groups share one there.
+// 4-bit codes; a group of 32 fills half of a 64-byte vector, so that there two groups share one.
 template <bool kPairs>
 struct Int4Groups {
   static constexpr size_t kSpan = kPairs ? 2 : 1;
@@ -353,7 +353,7 @@ struct Int4Groups {
     }
   }
 
-  // `count` bytes as 16-bit integers; where they are fewer than a vector, the rest meets columns that are zero.
+  // `count` bytes as 16-bit integers. If they do not fill a vector, the rest is multiplied by columns that are zero.
   static LLORCH_INLINE Shorts bytes_of(const char* from, size_t count) {
     if (count >= kShorts) return widen(load<HalfUnsignedBytes>(from));
     uint8_t rest[kShorts] = {};
@@ -374,7 +374,7 @@ struct GroupTiles {
 
 // ---- Rows -----------------------------------------------------------------------------------------------------------
 
-// All columns of one tile of rows.
+// Multiplies one tile of rows with all columns.
 template <typename Tiles, int kRows, int kColumns>
 LLORCH_INLINE void tile_columns(const Product& product, size_t row, size_t distance, bool more) {
   const size_t row_bytes = Tiles::row_bytes(product);
@@ -400,8 +400,8 @@ LLORCH_INLINE void tile_columns(const Product& product, size_t row, size_t dista
   }
 }
 
-// The rows of a tile stand far from each other, and the next tile has the rows that follow on them: so memory is read
-// in several long streams at once. The processor asks ahead within each, and gets twice as much as from a single one.
+// The rows of a tile are far apart, and the next tile has the row after each of them, so memory is read in several long
+// streams at once. The processor prefetches within each, which is twice as fast as a single stream.
 template <typename Tiles, int kRows, int kColumns>
 void multiply_rows(const Product& product, size_t first, size_t last) {
   const size_t distance = (last - first) / kRows;

@@ -1,6 +1,6 @@
-// Vectors of one instruction set. Every translation unit that includes this header sets LLORCH_ISA (a namespace) and
+// Vectors of one instruction set. Every translation unit that includes this header defines LLORCH_ISA (a namespace) and
 // LLORCH_BYTES (the width of a vector) first. Nothing here or in products.h may call an inline function of the
-// standard library: the linker keeps one copy of such a function, and it could be one with instructions that the
+// standard library: the linker keeps one copy of such a function, which might be one with instructions that the
 // machine does not have.
 #pragma once
 
@@ -16,7 +16,7 @@
 #endif
 
 #define LLORCH_INLINE inline __attribute__((always_inline))
-// An array of sums stays in registers only where the loops over it are unrolled before the compiler decides about that.
+// An array of sums stays in registers only if the loops over it are unrolled before the compiler allocates registers.
 #define LLORCH_UNROLL _Pragma("GCC unroll 16")
 
 namespace llorch::LLORCH_ISA {
@@ -46,7 +46,7 @@ LLORCH_INLINE void store(void* to, Vector vector) {
   __builtin_memcpy(to, &vector, sizeof(vector));
 }
 
-// A copy without a call: one would push all sums out of their registers, even where it is not reached.
+// A copy without a function call, which would force all sums out of registers even if it is never reached.
 template <typename Element>
 LLORCH_INLINE void copy(Element* to, const Element* from, size_t count) {
   for (size_t i = 0; i < count; ++i) to[i] = from[i];
@@ -54,7 +54,7 @@ LLORCH_INLINE void copy(Element* to, const Element* from, size_t count) {
 
 LLORCH_INLINE Floats broadcast(float value) { return value - Floats{}; }
 
-// a * b + c, rounded once where the instruction set has it.
+// a * b + c, rounded only once if the instruction set has a fused operation.
 LLORCH_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
 #if LLORCH_BYTES == 64
   return _mm512_fmadd_ps(a, b, c);
@@ -125,7 +125,7 @@ LLORCH_INLINE Floats to_floats(QuarterBytes values) {
 }
 
 LLORCH_INLINE Floats to_floats(QuarterUnsignedBytes values) {
-  return to_floats((QuarterBytes)values);  // no byte that comes here is above 127
+  return to_floats((QuarterBytes)values);  // these bytes never exceed 127
 }
 
 LLORCH_INLINE Floats from_bfloat16(HalfWords bits) { return (Floats)(widen(bits) << 16); }
@@ -136,7 +136,7 @@ LLORCH_INLINE Floats from_float16(HalfWords bits) {
 #elif LLORCH_BYTES == 32
   return _mm256_cvtph_ps((__m128i)bits);
 #else
-  // Exponents are biased by 127 instead of 15. Subnormal numbers are multiples of 2^-24, made from integers because
+  // Exponents are biased by 127 instead of 15. Subnormal numbers are multiples of 2^-24, computed from integers because
   // float32 products may flush subnormals to zero; infinities and NaNs keep the largest exponent.
   const Words word = widen(bits);
   const Words magnitude = word & 0x7fff;
@@ -149,8 +149,8 @@ LLORCH_INLINE Floats from_float16(HalfWords bits) {
 #endif
 }
 
-// The sum of all lanes, always added in the same order: halves onto each other. It works on registers only: an array
-// in memory, even a short-lived one, would keep the sums that come here in memory all along.
+// The sum of all lanes, always added in the same order: one half to the other, repeatedly. It uses registers only: an
+// array in memory, even a short-lived one, would keep the arguments in memory all the time.
 typedef float Quarter __attribute__((vector_size(16)));
 
 LLORCH_INLINE float sum_quarter(Quarter values) { return (values[0] + values[2]) + (values[1] + values[3]); }
@@ -176,13 +176,13 @@ struct UpTo<0, kIndices...> {
   typedef Sequence<kIndices...> type;
 };
 
-// Where in (a, b) the first halves of consecutive groups of 2 * kWidth lanes are.
+// The lanes of (a, b) that form the first halves of consecutive groups of 2 * kWidth lanes.
 template <int kWidth>
 constexpr int first_half(int lane) {
   return lane / kWidth * 2 * kWidth + lane % kWidth;
 }
 
-// The groups of 2 * kWidth lanes of a and of b, one after another, each with its second half added to its first.
+// For each group of 2 * kWidth lanes of a, then of b, the sum of its two halves.
 template <int kWidth, int... kIndices>
 LLORCH_INLINE Floats fold(Floats a, Floats b, Sequence<kIndices...>) {
 #if defined(__clang__)
@@ -215,8 +215,8 @@ LLORCH_INLINE float largest(Floats values) {
   return most;
 }
 
-// e to the power of x, for x up to 0: 2^k times a polynomial of what is left (Cephes, expf), to about 1e-7 of the
-// result; below float32's normal range 0. NaN stays NaN.
+// e to the power of x, for x up to 0: 2^k times a polynomial of the remainder (Cephes, expf), with a relative error of
+// about 1e-7; 0 where the result is below float32's normal range. NaN stays NaN.
 LLORCH_INLINE Floats exponential(Floats x) {
   constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   constexpr int32_t kRounderBits = 0x4b400000;

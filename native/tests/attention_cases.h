@@ -9,7 +9,7 @@
 
 inline float random_float() { return std::uniform_real_distribution<float>(-1, 1)(random_bits); }
 
-// Vectors [outer, heads, inner, head_dim] as a codec stores them, and what they stand for.
+// Vectors [outer, heads, inner, head_dim] as a codec stores them, and their values.
 struct StoredVectors {
   StoredVectors(llorch::Format format, size_t count, size_t head_dim)
       : bytes(count * row_bytes(format, head_dim)), scales(count), zeros(count), exact(count * head_dim) {
@@ -66,7 +66,7 @@ struct StoredVectors {
   }
 };
 
-// One call of random shape; whether the kernels agree with the definition.
+// Makes one call with random shapes, and returns whether the result agrees with the definition.
 inline bool attention_agrees(const llorch::Kernels& kernels) {
   constexpr llorch::Format formats[] = {llorch::Format::kFloat32, llorch::Format::kBFloat16, llorch::Format::kFloat16,
                                         llorch::Format::kInt8, llorch::Format::kInt4};
@@ -87,7 +87,7 @@ inline bool attention_agrees(const llorch::Kernels& kernels) {
   a.keys = keys.vectors();
   a.values = values.vectors();
   Array<int32_t> tables(a.batch * a.table_width), positions(a.batch * a.slots), query_positions(a.batch * a.queries);
-  for (size_t i = 0; i < tables.size; ++i) tables.data[i] = between(-1, static_cast<int>(a.pages));  // also wrong ones
+  for (size_t i = 0; i < tables.size; ++i) tables.data[i] = between(-1, static_cast<int>(a.pages));  // also invalid ones
   for (size_t i = 0; i < positions.size; ++i) positions.data[i] = between(-3, 400);
   for (size_t i = 0; i < query_positions.size; ++i) query_positions.data[i] = between(0, 400);
   a.tables = paged ? tables.data : nullptr;

@@ -11,7 +11,7 @@ inline std::mt19937 random_bits(1);
 
 inline int between(int least, int most) { return std::uniform_int_distribution<int>(least, most)(random_bits); }
 
-// Memory that ends where the sanitizer watches, and that starts at an odd multiple of the elements' size.
+// Memory that ends where the sanitizer's red zone begins, and starts at an odd multiple of the elements' size.
 template <typename Element>
 struct Array {
   explicit Array(size_t count) : memory(new Element[count + 1]), data(memory.get() + 1), size(count) {

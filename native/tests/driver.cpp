@@ -1,5 +1,5 @@
-// Runs the kernels on buffers of exactly the size that they may touch, at odd addresses, and compares the results with
-// sums in double precision. Built with AddressSanitizer and UndefinedBehaviorSanitizer by tests/kernels/test_library.py.
+// Runs the kernels on buffers of exactly the size that they may access, at odd addresses, and compares the results with
+// sums in double precision. tests/kernels/test_library.py builds it with AddressSanitizer and UndefinedBehaviorSanitizer.
 #include <atomic>
 #include <cmath>
 #include <cstdio>
@@ -28,7 +28,7 @@ struct Case {
   std::vector<uint8_t> weights;
   std::vector<float> row_scales, x;
   std::vector<uint16_t> group_scales;
-  std::vector<double> values;  // what the weights stand for
+  std::vector<double> values;  // the values of the weights
 };
 
 size_t bytes_per_row(const Case& c) {
@@ -124,7 +124,7 @@ bool agrees(const Case& c, const float* y) {
 }
 
 bool run(const Kernels& kernels, const Case& c) {
-  Array<uint8_t> weights(c.weights.size() + 3);  // aligned to an element's four bytes, and no more
+  Array<uint8_t> weights(c.weights.size() + 3);  // aligned to an element's four bytes and no further
   std::memcpy(weights.data + 3, c.weights.data(), c.weights.size());
   Array<float> x(c.x.size()), y(c.rows * c.columns), row_scales(c.row_scales.size());
   std::memcpy(x.data, c.x.data(), x.size * sizeof(float));
@@ -153,7 +153,7 @@ bool run(const Kernels& kernels, const Case& c) {
   return agrees(c, y.data);
 }
 
-// Every block of many loops is run once, whether helpers come early, late or never begin before the end.
+// Checks that many loops run every block once, whether helpers start early, late or only after the end.
 bool loops_end() {
   std::vector<std::thread> late;
   for (int turn = 0; turn < 200; ++turn) {
