@@ -1,1 +1,1 @@
-"""Many requests on one model: tokens in, tokens out, in slots over one paged cache."""
+"""Many requests on one model: tokens in, tokens out, in slots that share one paged cache."""

@@ -1,8 +1,8 @@
-"""The engine's loop, one iteration at a time: plan, dispatch, and read what the iteration before computed.
+"""The engine's loop, one iteration at a time: plan, dispatch, and read the results of the previous iteration.
 
 Results are read one iteration late, so that the device has the next step in its queue while the host looks at the last.
-A slot whose text has ended meanwhile computes nothing: the device knows the ids that end it and the tokens left. All of
-it belongs to one thread.
+A slot whose text has ended in the meantime computes nothing: the device knows which ids end it and how many tokens are
+left. All of this runs in one thread.
 """
 
 import math
@@ -27,7 +27,7 @@ from llorch_jax.engine.statistics import Statistics
 from llorch_jax.errors import CapacityError, EngineError, LlorchError
 from llorch_jax.params import Params
 
-_LATE = 1  # iterations by which results are read late
+_LATE = 1  # number of iterations by which reading lags behind dispatching
 
 
 class Core:
@@ -39,7 +39,7 @@ class Core:
         Args:
             params: the model's parameters.
             config: the model's hyperparameters.
-            plot: sizes.
+            plot: the engine's fixed sizes.
             known: bits of the ids that may be drawn, see `Settings`; None for all.
         """
         self._params = params
@@ -55,7 +55,7 @@ class Core:
         self._set_up()
 
     def _set_up(self) -> None:
-        """An empty pool, and slots without requests."""
+        """Makes an empty pool, and slots without requests."""
         self._device = Device(self._params, self._config, self._plot, self._known)
         self.pages = PagePool(self._plot.num_pages, self._limits.page_size)
         self._free_slots = list(range(self._limits.slots - 1, -1, -1))
@@ -72,7 +72,7 @@ class Core:
 
     @property
     def waiting(self) -> int:
-        """Number of waiting requests; may be asked from any thread."""
+        """Number of waiting requests; can be read from any thread."""
         return len(self._waiting)
 
     @property
@@ -109,7 +109,7 @@ class Core:
         return sequence
 
     def cancel(self, sequence: Sequence, error: BaseException | None = None) -> None:
-        """Gives a request up, and frees what it holds; `error` is reported to it."""
+        """Ends a request early and frees what it holds; `error` is reported to it."""
         if sequence.over:
             return
         sequence.over = True
@@ -124,10 +124,10 @@ class Core:
             self.cancel(sequence, EngineError("request: it was cancelled"))
 
     def step(self) -> None:
-        """One iteration."""
+        """Runs one iteration."""
         self._expire()
         plan = self._plan()
-        if plan.preempt and self._in_flight:  # what has ended since may have pages enough
+        if plan.preempt and self._in_flight:  # requests that have ended since then may free enough pages
             self._read_all()
             plan = self._plan()
         involved: list[Sequence] = []
@@ -146,13 +146,13 @@ class Core:
         return save_prefixes(path, self._device.cache, self.pages, fingerprint(self._params, self._config))
 
     def load_prefixes(self, path: Path) -> int:
-        """Adds the pages of a file to the prefix cache, as many as are free, and returns their number."""
+        """Adds the pages of a file to the prefix cache, as many as there are free pages, and returns their number."""
         print_of = fingerprint(self._params, self._config)
         self._device.cache, count = load_prefixes(path, self._device.cache, self.pages, print_of)
         return count
 
     def fail_all(self, error: BaseException) -> None:
-        """Gives all requests up."""
+        """Ends all requests early, with an error."""
         self._in_flight.clear()
         for sequence in [*self._running.values(), *self._waiting.values()]:
             self.cancel(sequence, error)
@@ -167,7 +167,7 @@ class Core:
             deadline = sequence.request.deadline
             if deadline is not None and now >= deadline:
                 self.statistics.expired += 1
-                self.cancel(sequence, EngineError("deadline: expected an answer before it, got none in time"))
+                self.cancel(sequence, EngineError("deadline: expected an answer before the deadline, got none"))
 
     def _plan(self) -> Plan:
         waiting = []
@@ -209,7 +209,7 @@ class Core:
         self.statistics.cached_tokens += sequence.cached
 
     def _drop(self, sequence: Sequence) -> None:
-        """Frees what a request that is over holds."""
+        """Frees what a finished request holds."""
         if self._waiting.pop(sequence.rank, None) is None and sequence.rank in self._running:
             self._release(sequence)
 
@@ -219,7 +219,7 @@ class Core:
         self._free_slots.append(sequence.place)
 
     def _grow(self, sequence: Sequence, count: int) -> None:
-        """Pages for `count` more tokens; those that a window has left behind are freed."""
+        """Allocates pages for `count` more tokens, and frees those that have left the window."""
         window = self._config.sliding_window
         if window is not None:
             passed = max(sequence.computed - window + 1, 0) // self._limits.page_size
@@ -230,7 +230,7 @@ class Core:
         sequence.pages += self.pages.allocate(max(needed, 0))
 
     def _prefill(self, sequence: Sequence, count: int) -> None:
-        """Dispatches a chunk, and after the last one the first token."""
+        """Dispatches a chunk and, after the last chunk, the first token."""
         self._grow(sequence, count)
         logits = self._device.prefill(sequence, count)
         sequence.computed += count
@@ -263,11 +263,11 @@ class Core:
             self._read()
 
     def _read(self) -> None:
-        """Waits for the oldest results, and gives them to their requests."""
+        """Waits for the oldest results and passes them on to their requests."""
         sequences, chosen = self._in_flight.popleft()
         try:
             token, logprob, top = jax.tree.map(np.asarray, chosen)
-        except Exception as error:  # of a program that has been dispatched without one
+        except Exception as error:  # a program failed after it had been dispatched
             self._recover(sequences, error)
             return
         now = time.perf_counter()
@@ -284,7 +284,7 @@ class Core:
             self._take(sequence, tokens[row], logprobs[row], top, row, now)
 
     def _take(self, sequence: Sequence, token: int, logprob: float, alternatives: Any, row: int, now: float) -> None:
-        """Gives a new token to its request."""
+        """Passes a new token on to its request."""
         request = sequence.request
         sequence.push(token)
         self._index(sequence)
@@ -297,7 +297,7 @@ class Core:
             top = list(zip(ids, alternatives.logprobs[row, : request.top_logprobs].tolist(), strict=True))
         try:
             goes_on = request.on_token(Token(token, logprob, top, last, ended))
-        except Exception as error:  # of the caller's own code
+        except Exception as error:  # in the caller's own code
             self.cancel(sequence, error)
             return
         if last or not goes_on:
@@ -306,13 +306,13 @@ class Core:
             self._drop(sequence)
 
     def _recover(self, involved: Iterable[Sequence], error: Exception) -> None:
-        """Fails the requests of a step that went wrong; the others are computed again in a new pool.
+        """Fails the requests of a step that raised an exception; the others are computed again in a new pool.
 
-        The pool may have been donated to the program that failed.
+        The old pool may have been donated to the program that failed.
         """
         self.statistics.failures += 1
         self._in_flight.clear()
-        involved = list(involved) or [*self._running.values()]  # something must go, or it would happen again
+        involved = list(involved) or [*self._running.values()]  # some requests must fail, or it would happen again
         failed = EngineError(f"a step of the engine failed: {type(error).__name__}: {error}"[:300])
         for sequence in involved:
             if not sequence.over:

@@ -1,4 +1,4 @@
-"""What the device holds for an engine, and the calls of its programs."""
+"""An engine's state on the device, and the calls of its programs."""
 
 import dataclasses
 from typing import Any
@@ -17,7 +17,7 @@ from llorch_jax.kernels.attention import MAX_TOKENS
 from llorch_jax.kernels.library import available
 from llorch_jax.params import Params
 
-TOP_LOGPROBS = 20  # alternatives that a step records if any of its requests asks for some
+TOP_LOGPROBS = 20  # number of alternatives that a step records if any of its requests asks for some
 _FEWEST_PAGES = 8  # columns of the narrowest table for which a program is compiled
 
 
@@ -26,8 +26,8 @@ class Plot:
     """The fixed sizes of an engine.
 
     Attributes:
-        limits: of a step.
-        num_pages: pages of the pool.
+        limits: the limits of a step.
+        num_pages: number of pages in the pool.
         codec: how keys and values are stored.
     """
 
@@ -37,7 +37,7 @@ class Plot:
 
 
 class Device:
-    """Pools, slots and settings of one model. What its methods return has been dispatched, not computed."""
+    """Pools, slots and settings of one model. The results of its methods have been dispatched, but not yet computed."""
 
     def __init__(self, params: Params, config: GPT2Config, plot: Plot, known: np.ndarray | None) -> None:
         """Allocates the pool.
@@ -45,7 +45,7 @@ class Device:
         Args:
             params: the model's parameters.
             config: the model's hyperparameters.
-            plot: sizes.
+            plot: the engine's fixed sizes.
             known: bits of the ids that may be drawn, see `Settings`; None for all.
         """
         limits = plot.limits
@@ -104,7 +104,7 @@ class Device:
         self._slots = self._slots.replace(cache=cache)  # type: ignore[attr-defined]
 
     def warm_up(self) -> None:
-        """Compiles every program by running it on no tokens; only while nothing runs."""
+        """Compiles every program by running it on no tokens; call it only while no request runs."""
         most = min(self._limits.idle_chunk, self._config.n_positions)
         for size in sorted({self._chunk_size(count) for count in range(1, most + 1)}):
             blocks = range(-(-size // self._limits.page_size), self._columns + 1)
@@ -138,11 +138,11 @@ class Device:
         return programs.alternatives(chosen.logits, count=min(TOP_LOGPROBS, self._config.vocab_size))
 
     def _chunk_size(self, count: int) -> int:
-        """The number of columns in which `count` tokens are computed; powers of two, so that few are compiled."""
+        """The number of columns used to compute `count` tokens; a power of two, so that few programs are compiled."""
         return min(max(power_of_two(count), SMALLEST), self._config.n_positions)
 
     def _tables(self, sequences: list[Sequence], tokens: int, rows: int) -> np.ndarray:
-        """int32 [rows, N], the pages of some requests that compute `tokens` columns each, filled up with -1."""
+        """int32 [rows, N], the pages of some requests that compute `tokens` columns each, padded with -1."""
         longest = max(len(sequence.pages) for sequence in sequences)
         tables = np.full((rows, self._width(longest, tokens)), -1, np.int32)
         for row, sequence in zip(tables, sequences, strict=False):
@@ -150,9 +150,9 @@ class Device:
         return tables
 
     def _width(self, pages: int, tokens: int) -> int:
-        """Columns of a table for rows of up to `pages` pages.
+        """Number of columns of a table for rows of up to `pages` pages.
 
-        The kernels skip what holds no tokens. Where they do not serve, pages are gathered: no more than twice as many
+        The kernels skip pages without tokens. Where they are not used, pages are gathered: no more than twice as many
         as needed.
         """
         if tokens <= MAX_TOKENS and available("llorch_attention"):

@@ -1,9 +1,9 @@
-"""The host's books on the pages of one pool: who holds them, and which tokens they hold for later requests.
+"""The host's bookkeeping for the pages of one pool: who holds them, and which tokens they keep for later requests.
 
-Full pages are indexed by a hash of their tokens and of all tokens before, as in vLLM's automatic prefix caching (after
-Kwon et al. 2023, section 4.4). A page that is indexed and that no request holds is idle: it keeps its contents for a
-later request with the same beginning until it is needed for something else; the longest unused goes first. Pages are
-also shared with requests that are still running, as full pages are never written again.
+Full pages are indexed by a hash of their tokens and of all tokens before them, as in vLLM's automatic prefix caching
+(after Kwon et al. 2023, section 4.4). An indexed page that no request holds is idle: it keeps its contents for a later
+request with the same beginning until it is needed for something else; the least recently used is reused first. Pages
+are also shared with requests that are still running, as full pages are never written again.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ class PageCounts:
     """How the pages of a pool are used.
 
     Attributes:
-        total: pages of the pool.
+        total: pages in the pool.
         held: pages that running requests hold.
         shared: pages that several requests hold.
         idle: pages that only the prefix cache holds.
@@ -45,9 +45,9 @@ class PagePool:
     def __init__(self, num_pages: int, page_size: int) -> None:
         self.page_size = page_size
         self._holders = np.zeros(num_pages, np.int64)
-        self._free = list(range(num_pages - 1, -1, -1))  # the next one is the last
-        self._idle: OrderedDict[int, None] = OrderedDict()  # the next one to be reused first
-        self._pages: dict[bytes, int] = {}  # by the digest of the tokens up to its end
+        self._free = list(range(num_pages - 1, -1, -1))  # the last one is the next to be allocated
+        self._idle: OrderedDict[int, None] = OrderedDict()  # the first one is the next to be reused
+        self._pages: dict[bytes, int] = {}  # by the digest of all tokens up to the page's end
         self._entries: dict[int, tuple[bytes, bytes]] = {}  # digest and tokens of a page
         self._evicted = 0
 
@@ -78,7 +78,7 @@ class PagePool:
         )
 
     def holders(self) -> list[int]:
-        """The number of requests that hold each page; -1 for one that is idle."""
+        """The number of requests that hold each page; -1 for idle pages."""
         counts = self._holders.copy()
         counts[list(self._idle)] = -1
         return counts.tolist()
@@ -88,9 +88,9 @@ class PagePool:
         return sum(page in self._idle for page in pages)
 
     def match(self, tokens: np.ndarray, salt: bytes = b"") -> list[int]:
-        """The indexed pages, not yet held, that have the beginning of tokens int32 [T].
+        """The indexed pages that contain the beginning of tokens int32 [T]; `hold` must be called to keep them.
 
-        At least the last token is left to compute, as its logits are needed.
+        At least the last token remains to be computed, as its logits are needed.
         """
         pages = []
         for digest, content in digests(tokens[: len(tokens) - 1], self.page_size, salt):
@@ -101,17 +101,17 @@ class PagePool:
         return pages
 
     def hold(self, pages: Iterable[int]) -> None:
-        """One more request holds these indexed or held pages."""
+        """Records that one more request holds these indexed or held pages."""
         for page in pages:
             assert self._holders[page] > 0 or page in self._idle, page
             self._idle.pop(page, None)
             self._holders[page] += 1
 
     def allocate(self, count: int) -> list[int]:
-        """Pages with no contents, held by one request.
+        """Allocates pages without contents, held by one request.
 
         Raises:
-            CapacityError: there are fewer.
+            CapacityError: fewer pages are available.
         """
         if count > self.available:
             raise CapacityError(f"engine: expected {count} free pages, got {self.available}")
@@ -123,8 +123,8 @@ class PagePool:
         return pages
 
     def release(self, pages: Sequence[int]) -> None:
-        """One request fewer holds these pages, given in the order of their tokens."""
-        for page in reversed(pages):  # later pages are of no use without the earlier ones: they are reused first
+        """Records that one request fewer holds these pages, given in the order of their tokens."""
+        for page in reversed(pages):  # later pages are useless without the earlier ones, so they are reused first
             assert self._holders[page] > 0, page
             self._holders[page] -= 1
             if self._holders[page] == 0:
@@ -134,7 +134,7 @@ class PagePool:
                     self._free.append(page)
 
     def index(self, page: int, digest: bytes, content: bytes) -> None:
-        """Names the contents of a full page that is held. Of two pages with the same contents the first is kept."""
+        """Indexes a full page that is held by its contents. Of two pages with the same contents the first one stays."""
         assert self._holders[page] > 0, page
         if digest not in self._pages and page not in self._entries:
             self._pages[digest] = page
@@ -152,12 +152,12 @@ class PagePool:
         self._entries.clear()
 
     def entries(self) -> list[tuple[int, bytes, bytes]]:
-        """Page, digest and tokens of every indexed page, the longest unused idle ones first."""
+        """Page, digest and tokens of every indexed page: idle ones first, the least recently used at the front."""
         order = [*self._idle, *(page for page in self._entries if page not in self._idle)]
         return [(page, *self._entries[page]) for page in order]
 
     def check(self, held: Iterable[Sequence[int]]) -> None:
-        """Raises AssertionError unless the books agree with the pages that requests hold. For tests."""
+        """Raises AssertionError unless the bookkeeping agrees with the pages that requests hold. For tests."""
         counts = np.zeros_like(self._holders)
         for pages in held:
             np.add.at(counts, list(pages), 1)
@@ -176,7 +176,7 @@ class PagePool:
 
 
 class Chain:
-    """The digests of the full pages of a text that grows."""
+    """The digests of the full pages of a growing text."""
 
     def __init__(self, page_size: int, salt: bytes = b"") -> None:
         self.page_size = page_size

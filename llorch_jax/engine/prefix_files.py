@@ -1,4 +1,4 @@
-"""The prefix cache on disk: pages with their tokens, in one file that is written atomically and checked when read."""
+"""The prefix cache on disk: pages and their tokens, in one file that is written atomically and checked when read."""
 
 import dataclasses
 from pathlib import Path
@@ -18,14 +18,14 @@ from llorch_jax.errors import EngineError
 
 @dataclasses.dataclass(frozen=True)
 class Prefixes:
-    """The indexed pages of an engine, the longest unused first.
+    """The indexed pages of an engine, the least recently used first.
 
     Attributes:
         codec: how keys and values are stored.
         keys: for each layer, stored keys [P, K, page_size, ...].
         values: for each layer, stored values.
         tokens: int32 [P, page_size].
-        digests: for each page, that of all tokens up to its end, in hexadecimal.
+        digests: for each page, the digest of all tokens up to its end, in hexadecimal.
     """
 
     codec: FloatCodec | IntegerCodec
@@ -62,15 +62,18 @@ def save_prefixes(path: Path, cache: PagedCache, pages: PagePool, fingerprint: s
 
 
 def load_prefixes(path: Path, cache: PagedCache, pages: PagePool, fingerprint: str) -> tuple[PagedCache, int]:
-    """The cache with pages of a file, as many as are free, which are then indexed; and their number.
+    """Reads pages from a file into the cache, as many as there are free pages, and indexes them.
+
+    Returns:
+        The cache, and the number of pages read.
 
     Raises:
-        EngineError: the file is missing, damaged, of another model, or of an engine with other pages.
+        EngineError: the file is missing or damaged, or belongs to another model or an engine with other pages.
     """
     found: Prefixes = read_archive(path, _kind(cache), fingerprint)
     digests = [bytes.fromhex(digest) for digest in found.digests]
     new = [entry for entry, digest in enumerate(digests) if not pages.knows(digest)]
-    # The longest unused are left out, and ends of texts before their beginnings.
+    # The least recently used are left out, and the ends of texts before their beginnings.
     taken = np.array(new[max(len(new) - len(pages.free), 0) :], np.int32)
     if taken.size == 0:
         return cache, 0
@@ -84,7 +87,7 @@ def load_prefixes(path: Path, cache: PagedCache, pages: PagePool, fingerprint: s
 
 
 def _kind(cache: PagedCache) -> Kind:
-    """What a file must hold for the pages of this cache."""
+    """The kind of file that holds pages for this cache."""
 
     def check(found: Prefixes) -> None:
         count = len(found.digests)
@@ -99,7 +102,7 @@ def _kind(cache: PagedCache) -> Kind:
         if found.tokens.shape != (count, cache.page_size) or found.tokens.dtype != jnp.int32:
             raise EngineError(f"tokens: expected int32 [{count}, {cache.page_size}], got {list(found.tokens.shape)}")
         if len(set(found.digests)) != count or any(len(digest) != 32 for digest in found.digests):
-            raise EngineError("digests: expected different ones of 32 digits")
+            raise EngineError("digests: expected distinct digests of 32 digits, got others")
 
     return Kind("prefix cache", Prefixes, (Prefixes, FloatCodec, IntegerCodec, Quantized), EngineError, check)
 

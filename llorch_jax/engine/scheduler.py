@@ -1,12 +1,12 @@
-"""What the next step of the engine computes: a pure function of what waits, what runs and which pages are free.
+"""Plans the engine's next step: a pure function of the waiting requests, the running ones and the free pages.
 
 Continuous batching (Yu et al. 2022, "Orca") with chunked prefill (Agrawal et al. 2024, "Sarathi-Serve", section 4.2):
 every running stream gets its next token in every step, and prompts are computed in chunks within a budget of tokens per
 step, so that a long prompt does not stall the others.
 
-Requests are ordered by rank: a higher priority first, then the earlier arrival. Where pages run out, requests of lower
-rank give theirs up, to be computed again later; they keep their rank. The first in rank always goes on, and since a
-request that could never fit is refused before, all requests end.
+Requests are ordered by rank: higher priority first, then earlier arrival. When pages run out, the last requests in the
+order give up theirs and are computed again later; they keep their rank. The first request always continues, and since
+one that could never fit is refused in advance, all requests end.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 
 class Rank(NamedTuple):
-    """Lower ranks come first.
+    """A request's place in the order; lower ranks come first.
 
     Attributes:
         order: the negative priority.
@@ -32,7 +32,7 @@ class Waiting:
 
     Attributes:
         rank: its place in the order.
-        tokens: number of tokens to compute before it goes on to decode, prompt and earlier results.
+        tokens: number of tokens to compute before it starts to decode: prompt and earlier results.
         cached: how many of them are in pages of the prefix cache.
         idle: how many of these pages no running request holds; they count as free.
     """
@@ -51,8 +51,8 @@ class Running:
         rank: its place in the order.
         computed: number of its tokens that the cache holds.
         tokens: number of tokens to compute before it decodes; it does so once `computed` has reached them.
-        pages: number of pages up to its last one, those freed by a window included.
-        owned: how many pages become free if it is preempted.
+        pages: number of pages up to its last one, including those that a window has freed.
+        owned: number of pages that become free if it is preempted.
         ended: whether all its tokens have been dispatched; it then holds its slot until they have been read.
     """
 
@@ -65,19 +65,19 @@ class Running:
 
     @property
     def decoding(self) -> bool:
-        """Whether its next step is a single new token."""
+        """Whether its next step computes a single new token."""
         return self.computed >= self.tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a step may take.
+    """The limits of a step.
 
     Attributes:
         slots: number of requests that can run at once.
         page_size: tokens per page.
         chunk: maximum number of prompt tokens per step while other requests are decoding.
-        idle_chunk: the same while none is.
+        idle_chunk: the same while no request is decoding.
     """
 
     slots: int
@@ -90,7 +90,7 @@ class Chunk(NamedTuple):
     """Tokens of one request to compute in a step.
 
     Attributes:
-        rank: of the request.
+        rank: rank of the request.
         tokens: number of tokens.
     """
 
@@ -102,7 +102,7 @@ class Plan(NamedTuple):
     """The next step.
 
     Attributes:
-        preempt: running requests that give up slot and pages, before anything else.
+        preempt: running requests that give up their slots and pages, before anything else.
         admit: waiting requests that get a slot.
         prefill: chunks of running and admitted requests.
         decode: running requests that get their next token.
@@ -115,13 +115,13 @@ class Plan(NamedTuple):
 
 
 def schedule(waiting: Sequence[Waiting], running: Sequence[Running], free: int, limits: Limits) -> Plan:
-    """The next step.
+    """Plans the next step.
 
     Args:
         waiting: at least the first `limits.slots` of the waiting requests by rank.
         running: all running requests.
-        free: number of pages that can be allocated, cached ones that nobody holds included.
-        limits: what a step may take.
+        free: number of pages that can be allocated, including cached ones that nobody holds.
+        limits: the limits of a step.
     """
     step = _Step(running, free, limits)
     by_rank = sorted((each for each in running if not each.ended), key=lambda each: each.rank)
@@ -133,11 +133,11 @@ def schedule(waiting: Sequence[Waiting], running: Sequence[Running], free: int, 
         if not each.decoding and budget > 0:
             budget -= step.prefill_next(each, budget)
     slots = limits.slots - len(running) + len(step.preempted)
-    if not step.preempted:  # otherwise pages are short already
+    if not step.preempted:  # otherwise there are too few pages already
         for new in sorted(waiting, key=lambda each: each.rank):
             count = step.admit_next(new, budget) if slots > 0 and budget > 0 else 0
             if count == 0:
-                break  # those behind it wait too, or it might never get its pages
+                break  # those after it wait too, or it might never get its pages
             budget -= count
             slots -= 1
     return step.plan()
@@ -156,7 +156,7 @@ class _Step:
         self.decode: list[Rank] = []
 
     def plan(self) -> Plan:
-        """What has been decided."""
+        """The plan so far."""
         chunks = tuple(Chunk(rank, count) for rank, count in self._chunks.items())
         return Plan(tuple(self.preempted), tuple(self._admitted), chunks, tuple(self.decode))
 
@@ -192,7 +192,7 @@ class _Step:
         return count
 
     def _find(self, needed: int, rank: Rank) -> bool:
-        """Takes pages for a request, preempting those of lower rank; if that is not enough, itself."""
+        """Takes pages for a request, preempting those after it in the order and, if need be, the request itself."""
         while self._free < needed:
             victim = self._victims.pop()
             self.preempted.append(victim.rank)

@@ -1,4 +1,4 @@
-"""A request inside the engine: what was asked for, and how far it has come."""
+"""A request inside the engine: what was asked for, and how far it has got."""
 
 import dataclasses
 import itertools
@@ -16,11 +16,11 @@ class Token(NamedTuple):
     """A new token of a request.
 
     Attributes:
-        id: of the token.
+        id: the token's id.
         logprob: natural log-probability under the model.
-        top: most likely ids with their log-probabilities; None if not asked for.
-        last: whether the request has ended with it.
-        ended: whether that was by an id that ends a text.
+        top: most likely ids with their log-probabilities; None if not requested.
+        last: whether the request ends with this token.
+        ended: whether it does so because this id ends a text.
     """
 
     id: int
@@ -32,20 +32,20 @@ class Token(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is asked of the engine; checked by `Core.check`.
+    """A request to the engine; checked by `Core.check`.
 
     Attributes:
         tokens: int32 [T], the prompt.
         max_new_tokens: maximum number of new tokens.
-        settings: of the sampler, as `Sampling.create` takes them, for one row.
+        settings: settings of the sampler for one row, as `Sampling.create` takes them.
         key: uint32 [W], data of the random key.
         eos_ids: ids that end the text.
         top_logprobs: number of most likely tokens to report at every step.
         priority: requests of higher priority come first.
-        deadline: `time.monotonic()` after which it is given up; None for no limit.
-        salt: requests share cached prefixes only with those of the same salt.
-        on_token: called for every new token, in the engine's thread; returns whether to go on.
-        on_error: called instead, once, if the request fails or is given up.
+        deadline: value of `time.monotonic()` after which the request is abandoned; None for no limit.
+        salt: requests share cached prefixes only with those that have the same salt.
+        on_token: called for every new token, in the engine's thread; returns whether to continue.
+        on_error: called once instead if the request fails or is abandoned.
     """
 
     tokens: np.ndarray
@@ -62,24 +62,24 @@ class Request:
 
 
 class Sequence:
-    """A request that waits or runs.
+    """A waiting or running request.
 
     Attributes:
         request: what was asked for.
         rank: its place in the order.
         tokens: prompt and new tokens so far, int32, with room for all.
-        length: how many they are.
+        length: number of these tokens.
         computed: number of tokens that the cache holds, or will hold after what has been dispatched.
         target: number of tokens to compute before it decodes.
         pages: its pages in order; -1 for those that a window has freed.
         slot: its slot; None while it waits.
-        dispatched: number of new tokens whose computation has been dispatched, in all.
+        dispatched: total number of new tokens whose computation has been dispatched.
         over: whether it has ended, failed or been cancelled.
-        cached: number of prompt tokens that the prefix cache had, at the last admission.
-        submitted: `time.perf_counter()` then.
-        started: the same at its first token; None before.
+        cached: number of tokens that the prefix cache had when the request was last admitted.
+        submitted: `time.perf_counter()` when it was submitted.
+        started: the same at its first token; None before that.
         latest: the same at its newest token.
-        preemptions: how often it has been preempted.
+        preemptions: number of times it has been preempted.
     """
 
     def __init__(self, request: Request, rank: Rank, page_size: int) -> None:
@@ -103,12 +103,12 @@ class Sequence:
 
     @property
     def new(self) -> int:
-        """Number of new tokens that are known."""
+        """Number of new tokens known so far."""
         return self.length - len(self.request.tokens)
 
     @property
     def place(self) -> int:
-        """Its slot, while it runs."""
+        """Its slot while it runs."""
         assert self.slot is not None
         return self.slot
 
@@ -128,16 +128,16 @@ class Sequence:
         self.length += 1
 
     def waiting(self, cached: int, idle: int) -> Waiting:
-        """What the scheduler must know of it while it waits."""
+        """The scheduler's view of it while it waits."""
         return Waiting(self.rank, self.length, cached, idle)
 
     def running(self, owned: int) -> Running:
-        """What the scheduler must know of it while it runs."""
+        """The scheduler's view of it while it runs."""
         ended = self.over or self.dispatched >= self.request.max_new_tokens
         return Running(self.rank, self.computed, self.target, len(self.pages), owned, ended)
 
     def restart(self) -> None:
-        """Goes back to waiting, with all tokens that are known."""
+        """Returns to waiting, with all tokens known so far."""
         self.slot = None
         self.pages = []
         self.computed = 0

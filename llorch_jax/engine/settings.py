@@ -1,4 +1,4 @@
-"""The settings of all slots: kept on the host, and sent to the device when a request enters."""
+"""The settings of all slots: kept on the host, and sent to the device when a request gets a slot."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from llorch_jax.engine.sequences import Request
 from llorch_jax.engine.slots import Settings
 from llorch_jax.sampling import Sampling
 
-_EOS_IDS = 4  # ids per slot for which there is room before another size is compiled
+_EOS_IDS = 4  # ids per slot that fit before another size is compiled
 
 
 class SlotSettings:
@@ -26,7 +26,7 @@ class SlotSettings:
         self._sent: Settings | None = None
 
     def set(self, slot: int, request: Request) -> None:
-        """Gives a request's settings to a slot."""
+        """Applies a request's settings to a slot."""
         self._settings[slot] = dict(request.settings)
         self._keys[slot] = request.key
         missing = power_of_two(len(request.eos_ids)) - self._eos_ids.shape[1]
@@ -36,7 +36,7 @@ class SlotSettings:
         self._sent = None
 
     def on_device(self) -> Settings:
-        """The settings as the programs take them."""
+        """The settings in the form that the programs take."""
         if self._sent is None:
             self._sampler = Sampling.superset(self._settings, like=self._sampler)
             # Copies: the host's arrays may change before a program that reads them has run.

@@ -1,7 +1,8 @@
 """The engine's compiled programs: a chunk of a prompt, the first token of a slot, and the next token of some slots.
 
-The device holds, for each slot, what changes from step to step; block tables and settings are the host's, and come with
-every call. The programs own the slots that they are given: these are donated, and the pools are written in place.
+The device holds the state of each slot that changes from step to step; block tables and settings belong to the host and
+are passed in every call. The programs own the slots that they are given: these are donated, and the pools are written
+in place.
 """
 
 from functools import partial
@@ -23,12 +24,12 @@ from llorch_jax.sampling.masking import Masked
 
 @struct.dataclass
 class Slots:
-    """What the device holds for B slots.
+    """The state of B slots on the device.
 
     Attributes:
         cache: the pools, and the lengths of the slots; its tables are not used.
-        token: int32 [B], the newest token of each slot, not in the cache yet.
-        finished: bool [B], slots whose text has ended, or that hold none.
+        token: int32 [B], the newest token of each slot, which is not in the cache yet.
+        finished: bool [B], slots whose text has ended, or that have none.
         remaining: int32 [B], number of tokens that each may still get.
         history: tokens of each slot so far.
     """
@@ -41,7 +42,7 @@ class Slots:
 
     @classmethod
     def empty(cls, cache: PagedCache, capacity: int) -> "Slots":
-        """Slots without requests, one for each row of an empty cache; texts have at most `capacity` tokens."""
+        """Slots without requests, one for each row of an empty cache; `capacity` is the maximum length of a text."""
         batch = cache.lengths.shape[0]
 
         def zeros() -> jax.Array:
@@ -57,7 +58,7 @@ class Settings(NamedTuple):
     Attributes:
         sampler: a superset, see `Sampling.superset`.
         keys: uint32 [B, W], data of the random keys.
-        eos_ids: int32 [B, E], filled up with -1.
+        eos_ids: int32 [B, E], padded with -1.
         known: int32 [1, ceil(V / 32)], bits of the ids that may be drawn; None for all.
     """
 
@@ -67,7 +68,7 @@ class Settings(NamedTuple):
     known: Any = None
 
     def rows(self, rows: jax.Array) -> DecodingParams:
-        """The settings of some slots, in `jit`."""
+        """The settings of some slots; for use in `jit`."""
         of = partial(jax.tree.map, lambda array: jnp.asarray(array)[rows])
         sampler: Any = of(self.sampler)
         if self.known is not None:
@@ -76,13 +77,13 @@ class Settings(NamedTuple):
 
 
 class Entrant(NamedTuple):
-    """A request whose prompt is in the cache, as it enters a slot.
+    """A request that gets a slot, with its prompt in the cache.
 
     Attributes:
         slot: int32.
         tokens: int32 [S], prompt and earlier results, padded.
-        length: int32, how many they are.
-        prompt: int32, how many of them are the prompt.
+        length: int32, number of these tokens.
+        prompt: int32, how many of them belong to the prompt.
         remaining: int32, number of tokens that it may still get.
     """
 
@@ -99,7 +100,7 @@ class Chosen(NamedTuple):
     Attributes:
         token: int32 [A].
         logprob: float32 [A], under the model; NaN where no token could be chosen.
-        logits: float32 [A, V], from which they were chosen.
+        logits: float32 [A, V], from which the tokens were chosen.
     """
 
     token: jax.Array
@@ -118,8 +119,8 @@ def prefill(
         config: the model's hyperparameters.
         slots: all slots; only the pools change.
         tokens: int32 [1, T], padded on the right.
-        start: int32 [1], position of the first.
-        count: int32 [1], how many they are.
+        start: int32 [1], position of the first token.
+        count: int32 [1], number of tokens without padding.
         table: int32 [1, N], the request's pages.
     """
     out = run(params, config, tokens, _rows_of(slots.cache, start, table), count, last=True)
@@ -129,7 +130,7 @@ def prefill(
 
 @partial(jax.jit, donate_argnames="slots")
 def enter(slots: Slots, settings: Settings, logits: jax.Array, entrant: Entrant) -> tuple[Chosen, Slots]:
-    """The first token of a request, which from now on has a slot, given the logits [1, V] after its prompt."""
+    """The first token of a request, which now gets a slot, given the logits [1, V] after its prompt."""
     row = jnp.asarray(entrant.slot)[None]
     length = jnp.asarray(entrant.length)[None]
     before = DecodeState(
@@ -154,8 +155,8 @@ def decode(
         params: the model's parameters.
         config: the model's hyperparameters.
         slots: all slots.
-        settings: of all slots.
-        rows: int32 [A], numbers of different slots, filled up with B, which stands for none.
+        settings: the settings of all slots.
+        rows: int32 [A], distinct slot numbers, padded with B, which stands for no slot.
         tables: int32 [A, N], their pages.
     """
     there = jnp.minimum(rows, slots.token.shape[0] - 1)
@@ -177,20 +178,20 @@ def decode(
 
 @partial(jax.jit, static_argnames="count")
 def alternatives(logits: jax.Array, *, count: int) -> Alternatives:
-    """The `count` most likely tokens of logits [A, V]; a program of its own, since few ask for them."""
+    """The `count` most likely tokens given logits [A, V]; a separate program, since few requests ask for them."""
     values, ids = jax.lax.top_k(logits, count)
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     return Alternatives(ids.astype(jnp.int32), values - total)
 
 
 def _rows_of(cache: PagedCache, lengths: jax.Array, tables: Any) -> PagedCache:
-    """A cache with the same pools, of rows with these lengths and tables."""
+    """A cache with the same pools, whose rows have these lengths and tables."""
     sources = jnp.full((len(cache.keys), lengths.shape[0]), -1, jnp.int32)
     return cache.replace(tables=jnp.asarray(tables), lengths=jnp.asarray(lengths), sources=sources)
 
 
 def _put(slots: Slots, rows: jax.Array, state: DecodeState, lengths: jax.Array) -> Slots:
-    """The slots with the state of some of them; those that stand for none are dropped."""
+    """The slots after an update of some of them; rows that stand for no slot are dropped."""
 
     def put(array: jax.Array, new: jax.Array) -> jax.Array:
         return array.at[rows].set(new, mode="drop")

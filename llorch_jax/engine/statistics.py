@@ -1,4 +1,4 @@
-"""What the engine counts: requests, tokens, and how long they took."""
+"""The engine's statistics: requests, tokens, and how long they took."""
 
 import bisect
 import dataclasses
@@ -10,11 +10,11 @@ BETWEEN_TOKENS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1
 
 
 class Histogram:
-    """Numbers of observations by size.
+    """A histogram: numbers of observations by size.
 
     Attributes:
         bounds: upper bounds of the buckets.
-        counts: observations in each bucket, and above the last bound.
+        counts: number of observations in each bucket, and above the last bound.
         total: sum of all observations.
     """
 
@@ -39,11 +39,11 @@ class Statistics:
     """Counts since the engine started.
 
     Attributes:
-        requests: requests that were queued.
-        finished: requests that were answered in full.
-        cancelled: requests that were cancelled.
+        requests: requests queued.
+        finished: requests answered in full.
+        cancelled: requests cancelled.
         expired: requests that missed their deadline.
-        preemptions: how often a running request had to give up its pages.
+        preemptions: times that a running request had to give up its pages.
         failures: steps that raised an exception.
         steps: decode steps.
         prompt_tokens: prompt tokens of admitted requests.

@@ -1,4 +1,4 @@
-"""The thread that owns the device: it runs the engine's loop, and takes orders from any other thread."""
+"""The thread that owns the device: it runs the engine's loop and takes orders from other threads."""
 
 import threading
 from collections import deque
@@ -11,14 +11,14 @@ from llorch_jax.engine.sequences import Request, Sequence
 from llorch_jax.errors import EngineError, EngineFullError
 
 Value = TypeVar("Value")
-_CLOSED = "engine: expected one that is open, got one that has been closed"
+_CLOSED = "engine: expected an open engine, got one that has been closed"
 
 
 class Worker:
-    """Runs a `Core` in a thread of its own. All methods may be called from any thread."""
+    """Runs a `Core` in its own thread. All methods may be called from any thread."""
 
     def __init__(self, make: Callable[[], Core], max_waiting: int) -> None:
-        """Starts the thread, and waits until the core has been made there.
+        """Starts the thread and waits until it has made the core.
 
         Raises:
             Exception: whatever `make` raises.
@@ -28,7 +28,7 @@ class Worker:
         self._wake = threading.Condition()
         self._closing = False
         self._draining = True
-        self._pending = 0  # requests that are queued or not yet seen by the core
+        self._pending = 0  # requests submitted that the core has not seen yet
         ready: Future[Core] = Future()
         self._thread = threading.Thread(target=self._run, args=(make, ready), name="llorch_jax engine", daemon=True)
         self._thread.start()
@@ -38,7 +38,7 @@ class Worker:
         """Queues a request.
 
         Raises:
-            EngineError: the engine is closed, or as many requests wait as may.
+            EngineError: the engine is closed, or the maximum number of requests is waiting already.
             CapacityError: the request could never be answered.
         """
         self._core.check(request)
@@ -50,14 +50,14 @@ class Worker:
             return self._order(lambda core: self._add(core, request))
 
     def cancel(self, sequence: Sequence) -> None:
-        """Gives a request up; its pages are free before the next step. Does nothing once it has ended."""
+        """Cancels a request; its pages are free before the next step. Does nothing if it has already ended."""
         with self._wake:
             if self._thread.is_alive():
                 self._orders.append((lambda core: core.withdraw(sequence), Future()))
                 self._wake.notify_all()
 
     def call(self, function: Callable[[Core], Value]) -> Value:
-        """What a function returns that is called between two steps, in the engine's thread.
+        """Calls a function between two steps, in the engine's thread, and returns its result.
 
         Raises:
             EngineError: the engine is closed.
@@ -67,11 +67,11 @@ class Worker:
         return future.result()
 
     def close(self, *, drain: bool, timeout: float | None) -> None:
-        """Takes no more requests, and ends the thread once those under way have been answered or given up.
+        """Stops accepting requests, and ends the thread once those in progress have been answered or abandoned.
 
         Args:
-            drain: whether they are answered.
-            timeout: seconds after which they are given up; None for no limit.
+            drain: whether to answer the requests in progress.
+            timeout: seconds after which they are abandoned; None for no limit.
         """
         with self._wake:
             self._closing = True
@@ -106,10 +106,10 @@ class Worker:
         ready.set_result(core)
         while self._obey(core):
             core.step()
-        core.fail_all(EngineError("engine: the request was given up because the engine was closed"))
+        core.fail_all(EngineError("engine: the request was abandoned because the engine was closed"))
 
     def _obey(self, core: Core) -> bool:
-        """Carries out orders, waiting for some if there is nothing else to do, and tells whether to go on."""
+        """Carries out orders, waiting for one if there is nothing else to do; returns whether to continue."""
         while True:
             with self._wake:
                 while not self._orders and core.idle and not self._closing:
