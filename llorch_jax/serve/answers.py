@@ -14,7 +14,7 @@ _INCOMPLETE = "\ufffd"
 
 
 class Format:
-    """What all parts of one answer share; texts are completions or, in chat, messages.
+    """The format that all parts of one answer share; texts are completions or, in chat, messages.
 
     Attributes:
         chat: whether texts are messages.
@@ -31,7 +31,7 @@ class Format:
         self._created = int(time.time())
 
     def whole(self, results: Sequence[Generation], echoes: Sequence[str], usage: dict[str, Any]) -> dict[str, Any]:
-        """The answer with whole texts, each after an echo of its prompt or nothing."""
+        """The answer with whole texts, each preceded by an echo of its prompt or by nothing."""
         choices = []
         for index, (result, echo) in enumerate(zip(results, echoes, strict=True)):
             top: Sequence[TopLogprobs | None] = result.top_logprobs or [None] * len(result.token_ids)
@@ -59,7 +59,7 @@ class Format:
         return {**self._chunk(), "choices": [choice]}
 
     def usage_part(self, usage: dict[str, Any]) -> dict[str, Any]:
-        """The last chunk of a stream that is to tell the usage."""
+        """The last chunk of a stream that was asked to report the usage."""
         return {**self._chunk(), "choices": [], "usage": usage}
 
     def _chunk(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class Format:
         }
 
     def _text(self, id: int) -> str:
-        """A token as text; as OpenAI's API does, with its bytes spelled out where they are no whole characters."""
+        """A token as text; like OpenAI's API, spells out its bytes where they are not whole characters."""
         text = self._tokenizer.decode([id])
         if _INCOMPLETE not in text:
             return text
@@ -103,7 +103,7 @@ class Format:
 
 
 def usage_of(handles: Sequence[Handle], samples: int) -> dict[str, Any]:
-    """Tokens of some handles, `samples` for each prompt."""
+    """The token counts of some handles, of which each prompt has `samples`."""
     prompt = sum(len(handle.prompt_ids) for handle in handles[::samples])
     completion = sum(handle.count for handle in handles)
     return {

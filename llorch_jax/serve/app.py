@@ -33,13 +33,13 @@ _METRICS = "text/plain; version=0.0.4; charset=utf-8"
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a server allows.
+    """The settings of a server.
 
     Attributes:
-        name: of the model in answers.
-        api_key: what clients must send as bearer token; None for nothing.
-        max_body: maximum bytes of a request's body.
-        max_texts: maximum number of texts of one request.
+        name: name of the model in answers.
+        api_key: key that clients must send as a bearer token; None for none.
+        max_body: maximum size of a request's body, in bytes.
+        max_texts: maximum number of texts per request.
         map_seconds: time between two snapshots of the cache.
     """
 
@@ -51,7 +51,7 @@ class Settings:
 
 
 def make_app(engine: Engine, settings: Settings) -> Starlette:
-    """The application for an engine, which the caller closes.
+    """The application for an engine, which the caller must close.
 
     Raises:
         CheckpointError: the model's chat template is damaged.
@@ -79,17 +79,17 @@ class _Server:
         self._engine = engine
         self._settings = settings
         self._template = ChatTemplate.of(engine.model)
-        assert engine.model.tokenizer is not None  # or there would be no engine
+        assert engine.model.tokenizer is not None  # otherwise there would be no engine
         self._tokenizer = engine.model.tokenizer
 
     def guarded(self, handler: Handler) -> Handler:
-        """A handler for those who know the key."""
+        """A handler that requires the API key."""
 
         async def guard(request: Request) -> Response:
             key = self._settings.api_key
             given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
             if key is not None and not hmac.compare_digest(given, key.encode()):
-                raise BadRequest("authorization: expected the server's API key as bearer token", status=401)
+                raise BadRequest("authorization: expected the server's API key as a bearer token", status=401)
             return await handler(request)
 
         return guard
@@ -99,7 +99,7 @@ class _Server:
         return HTMLResponse(PAGE)
 
     async def health(self, request: Request) -> Response:
-        """Whether the engine answers."""
+        """Whether the engine is running."""
         try:
             await run_in_threadpool(self._engine.stats)
         except EngineError as error:
@@ -111,7 +111,7 @@ class _Server:
         return Response(exposition(await run_in_threadpool(self._engine.inspect, Collector)), media_type=_METRICS)
 
     async def models(self, request: Request) -> Response:
-        """The one model."""
+        """A list of the one model."""
         config = self._engine.model.config
         entry = {"id": self._settings.name, "object": "model", "created": 0, "owned_by": "llorch-jax"}
         return JSONResponse({"object": "list", "data": [{**entry, "max_model_len": config.n_positions}]})
@@ -151,7 +151,7 @@ class _Server:
             raise BadRequest(f"tokens: {str(error).partition(': ')[2]}"[:300], "tokens") from None
 
     async def cache(self, request: Request) -> Response:
-        """Snapshots of the cache's pages, as they change."""
+        """Snapshots of the cache's pages, whenever they change."""
 
         async def events() -> AsyncIterator[bytes]:
             last = None
@@ -165,7 +165,7 @@ class _Server:
         return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
     async def _body(self, request: Request) -> dict[str, Any]:
-        """The body of a request, as long as it is not too long."""
+        """The body of a request, unless it is too long."""
         most = self._settings.max_body
         body = bytearray()
         async for part in request.stream():
@@ -197,7 +197,7 @@ async def _all(handles: Sequence[Handle]) -> list[Generation]:
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, list[Generation]]) -> list[Generation] | None:
-    """The result of some work, which is cancelled once the client has disconnected; then None."""
+    """The result of some work, or None if the client disconnects, which cancels the work."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -217,7 +217,7 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, list[Generati
 async def _stream(
     answer: Format, handles: Sequence[Handle], echoes: Sequence[str], job: jobs.Job
 ) -> AsyncIterator[bytes]:
-    """The events of a streamed answer; whatever ends the stream ends the requests too."""
+    """The events of a streamed answer. Whatever ends the stream ends its requests, too."""
     offsets = [len(echo) for echo in echoes]
     try:
         for index, echo in enumerate(echoes):
@@ -236,7 +236,7 @@ async def _stream(
 
 
 async def _merged(handles: Sequence[Handle]) -> AsyncIterator[tuple[int, Piece]]:
-    """The pieces of several handles, with their numbers, as they come."""
+    """The pieces of several handles, each with the handle's number, as they arrive."""
     queue: asyncio.Queue[tuple[int, Piece | BaseException | None]] = asyncio.Queue()
 
     async def read(index: int, handle: Handle) -> None:
@@ -273,7 +273,7 @@ def _event(data: str) -> bytes:
 
 
 def _status(error: LlorchError) -> int:
-    """The HTTP status for a request that was queued and then failed."""
+    """The HTTP status for a request that failed after it had been queued."""
     if not isinstance(error, EngineError):
         return 400
     return 504 if str(error).startswith("deadline") else 503
@@ -295,4 +295,4 @@ async def _server_error(request: Request, error: Exception) -> Response:
         return Response(status_code=499)
     if isinstance(error, LlorchError):
         return await _bad_request(request, refusal(error))
-    return JSONResponse(error_body("an error of the server; see its log", 500), status_code=500)
+    return JSONResponse(error_body("internal server error; see the server's log", 500), status_code=500)

@@ -1,4 +1,4 @@
-"""Bodies of requests: JSON objects whose fields are all known, checked, and named in every error."""
+"""Request bodies: JSON objects whose fields must all be known and valid, and are named in every error."""
 
 import json
 import secrets
@@ -21,7 +21,7 @@ _REFUSED = {
     "audio": "only text is generated",
     "prediction": "the engine does not speculate",
 }
-# Names of OpenAI and vLLM, and ours.
+# The names used by OpenAI and vLLM, and ours.
 _RENAMED = {
     "max_tokens": "max_new_tokens",
     "max_completion_tokens": "max_new_tokens",
@@ -37,9 +37,9 @@ class BadRequest(Exception):
 
     Attributes:
         message: what was expected and what was given.
-        param: the field.
+        param: the name of the field.
         status: HTTP status code.
-        headers: of the answer.
+        headers: headers of the answer.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ def parse(body: bytes) -> dict[str, Any]:
     """The JSON object of a body.
 
     Raises:
-        BadRequest: it is none.
+        BadRequest: it is not a JSON object.
     """
 
     def refuse(name: str) -> None:
@@ -77,7 +77,7 @@ def parse(body: bytes) -> dict[str, Any]:
 
 
 class Fields:
-    """The fields of a body, taken one by one; what is left at the end is unknown."""
+    """The fields of a body, taken one by one; any left at the end are unknown."""
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         self._left = {name: value for name, value in body.items() if name not in _IGNORED}
@@ -108,10 +108,10 @@ class Fields:
         return value
 
     def options(self, default_tokens: int, top_logprobs: int, eos_ids: Iterable[int]) -> GenerationOptions:
-        """The options of generation, by their names here or those of OpenAI and vLLM.
+        """The generation options, given by our names or by those of OpenAI and vLLM.
 
         Args:
-            default_tokens: maximum number of new tokens if the body does not say.
+            default_tokens: maximum number of new tokens if the body does not set one.
             top_logprobs: number of alternatives to report.
             eos_ids: ids that end a text, which `ignore_eos` bans.
         """
@@ -121,7 +121,7 @@ class Fields:
             ours = _RENAMED.get(name, name)
             if ours in (*_OPTIONS, "max_new_tokens"):
                 if ours in given:
-                    raise BadRequest(f"{name}: expected one of it and {asked[ours]}, got both", name)
+                    raise BadRequest(f"{name}: expected either this or {asked[ours]}, got both", name)
                 given[ours] = self.take(name)
                 asked[ours] = name
         if self.flag("ignore_eos"):
@@ -137,13 +137,13 @@ class Fields:
             raise refusal(error, asked) from None
 
     def end(self) -> None:
-        """Raises BadRequest for a field that nobody has taken."""
+        """Raises BadRequest if there is a field that has not been taken."""
         for name in self._left:
             raise BadRequest(f"{name}: expected a known field, got an unknown one"[:200], name[:100])
 
 
 def refusal(error: Exception, asked: Mapping[str, str] | None = None) -> BadRequest:
-    """The answer to an error of the library, whose message begins with the name of a setting."""
+    """The answer to an error from the library, whose message begins with the name of a setting."""
     message = " ".join(str(error).split())
     name, colon, rest = message.partition(":")
     known = {ours: theirs for theirs, ours in _RENAMED.items() if theirs not in ("max_completion_tokens",)}
@@ -153,7 +153,7 @@ def refusal(error: Exception, asked: Mapping[str, str] | None = None) -> BadRequ
 
 
 def _bias(value: Any) -> dict[int, Any]:
-    """A logit bias, whose keys are texts in JSON."""
+    """A logit bias, whose keys are strings in JSON."""
     if not isinstance(value, dict):
         raise BadRequest(f"logit_bias: expected an object from id to number, got {value!r:.80}", "logit_bias")
     try:

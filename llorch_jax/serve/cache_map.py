@@ -1,4 +1,4 @@
-"""Who holds which page: a snapshot of the engine for the map of the cache."""
+"""Which request holds which page: a snapshot of the engine for the map of the cache."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from llorch_jax.engine.sequences import Sequence
 
 
 def snapshot(core: Core) -> dict[str, Any]:
-    """Pages, slots and queue; to be made in the engine's thread."""
+    """Pages, slots and queue; must be called in the engine's thread."""
     found = core.statistics
     return {
         "page_size": core.pages.page_size,

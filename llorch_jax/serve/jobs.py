@@ -1,4 +1,4 @@
-"""From the body of a request to requests for the engine, all of which are queued or none."""
+"""Turns the body of an HTTP request into requests to the engine, of which either all or none are queued."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -13,22 +13,22 @@ from llorch_jax.text.handles import Handle
 from llorch_jax.text.options import GenerationOptions
 
 Prompt = str | list[int]
-_DEFAULT_TOKENS = 16  # of a completion, as in OpenAI's API
+_DEFAULT_TOKENS = 16  # maximum number of new tokens of a completion, as in OpenAI's API
 _BUSY = {"Retry-After": "1"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What one HTTP request asks for.
+    """The work that one HTTP request asks for.
 
     Attributes:
-        prompts: to continue.
-        options: of all.
+        prompts: prompts to continue.
+        options: generation options for all prompts.
         samples: number of texts for each prompt.
         echo: whether texts begin with their prompts.
         logprobs: number of alternatives to show with each token; None for no log-probabilities.
         stream: whether the answer is streamed.
-        usage: whether a stream tells the usage at its end.
+        usage: whether a stream reports the usage at its end.
         priority, deadline, salt: see `Engine.submit`.
     """
 
@@ -47,7 +47,7 @@ class Job:
         """Queues all texts.
 
         Raises:
-            BadRequest: one cannot be queued; none is then.
+            BadRequest: one of them cannot be queued; then none is.
         """
         handles: list[Handle] = []
         try:
@@ -75,7 +75,7 @@ class Job:
 
 
 def completion(engine: Engine, body: Mapping[str, Any], most_samples: int) -> Job:
-    """The job of a body for /v1/completions.
+    """The job for a body sent to /v1/completions.
 
     Raises:
         BadRequest: a field is missing, invalid or unknown.
@@ -98,7 +98,7 @@ def completion(engine: Engine, body: Mapping[str, Any], most_samples: int) -> Jo
 
 
 def chat(engine: Engine, template: ChatTemplate | None, body: Mapping[str, Any], most_samples: int) -> Job:
-    """The job of a body for /v1/chat/completions.
+    """The job for a body sent to /v1/chat/completions.
 
     Raises:
         BadRequest: a field is missing, invalid or unknown, or the model has no chat template.
@@ -164,7 +164,7 @@ def _seconds(value: Any) -> float:
 
 
 def _prompts(value: Any) -> list[Prompt]:
-    """One prompt or several, each a text or token ids."""
+    """One or more prompts, each a text or token ids."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value:

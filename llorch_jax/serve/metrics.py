@@ -12,25 +12,25 @@ from llorch_jax.engine.statistics import Histogram
 _COUNTERS = {
     "requests": "Requests queued.",
     "finished": "Requests answered in full.",
-    "cancelled": "Requests cancelled by their callers, also by disconnecting.",
+    "cancelled": "Requests cancelled by their callers, including by disconnecting.",
     "expired": "Requests that missed their deadline.",
-    "preemptions": "Times that a running request has given up its pages.",
+    "preemptions": "Times that a running request had to give up its pages.",
     "failures": "Engine steps that raised an exception.",
     "steps": "Decode steps.",
-    "prompt_tokens": "Prompt tokens of the requests that have got a slot.",
-    "cached_tokens": "Prompt tokens that the prefix cache had.",
+    "prompt_tokens": "Prompt tokens of the requests that have been given a slot.",
+    "cached_tokens": "Prompt tokens found in the prefix cache.",
     "new_tokens": "Tokens generated.",
 }
 
 
 class Collector:
-    """Metrics of one moment; to be made in the engine's thread."""
+    """The metrics at one moment; must be created in the engine's thread."""
 
     def __init__(self, core: Core) -> None:
         self._metrics = list(_metrics(core))
 
     def collect(self) -> Iterator[Metric]:
-        """As prometheus_client's registry calls it."""
+        """The metrics; called by prometheus_client's registry."""
         return iter(self._metrics)
 
 
@@ -46,7 +46,7 @@ def _metrics(core: Core) -> Iterator[Metric]:
     for name, help in _COUNTERS.items():
         yield CounterMetricFamily(f"llorch_{name}", help, value=getattr(found, name))
     yield GaugeMetricFamily("llorch_running", "Requests that have a slot.", value=len(core.active))
-    yield GaugeMetricFamily("llorch_waiting", "Requests that wait for a slot.", value=core.waiting)
+    yield GaugeMetricFamily("llorch_waiting", "Requests waiting for a slot.", value=core.waiting)
     yield GaugeMetricFamily("llorch_slots", "Requests that can run at once.", value=core.slots)
     pages = core.pages.counts()
     states = GaugeMetricFamily("llorch_pages", "Pages of the cache by state.", labels=["state"])
@@ -54,8 +54,8 @@ def _metrics(core: Core) -> Iterator[Metric]:
         states.add_metric([state], getattr(pages, state))
     yield states
     yield GaugeMetricFamily("llorch_pages_shared", "Pages that several requests hold.", value=pages.shared)
-    yield _histogram("llorch_time_to_first_token_seconds", "From arrival to the first token.", found.first_token)
-    yield _histogram("llorch_inter_token_seconds", "Between two tokens of a request.", found.between_tokens)
+    yield _histogram("llorch_time_to_first_token_seconds", "Time to the first token.", found.first_token)
+    yield _histogram("llorch_inter_token_seconds", "Time between two tokens of a request.", found.between_tokens)
 
 
 def _histogram(name: str, help: str, histogram: Histogram) -> HistogramMetricFamily:

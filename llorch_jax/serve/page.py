@@ -1,4 +1,4 @@
-"""The page at the root of the server: one file without dependencies."""
+"""The page at the server's root: a single file without dependencies."""
 
 from pathlib import Path
 

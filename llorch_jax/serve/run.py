@@ -1,4 +1,4 @@
-"""Running the application: a socket, signals, and an end within a bound."""
+"""Running the application: socket, signals, and a shutdown within a time limit."""
 
 import contextlib
 import signal
@@ -17,14 +17,14 @@ from llorch_jax.text.engine import Engine
 def serve(
     engine: Engine, settings: Settings, host: str, port: int, drain_seconds: float, prefixes: Path | None = None
 ) -> None:
-    """Serves an engine until SIGTERM or SIGINT; then answers what is under way, within a bound, and closes the engine.
+    """Serves an engine until SIGTERM or SIGINT; then finishes running requests, up to a limit, and closes the engine.
 
     Args:
-        engine: for whose model requests are answered; it is closed at the end.
-        settings: what the server allows.
-        host: address to listen at.
-        port: of the address; 0 for any that is free.
-        drain_seconds: how long requests under way may take at the end.
+        engine: the engine that answers the requests; it is closed at the end.
+        settings: settings of the server.
+        host: address to listen on.
+        port: port to listen on; 0 for any free port.
+        drain_seconds: seconds for which running requests may continue at the end.
         prefixes: file to which the prefix cache is written at the end.
 
     Raises:
@@ -34,7 +34,7 @@ def serve(
         listening = _listen(host, port)
     except OSError as error:
         engine.close(drain=False)
-        raise EngineError(f"host and port: cannot listen at {host}:{port} ({error.strerror or error})") from None
+        raise EngineError(f"host and port: cannot listen on {host}:{port} ({error.strerror or error})") from None
     config = uvicorn.Config(
         make_app(engine, settings),
         log_level="warning",
@@ -53,20 +53,20 @@ def serve(
 
 
 class _Server(uvicorn.Server):
-    """Ends at the first SIGTERM or SIGINT once its requests are answered, and at the second one at once."""
+    """On the first SIGTERM or SIGINT ends as soon as its requests are answered; on the second, at once."""
 
     def __init__(self, config: uvicorn.Config, ready: str) -> None:
         super().__init__(config)
         self._ready = ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Tells that the server is ready."""
+        """Starts the server, and prints that it is ready."""
         await super().startup(sockets)
         print(self._ready, flush=True)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """As in the base class, which would raise the signals again at the end, and end the process by them."""
+        """As in the base class, which however would raise the signals again at the end and so kill the process."""
         numbers = (signal.SIGINT, signal.SIGTERM)
         before = {number: signal.signal(number, self._end) for number in numbers}
         try:

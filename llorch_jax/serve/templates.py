@@ -1,4 +1,4 @@
-"""Chat templates: from messages to a prompt, in Jinja's sandbox, as transformers applies them."""
+"""Chat templates: turn messages into a prompt as transformers does, in Jinja's sandbox."""
 
 import json
 from collections.abc import Sequence
@@ -16,17 +16,17 @@ _TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 class ChatTemplate:
-    """The template of a model."""
+    """A model's chat template."""
 
     def __init__(self, source: str, tokens: dict[str, str]) -> None:
         """Compiles the template.
 
         Args:
-            source: in Jinja.
+            source: the template, in Jinja.
             tokens: special tokens by name.
 
         Raises:
-            CheckpointError: it is no valid template.
+            CheckpointError: the template is not valid.
         """
         import jinja2
         from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -56,7 +56,7 @@ class ChatTemplate:
         source = settings.get("chat_template")
         if (folder / _FILE).exists():
             source = read_text(folder / _FILE, CheckpointError)
-        if isinstance(source, list):  # several by name
+        if isinstance(source, list):  # several templates with names
             named = {each.get("name"): each.get("template") for each in source if isinstance(each, dict)}
             source = named.get("default")
         if not isinstance(source, str):
@@ -65,7 +65,7 @@ class ChatTemplate:
         return cls(source, {name: token for name, token in tokens.items() if token is not None})
 
     def render(self, messages: Sequence[dict[str, Any]], *, generation_prompt: bool = True) -> str:
-        """The prompt of some messages.
+        """The prompt made of some messages.
 
         Raises:
             BadRequest: the template refuses them.
@@ -81,10 +81,10 @@ class ChatTemplate:
 
 
 def check_messages(value: Any) -> list[dict[str, str]]:
-    """Messages with texts as contents.
+    """The messages, each with its content as one text.
 
     Raises:
-        BadRequest: they are none.
+        BadRequest: they are not a list of such messages.
     """
     if not isinstance(value, list) or not value:
         raise BadRequest(f"messages: expected a list of messages, got {value!r:.80}", "messages")

@@ -57,7 +57,7 @@ def test_a_second_signal_ends_it_at_once(folder):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--host", "192.0.2.1"], "cannot listen at 192.0.2.1:0"),
+        (["--host", "192.0.2.1"], "cannot listen on 192.0.2.1:0"),
         (["--slots", "0"], "--slots: expected a whole number"),
         (["--codec", "int3"], "--codec: expected one of"),
         (["--api-key", ""], "--api-key: expected a key that is not empty"),
