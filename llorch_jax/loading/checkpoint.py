@@ -75,8 +75,9 @@ def load(
         source: "demo", the model bundled with this package; or a directory with `config.json` and
             `model.safetensors`; or a GGUF file; or a hub id such as "openai-community/gpt2", downloaded once into the
             hub's cache.
-        weights: how they are kept in memory: "float32", "bfloat16", "float16", "int8" or "int4"; see `quantize`. None
-            keeps what `quantize_model` or GGUF has stored, and others in float32. Computation is in float32.
+        weights: the format of the weights in memory: "float32", "bfloat16", "float16", "int8" or "int4"; see
+            `quantize`. None keeps the format of GGUF files and of directories that `quantize_model` wrote, and is
+            float32 for all others. Computation is in float32.
         group_size: number of columns that share a scale, for int8 and int4; None for the format's default.
         revision: branch, tag or commit of a hub repository.
         progress: called repeatedly with the number of bytes read so far and in total.
@@ -84,7 +85,7 @@ def load(
     Raises:
         CheckpointError: there is no such model, or its files are missing, corrupt or inconsistent.
         ConfigError: `config.json` describes an unsupported model.
-        QuantizationError: there is no such weight format, the weights do not fit it, or are stored in another one.
+        QuantizationError: there is no such weight format, or the weights do not fit it or are stored in another one.
     """
     if weights is not None:
         WeightFormat.of(weights, group_size)  # before a possible download
@@ -154,7 +155,7 @@ def save_quantized(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Writes a model with its weights as they are in memory, in any format of `quantize`.
+    """Writes a model with its weights as they are in memory, in any of the formats of `quantize`.
 
     `load` reads such a directory without rounding anything again. Only this package reads it: for others, write float
     weights with `save_model`.
@@ -237,7 +238,7 @@ def convert(
 
 
 def locate(source: PathLike, revision: str | None = None) -> tuple[str, Path]:
-    """Name and directory, or GGUF file, of the model that `load` is to load."""
+    """The name of the model that `load` is to load, and its directory or GGUF file."""
     if source == DEMO:
         folder = Path(__file__).parents[1] / "assets" / DEMO
         if not (folder / CONFIG).exists():
@@ -266,7 +267,7 @@ def locate(source: PathLike, revision: str | None = None) -> tuple[str, Path]:
 
 
 def _write_rest(folder: Path, config: GPT2Config, tokenizer: Tokenizer | None, fields: dict[str, Any]) -> None:
-    """Writes what a model's directory has in addition to its weights; `fields` are those of `config.json`."""
+    """Writes the other files of a model's directory, besides the weights; `fields` are those of `config.json`."""
     if tokenizer is not None:
         tokenizer.save(folder)
     ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
@@ -289,7 +290,7 @@ def _check_dtype(dtype: Any) -> str:
 
 
 def _match_params(config: GPT2Config, tree: Params, params: Params) -> dict[str, tuple[StoredTensor, jax.Array]]:
-    """Each stored tensor's parameter, by name."""
+    """Each stored tensor with its parameter, by name."""
     check_float(
         params, "Hugging Face's layout has no such weights; use save_quantized, or save the model's float weights"
     )

@@ -1,8 +1,8 @@
 """GGUF files of GPT-2 and StarCoder models: llama.cpp's format, parsed by the `gguf` package (extra `gguf`).
 
-Arrays are kept as they are stored. Q8_0's blocks are int8 codes in groups of 32 and Q4_0's are int4, bit for bit: see
-`llorch_jax/linear.py`. Dense weights are output-major there too; only the rows of queries, keys and values are ordered
-by key/value head here.
+Arrays are kept as they are stored. Blocks of Q8_0 are int8 codes in groups of 32 and blocks of Q4_0 int4 codes, bit for
+bit: see `llorch_jax/linear.py`. Dense weights are output-major in these files, too; only the rows of queries, keys and
+values are reordered, by key/value head.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from llorch_jax.params import BlockParams, Params
 from llorch_jax.quantization import DTYPES, WeightFormat, quantize
 
 SUFFIX = ".gguf"
-_GROUP = 32  # elements of a block of Q8_0 and Q4_0
+_GROUP = 32  # elements per block of Q8_0 and Q4_0
 _ARCHITECTURES = ("gpt2", "starcoder")
 _TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 _AGAIN = "copy or download it again"
@@ -32,10 +32,10 @@ Progress = Callable[[int, int], Any]
 
 @dataclasses.dataclass(frozen=True)
 class GGUF:
-    """An opened file.
+    """An open file.
 
     Attributes:
-        path: of the file.
+        path: path of the file.
         fields: metadata by name.
         tensors: tensors by name, as the `gguf` package describes them.
     """
@@ -46,10 +46,10 @@ class GGUF:
 
     @classmethod
     def open(cls, path: Path) -> "GGUF":
-        """Maps a file, and reads its metadata.
+        """Maps a file into memory and reads its metadata.
 
         Raises:
-            CheckpointError: the extra `gguf` is missing, or the file is none or damaged.
+            CheckpointError: the extra `gguf` is missing, or the file is damaged or not a GGUF file.
         """
         try:
             import gguf
@@ -61,18 +61,18 @@ class GGUF:
         try:
             reader = gguf.GGUFReader(path)
             fields = {name: field.contents() for name, field in reader.fields.items()}
-        except Exception as error:  # it checks little: errors are of every kind
+        except Exception as error:  # it checks little, so errors can be of any type
             reason = " ".join(str(error).split())[:120]
             raise CheckpointError(f"{path}: expected a whole GGUF file, got none ({reason}); {_AGAIN}") from None
         if reader.byte_order == "S":
-            raise CheckpointError(f"{path}: expected a file in this machine's byte order, got the other one")
+            raise CheckpointError(f"{path}: expected a file in this machine's byte order, got one in the other order")
         return cls(path, fields, {tensor.name: tensor for tensor in reader.tensors})
 
     def field(self, name: str, kind: type, default: Any = None) -> Any:
-        """A field of the metadata, with "ARCH" in its name replaced.
+        """A field of the metadata; "ARCH" in its name stands for the architecture.
 
         Raises:
-            CheckpointError: it is missing, or of another kind.
+            CheckpointError: it is missing or has another type.
         """
         name = name.replace("ARCH", self.architecture)
         value = self.fields.get(name, default)
@@ -82,7 +82,7 @@ class GGUF:
 
     @property
     def architecture(self) -> str:
-        """Checked to be one of those supported."""
+        """The architecture, after a check that it is supported."""
         found = self.fields.get("general.architecture")
         if found not in _ARCHITECTURES:
             raise ConfigError(
@@ -94,14 +94,14 @@ class GGUF:
         """The hyperparameters.
 
         Raises:
-            CheckpointError: one is missing.
+            CheckpointError: a hyperparameter is missing.
             ConfigError: they describe an unsupported model.
         """
         heads = self.field("ARCH.attention.head_count", int)
         embedding = self._tensor("token_embd.weight")
         vocab_size = int(embedding.shape[1])
         width, inner = (self.field(f"ARCH.{name}", int) for name in ("embedding_length", "feed_forward_length"))
-        # Stored in float32: the decimal number that was meant is the shortest one.
+        # Stored in float32: the number that was meant is the shortest decimal that rounds to it.
         epsilon = float(str(np.float32(self.field("ARCH.attention.layer_norm_epsilon", float))))
         ids: dict[str, Any] = {}
         for name in ("bos_token_id", "eos_token_id"):
@@ -126,7 +126,7 @@ class GGUF:
             raise ConfigError(f"{self.path}: {error}") from None
 
     def describe(self) -> str:
-        """The types of its tensors and their bytes, in words."""
+        """A text that lists the types of the tensors and their sizes."""
         sizes: dict[str, int] = {}
         for tensor in self.tensors.values():
             sizes[tensor.tensor_type.name] = sizes.get(tensor.tensor_type.name, 0) + int(tensor.n_bytes)
@@ -135,7 +135,7 @@ class GGUF:
         )
 
     def params(self, config: GPT2Config, progress: Progress | None = None) -> Params:
-        """The weights, as they are stored.
+        """The weights as they are stored.
 
         Raises:
             CheckpointError: a tensor is missing, unexpected, misshapen, not finite, or of an unsupported type.
@@ -193,7 +193,7 @@ class GGUF:
         return params
 
     def _tied(self) -> bool:
-        """Whether the output projection is the embedding, which some converters write twice."""
+        """Whether the output projection equals the embedding, which some converters write twice."""
         output, embedding = self.tensors.get("output.weight"), self._tensor("token_embd.weight")
         if output is None:
             return True
@@ -207,7 +207,7 @@ class GGUF:
         return self.tensors[name]
 
     def _read(self, name: str, shape: tuple[int, ...], heads: tuple[int, ...], wide: bool) -> Matrix:
-        """A tensor, its rows in the order of heads; `wide` asks for float32, which is exact."""
+        """A tensor, with its rows in the order of heads; `wide` converts it to float32, which is exact."""
         tensor = self._tensor(name)
         where = f"{self.path}: {name}"
         kind = tensor.tensor_type.name
@@ -217,7 +217,7 @@ class GGUF:
                 f"{where}: expected one of {', '.join(_TYPES)}; got {kind}; convert it to one of them"
             )
         if found != shape:
-            raise CheckpointError(f"{where}: expected shape {list(shape)}, as the metadata say, got {list(found)}")
+            raise CheckpointError(f"{where}: expected shape {list(shape)}, as the metadata says, got {list(found)}")
         if kind in ("Q8_0", "Q4_0"):
             matrix = _quantized(np.asarray(tensor.data), 8 if kind == "Q8_0" else 4, heads, where)
             return matrix.dequantize() if wide else matrix
@@ -229,10 +229,10 @@ class GGUF:
 def load_gguf(
     path: Path, weights: Any, group_size: int | None, progress: Progress | None
 ) -> tuple[GGUF, GPT2Config, Params]:
-    """The file, its configuration, and its weights in a format, or as they are stored.
+    """The file, its configuration, and its weights in the given format, or as they are stored.
 
     Raises:
-        CheckpointError: the file is damaged, or holds something else.
+        CheckpointError: the file is damaged or contains something else.
         ConfigError: the model is not supported.
         QuantizationError: the weights would be rounded a second time.
     """
@@ -245,14 +245,14 @@ def load_gguf(
     floats = jax.tree.map(_widened, params, is_leaf=lambda leaf: isinstance(leaf, QuantizedMatrix))
     if form.name != "float32" and floats is not params and _is_quantized(params):
         raise QuantizationError(
-            f"weights: expected float32, or nothing for those of the file, got {form.name}; {path.name} is quantized "
+            f"weights: expected float32, or none to keep the file's format, got {form.name}; {path.name} is quantized "
             "already"
         )
     return file, config, floats if form.name == "float32" else quantize(floats, *form)
 
 
 def _quantized(data: np.ndarray, bits: int, heads: tuple[int, ...], where: str) -> QuantizedMatrix:
-    """Blocks uint8 [out, bytes] as codes and scales."""
+    """The codes and scales in blocks uint8 [out, bytes]."""
     blocks = data.reshape(data.shape[0], -1, 2 + _GROUP * bits // 8)
     scales = _ordered(np.ascontiguousarray(blocks[:, :, :2]).view(np.float16)[:, :, 0], heads)
     codes = _ordered(np.ascontiguousarray(blocks[:, :, 2:]).reshape(data.shape[0], -1), heads)
@@ -266,7 +266,7 @@ def _quantized(data: np.ndarray, bits: int, heads: tuple[int, ...], where: str) 
 
 
 def _ordered(array: np.ndarray, heads: tuple[int, ...]) -> np.ndarray:
-    """Rows in the order of heads, each of as many rows as the others; a copy out of the mapped file."""
+    """A copy of the rows out of the mapped file, in the order of heads, which have equal numbers of rows."""
     if not heads:
         return np.array(array)
     return array.reshape(len(heads), -1, *array.shape[1:])[list(heads)].reshape(array.shape)

@@ -13,7 +13,7 @@ _NORMAL, _CONTROL, _USER = 1, 3, 4  # types of tokens
 
 
 def tokenizer_in(file: GGUF) -> Tokenizer | None:
-    """The tokenizer; None where the file has none.
+    """The tokenizer; None if the file has none.
 
     Raises:
         CheckpointError: it is not GPT-2's byte-level BPE, or its parts contradict each other.
@@ -25,7 +25,7 @@ def tokenizer_in(file: GGUF) -> Tokenizer | None:
         raise CheckpointError(f"{file.path}: tokenizer.ggml.model: expected gpt2, got {kind!r:.60}")
     tokens = _texts(file, "tokenizer.ggml.tokens")
     types = file.fields.get("tokenizer.ggml.token_type", [1] * len(tokens))
-    # Writers leave empty lists out; a vocabulary of single symbols has no merges.
+    # Writers omit empty lists; a vocabulary of single symbols has no merges.
     single = all(len(token) == 1 or type != _NORMAL for token, type in zip(tokens, types, strict=False))
     merges = [] if single else _texts(file, "tokenizer.ggml.merges")
     vocab = {token: id for id, token in enumerate(tokens)}

@@ -1,7 +1,7 @@
 """Model directories whose weights are stored in low precision: every array of `Params` as it is in memory.
 
-`config.json` names the format, with a family that other programs do not know; the tensors of `model.safetensors` have
-the names of the parameters, such as `blocks.0.qkv.weight.codes`. A tied embedding is stored once.
+`config.json` names the format and a family that other programs do not know; the tensors in `model.safetensors` are
+named after the parameters, such as `blocks.0.qkv.weight.codes`. A tied embedding is stored once.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from llorch_jax.loading.safetensors_files import (
 from llorch_jax.params import Params
 from llorch_jax.quantization import DTYPES, WeightFormat, quantized_shapes
 
-FIELD = "_llorch_weights"  # of config.json; names with an underscore are not settings of a model
+FIELD = "_llorch_weights"  # in config.json; names that begin with an underscore are not settings of a model
 Progress = Callable[[int, int], Any]
 
 
@@ -37,7 +37,7 @@ def stored_format(fields: dict[str, Any], path: Path) -> WeightFormat | None:
     """The format that a `config.json` names; None for a directory in Hugging Face format.
 
     Raises:
-        CheckpointError: it names none that there is.
+        CheckpointError: it names a format that does not exist.
     """
     given = fields.get(FIELD)
     if given is None:
@@ -54,7 +54,7 @@ def format_of(config: GPT2Config, params: Params) -> WeightFormat:
     """The format of parameters.
 
     Raises:
-        QuantizationError: they are in none that `quantize` makes of this configuration's.
+        QuantizationError: it is not one that `quantize` makes for this configuration.
     """
     matrix = params.blocks[0].qkv.weight
     if isinstance(matrix, QuantizedMatrix):
@@ -78,7 +78,7 @@ def write_quantized(folder: Path, config: GPT2Config, params: Params) -> dict[st
     """Writes the weights into a folder, and returns the fields of their `config.json`.
 
     Raises:
-        QuantizationError: the parameters are in no known format.
+        QuantizationError: the format of the parameters is unknown.
     """
     form = format_of(config, params)
     leaves = _named(params)
@@ -88,10 +88,10 @@ def write_quantized(folder: Path, config: GPT2Config, params: Params) -> dict[st
 
 
 def load_quantized(directory: Path, config: GPT2Config, form: WeightFormat, progress: Progress | None) -> Params:
-    """The parameters in a directory of this format, each array copied once out of the mapped file.
+    """The parameters in a directory of this format; each array is copied once, out of the mapped file.
 
     Raises:
-        CheckpointError: a tensor is missing, unexpected, misshapen, of another dtype, or not finite.
+        CheckpointError: a tensor is missing, unexpected or misshapen, has another dtype, or is not finite.
     """
     entries = find_tensors(directory)
     check_blocks(directory, config.n_layer, entries)
@@ -126,7 +126,7 @@ def load_quantized(directory: Path, config: GPT2Config, form: WeightFormat, prog
 def _load(name: str, entry: Entry) -> jax.Array:
     array = read_tensor(entry)
     if array.dtype.name in DTYPES:
-        array = cast(array, array.dtype, f"{name} in {entry.path.name}")  # checks that it is finite
+        array = cast(array, array.dtype, f"{name} in {entry.path.name}")  # checks that all values are finite
     return jax.device_put(array).block_until_ready()
 
 

@@ -79,7 +79,7 @@ def format_in(directory: PathLike) -> WeightFormat | None:
 
 
 def format_for(stored: WeightFormat | None, weights: Any, group_size: int | None) -> WeightFormat:
-    """The format in which weights are to be kept in memory, given how they are stored.
+    """The format of the weights in memory, given how they are stored.
 
     Raises:
         QuantizationError: there is no such format, or the weights would be rounded a second time.
@@ -97,7 +97,7 @@ def format_for(stored: WeightFormat | None, weights: Any, group_size: int | None
     size = "" if stored.group_size is None else f" in groups of {stored.group_size}"
     raise QuantizationError(
         f"weights: expected {stored.name}{size}, as the model stores them, got {asked.name}; load the float model to "
-        "round it otherwise"
+        "round it differently"
     )
 
 
@@ -117,7 +117,7 @@ def load_params(
     Args:
         directory: holds `config.json` and `model.safetensors`, or `model.safetensors.index.json` and its shards.
         config: the model's hyperparameters.
-        weights: how they are kept in memory, as for `load`; None as they are stored.
+        weights: the format of the weights in memory, as for `load`; None means as they are stored.
         group_size: as for `load`.
         progress: called repeatedly with the number of bytes read so far and in total.
 

@@ -67,7 +67,7 @@ class Entry:
 
     @property
     def stored(self) -> int:
-        """The same for any dtype, codes included."""
+        """Size of the tensor in the file, in bytes, for any dtype including codes."""
         return self.nbytes or math.prod(self.shape)
 
 
@@ -199,7 +199,7 @@ def write_tensors(
     """Writes a safetensors file tensor by tensor, without a second copy of all weights.
 
     Args:
-        path: of the new file.
+        path: path of the new file.
         forms: name -> shape and dtype, a key of `CODES`, in the order of writing.
         values: called with each name; returns its values in that shape and dtype.
         about: the file's metadata.
