@@ -1,4 +1,4 @@
-"""The command line: commands and their options. The work is done in the modules that the commands import.
+"""The command line: commands and their options. The modules that the commands import do the work.
 
 JAX is imported only when a command runs, so that help, completion and usage errors are immediate.
 """
@@ -48,7 +48,7 @@ TextArgument = Annotated[str, typer.Argument(metavar="TEXT", help="Text; - reads
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line, that of the process by default, and returns the exit code."""
+    """Runs a command line, by default that of the process, and returns the exit code."""
     try:
         try:
             app(arguments, prog_name="llorch-jax")
@@ -102,11 +102,9 @@ def generate_command(
     ] = True,
     as_json: JsonOption = False,
     top_logprobs: Annotated[
-        int, option("--top-logprobs", metavar="N", help="In JSON: N most likely tokens per step.", panel="Output")
+        int, option("--top-logprobs", metavar="N", help="In JSON: the N most likely tokens per step.", panel="Output")
     ] = 0,
-    timings: Annotated[
-        bool, option("--timings", help="Print on standard error where the time went.", panel="Output")
-    ] = False,
+    timings: Annotated[bool, option("--timings", help="Print timings on standard error.", panel="Output")] = False,
     speculative: Annotated[
         str | None,
         option(
@@ -134,7 +132,7 @@ def generate_command(
         option("--out", metavar="FILE", help="Output file; an interrupted run resumes.", panel="Prompts from a file"),
     ] = None,
     batch_size: Annotated[
-        int, option("--batch-size", metavar="N", help="Prompts in one batch, 1 or more.", panel="Prompts from a file")
+        int, option("--batch-size", metavar="N", help="Prompts per batch, 1 or more.", panel="Prompts from a file")
     ] = 8,
     overwrite: Annotated[
         bool, option("--overwrite", help="Replace the output file.", panel="Prompts from a file")
@@ -147,7 +145,7 @@ def generate_command(
     if (prompt is None) == (file is None) or (file is None) != (out is None):
         raise typer.BadParameter("expected a prompt, or --file and --out")
     if top_logprobs and not as_json and file is None:
-        raise typer.BadParameter("--top-logprobs: expected --json or --file with it, which show them")
+        raise typer.BadParameter("--top-logprobs: expected --json or --file with it, as only these show them")
     if speculative and draft:
         raise typer.BadParameter("--speculative, --draft: expected one of them, got both")
     if file is not None and (speculative or draft):
@@ -209,7 +207,7 @@ def score_command(
     text: TextArgument,
     model: ModelOption = "demo",
     stride: Annotated[
-        int | None, option("--stride", metavar="N", help="Tokens by which windows over a long text advance.")
+        int | None, option("--stride", metavar="N", help="Tokens by which the window over a long text advances.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -226,7 +224,7 @@ def inspect_command(
     model: ModelArgument = "demo",
     cache: CacheOption = "static",
     kernels: Annotated[
-        bool, option("--kernels", help="Show which native kernels run on this machine instead.", panel="Output")
+        bool, option("--kernels", help="Only show which native kernels this machine runs.", panel="Output")
     ] = False,
 ) -> None:
     """Show a model's configuration and the bytes of its parameters and cache, without loading the weights."""
@@ -247,7 +245,7 @@ def validate_command(
         Path, option("--reference", "-r", metavar="FILE", help=".npz file with the reference arrays.")
     ],
 ) -> None:
-    """Compare a model with reference arrays at twelve points; the exit code is 1 if any differs."""
+    """Compare a model with reference arrays at twelve points; the exit code is 1 if any of them differs."""
     from llorch_jax.cli import models
 
     if not models.validate(model, reference, settings):
@@ -292,8 +290,8 @@ def bench_command(
     model: ModelArgument = "demo",
     cache: CacheOption = "static",
     batch: Annotated[int, option("--batch", metavar="N", help="Number of rows.")] = 1,
-    prompt_tokens: Annotated[int, option("--prompt-tokens", metavar="N", help="Tokens of each row's prompt.")] = 64,
-    new_tokens: Annotated[int, option("--new-tokens", metavar="N", help="New tokens of each row, 2 or more.")] = 64,
+    prompt_tokens: Annotated[int, option("--prompt-tokens", metavar="N", help="Prompt tokens per row.")] = 64,
+    new_tokens: Annotated[int, option("--new-tokens", metavar="N", help="New tokens per row, 2 or more.")] = 64,
     repeats: Annotated[int, option("--repeats", metavar="N", help="Number of measurements.")] = 5,
     as_json: JsonOption = False,
 ) -> None:
@@ -310,10 +308,10 @@ def serve_command(
     settings: dict[str, Any],
     model: ModelArgument = "demo",
     host: Annotated[
-        str, option("--host", metavar="ADDRESS", help="Address to listen at; 0.0.0.0 for all.", panel="Server")
+        str, option("--host", metavar="ADDRESS", help="Address to listen on; 0.0.0.0 for all.", panel="Server")
     ] = "127.0.0.1",
     port: Annotated[
-        int, option("--port", metavar="N", help="Port to listen at; 0 for any that is free.", panel="Server")
+        int, option("--port", metavar="N", help="Port to listen on; 0 for any free one.", panel="Server")
     ] = 8000,
     api_key: Annotated[
         str | None,
@@ -327,45 +325,47 @@ def serve_command(
         ),
     ] = None,
     name: Annotated[
-        str | None, option("--name", metavar="NAME", help="Name of the model in answers.", panel="Server")
+        str | None, option("--name", metavar="NAME", help="Name of the model in responses.", panel="Server")
     ] = None,
     max_body: Annotated[
-        int, option("--max-body", metavar="N", help="Maximum bytes of a request's body.", panel="Server")
+        int, option("--max-body", metavar="N", help="Maximum bytes per request body.", panel="Server")
     ] = 1 << 20,
     max_texts: Annotated[
-        int, option("--max-texts", metavar="N", help="Maximum number of texts of a request.", panel="Server")
+        int, option("--max-texts", metavar="N", help="Maximum number of texts per request.", panel="Server")
     ] = 64,
     drain_seconds: Annotated[
         float,
-        option("--drain-seconds", metavar="X", help="Time for running requests when the server ends.", panel="Server"),
+        option(
+            "--drain-seconds", metavar="X", help="Seconds for running requests to finish at the end.", panel="Server"
+        ),
     ] = 30.0,
     slots: Annotated[
-        int, option("--slots", metavar="N", help="Number of requests that run at once.", panel="Engine")
+        int, option("--slots", metavar="N", help="Maximum number of requests that run at once.", panel="Engine")
     ] = 8,
     num_pages: Annotated[
         int | None,
-        option("--num-pages", metavar="N", help="Pages of the cache; by default all that fit.", panel="Engine"),
+        option("--num-pages", metavar="N", help="Pages of the cache; by default a context per slot.", panel="Engine"),
     ] = None,
     page_size: Annotated[int, option("--page-size", metavar="N", help="Tokens per page.", panel="Engine")] = 32,
     codec: Annotated[
         str | None,
-        option("--codec", metavar="CODEC", help="Storage of keys and values, such as int8.", panel="Engine"),
+        option("--codec", metavar="CODEC", help="Storage format of keys and values, such as int8.", panel="Engine"),
     ] = None,
     chunk: Annotated[
-        int, option("--chunk", metavar="N", help="Prompt tokens per step beside running streams.", panel="Engine")
+        int, option("--chunk", metavar="N", help="Prompt tokens per step while others decode.", panel="Engine")
     ] = 16,
     max_waiting: Annotated[
-        int, option("--max-waiting", metavar="N", help="Number of requests that may wait.", panel="Engine")
+        int, option("--max-waiting", metavar="N", help="Maximum number of waiting requests.", panel="Engine")
     ] = 1024,
     prefix_cache: Annotated[
         Path | None,
-        option("--prefix-cache", metavar="FILE", help="File of cached prefixes, over restarts.", panel="Engine"),
+        option("--prefix-cache", metavar="FILE", help="File to keep cached prefixes across restarts.", panel="Engine"),
     ] = None,
     warm_up: Annotated[
         bool, option("--warm-up/--no-warm-up", help="Compile everything before listening.", panel="Engine")
     ] = True,
 ) -> None:
-    """Serve a model over HTTP to many users, with OpenAI's API and a page to try it out.
+    """Serve a model over HTTP to many users, with OpenAI's API and a page for trying it out.
 
     In the options N is a whole number, and X any number.
     """

@@ -32,7 +32,7 @@ REPLY = 36  # cyan
 
 
 class Terminal:
-    """Branches of a conversation, and the commands on them."""
+    """The branches of a conversation, and the commands that work on them."""
 
     def __init__(self, chat: Chat, max_new_tokens: int, session: Path | None = None) -> None:
         self.branches = {"main": chat}
@@ -141,7 +141,7 @@ class Terminal:
             note("[interrupted]")
 
     def keep_up_to_date(self) -> None:
-        """Writes the text of the conversation to the session's file, without its cache, which takes longer."""
+        """Writes the text of the conversation to the session's file, without its cache, which would take longer."""
         if self.session is not None:
             self.chat.save(self.session, with_cache=False)
             self.saved[self.name] = [*self.chat.tokens]

@@ -86,7 +86,7 @@ def give_back() -> None:
 
 @contextmanager
 def mode(new: Mode) -> Iterator[None]:
-    """Sets the mode for the body; an interrupt that arrived in it and was not checked is raised at its end."""
+    """Sets the mode for the body; an interrupt that arrived in it without being checked is raised at its end."""
     old = _State.mode
     _State.count = 0
     _State.mode = new
@@ -119,7 +119,7 @@ def pending() -> int | None:
 
 
 def read_line(prompt: str) -> str:
-    """As `input`, but a signal raises `Interrupted`."""
+    """Like `input`, but a signal raises `Interrupted`."""
     _State.reading = object()
     try:
         check()

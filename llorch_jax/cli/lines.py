@@ -13,7 +13,7 @@ QUOTES = '"""'
 
 
 def use_history() -> None:
-    """Gives `input` line editing and a history with the arrow keys, if Python was built with readline."""
+    """Gives `input` line editing, and a history on the arrow keys, if Python was built with readline."""
     if not is_interactive():
         return
     with contextlib.suppress(ImportError):
@@ -45,7 +45,7 @@ def read_turn() -> str:
 
     Raises:
         EOFError: the input has ended.
-        Interrupted: a signal came.
+        Interrupted: a signal arrived.
         ChatError: the line is not text in the terminal's encoding.
     '''
     line = _line(PROMPT)

@@ -8,7 +8,7 @@ from llorch_jax.loading.checkpoint import Model, load
 
 
 def load_model(source: str, settings: dict[str, Any]) -> tuple[Model, float]:
-    """The model, and the seconds that loading took; removes `weights` and `group_size` from the settings."""
+    """The model, and how many seconds loading took; removes `weights` and `group_size` from the settings."""
     stored = {name: settings.pop(name) for name in ("weights", "group_size") if name in settings}
     enable_compilation_cache()
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""`llorch-jax score`, `inspect`, `validate`, `convert` and `bench`."""
+"""`llorch-jax score`, `inspect`, `validate`, `convert`, `quantize` and `bench`."""
 
 import dataclasses
 import json
@@ -48,10 +48,10 @@ def show_score(source: str, text: str, settings: dict[str, Any], stride: int | N
 
 
 def inspect_kernels() -> None:
-    """Prints which native kernels run on this machine, or why none do."""
+    """Prints which native kernels this machine runs, or why it runs none."""
     found = kernels.describe()
     if found.isa is None:
-        print(f"native kernels: none, XLA's own products run instead; {found.reason}")
+        print(f"native kernels: none, XLA's own products are used instead; {found.reason}")
     else:
         print(f"native kernels: {found.isa}, for weights in {', '.join(found.formats)}")
 

@@ -15,8 +15,8 @@ class Setting:
     """An option that becomes a setting of the library.
 
     Attributes:
-        name: of the setting.
-        kind: of the value.
+        name: name of the setting.
+        kind: type of the value.
         metavar: the value's name in the help text: N for whole numbers, X for any, P for 0 to 1.
         help: what to give, in one sentence.
         default: None leaves the setting to the library.
@@ -50,10 +50,10 @@ class Setting:
 
 
 SAMPLING = (
-    Setting("temperature", float, "X", "Temperature of the draws; 0, the default, takes the most likely token."),
+    Setting("temperature", float, "X", "Sampling temperature; 0, the default, takes the most likely token."),
     Setting("top_k", int, "N", "Draw from the N most likely tokens."),
     Setting("top_p", float, "P", "Draw from the most likely tokens whose probabilities add up to P."),
-    Setting("dynatemp_range", float, "X", "Let the temperature move by up to X, with the entropy; 0 is off."),
+    Setting("dynatemp_range", float, "X", "Vary the temperature by up to X with the entropy; 0 is off."),
     Setting("dynatemp_exponent", float, "X", "Exponent of the entropy for --dynatemp-range (1)."),
     Setting("min_p", float, "P", "Draw from tokens at least P times as likely as the most likely one."),
     Setting("typical_p", float, "P", "Draw from the most typical tokens whose probabilities add up to P."),
@@ -62,23 +62,25 @@ SAMPLING = (
     Setting("eta_cutoff", float, "P", "As --epsilon-cutoff, but lower where many tokens are likely."),
     Setting("xtc_probability", float, "P", "XTC: probability of leaving out the top choices."),
     Setting("xtc_threshold", float, "P", "XTC: probability from which a token is a top choice (0.1)."),
-    Setting("mirostat_tau", float, "X", "Mirostat: surprise to aim at, in bits per token."),
+    Setting("mirostat_tau", float, "X", "Mirostat: target surprise, in bits per token."),
     Setting("mirostat_eta", float, "X", "Mirostat: learning rate (0.1)."),
-    Setting("seed", int, "N", "Seed of the draws; the same seed gives the same text.", 0),
+    Setting("seed", int, "N", "Random seed; the same seed gives the same text.", 0),
 )
 PENALTIES = (
-    Setting("repetition_penalty", float, "X", "Above 1, tokens that occurred become less likely."),
+    Setting("repetition_penalty", float, "X", "Above 1, tokens that have occurred become less likely."),
     Setting("frequency_penalty", float, "X", "Subtracted from a logit for each time its token was generated."),
     Setting("presence_penalty", float, "X", "Subtracted from the logits of tokens that were generated."),
-    Setting("repeat_last_n", int, "N", "These penalties look at the last N tokens; -1, the default, at all."),
+    Setting("repeat_last_n", int, "N", "These penalties consider the last N tokens; -1, the default, all."),
     Setting("dry_multiplier", float, "X", "DRY: strength of the penalty on repeated sequences; 0 is off."),
     Setting("dry_base", float, "X", "DRY: growth of the penalty with each repeated token (1.75)."),
     Setting("dry_allowed_length", int, "N", "DRY: length up to which sequences may repeat (2)."),
-    Setting("dry_breakers", str, "TEXT", "DRY: sequences end at tokens with TEXT.", flag="--dry-breaker", many=True),
+    Setting(
+        "dry_breakers", str, "TEXT", "DRY: sequences end at tokens containing TEXT.", flag="--dry-breaker", many=True
+    ),
     Setting("no_repeat_ngram_size", int, "N", "No sequence of N tokens occurs twice; 0 is off."),
     Setting("logit_bias", str, "ID=X", "Add X to the logit of the token with this id.", many=True),
     Setting("bad_words", str, "TEXT", "Text that must not occur.", flag="--bad-word", many=True),
-    Setting("forced_tokens", int, "ID", "The next id that the text begins with.", flag="--forced-token", many=True),
+    Setting("forced_tokens", int, "ID", "The next id that the text must begin with.", flag="--forced-token", many=True),
 )
 ENDING = (
     Setting("min_new_tokens", int, "N", "Minimum number of new tokens."),
@@ -86,10 +88,10 @@ ENDING = (
     Setting("stop_ids", int, "ID", "End at the token with this id.", flag="--stop-id", many=True),
 )
 CONSTRAINTS = (
-    Setting("regex", str, "PATTERN", "Regular expression that the new text matches."),
-    Setting("json_schema", str, "SCHEMA", "JSON schema of the new text, or a file with it."),
-    Setting("grammar", str, "GRAMMAR", "Grammar of the new text, Lark or GBNF, or a file with it."),
-    Setting("choices", str, "TEXT", "One of the texts that the new text may be.", flag="--choice", many=True),
+    Setting("regex", str, "PATTERN", "Regular expression that the new text must match."),
+    Setting("json_schema", str, "SCHEMA", "JSON schema for the new text, or a file that contains it."),
+    Setting("grammar", str, "GRAMMAR", "Grammar for the new text, Lark or GBNF, or a file that contains it."),
+    Setting("choices", str, "TEXT", "One of the texts that are allowed.", flag="--choice", many=True),
 )
 SEARCH = (
     Setting("num_beams", int, "N", "Beam search: number of beams.", flag="--beams"),
@@ -106,12 +108,12 @@ SEARCH = (
     ),
 )
 CACHE = (
-    Setting("codec", str, "CODEC", "Storage of keys and values: float32, bfloat16, float16, int8 or int4."),
-    Setting("residual", int, "N", "Newest tokens also kept in float32 (32 with int8 and int4)."),
+    Setting("codec", str, "CODEC", "Storage format of keys and values: float32, bfloat16, float16, int8 or int4."),
+    Setting("residual", int, "N", "Number of newest tokens also kept in float32 (32 with int8 and int4)."),
 )
 WEIGHTS = (
-    Setting("weights", str, "FORMAT", "Storage of the weights: float32, bfloat16, float16, int8 or int4."),
-    Setting("group_size", int, "N", "Weights that share a scale: 32, 64 or 128 in int8, 32 or 64 in int4."),
+    Setting("weights", str, "FORMAT", "Storage format of the weights: float32, bfloat16, float16, int8 or int4."),
+    Setting("group_size", int, "N", "Number of weights that share a scale: 32, 64 or 128 in int8, 32 or 64 in int4."),
 )
 PANELS: dict[str, tuple[Setting, ...]] = {
     "Model": WEIGHTS,
@@ -142,7 +144,7 @@ JsonOption = Annotated[bool, option("--json", help="Print one JSON object instea
 
 
 def with_settings(*panels: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Adds the options of some `PANELS` to a command, which gets those that were given as a dict, `settings`."""
+    """Adds the options of some `PANELS` to a command, which receives those given as a dict, `settings`."""
     rows = [(panel, setting) for panel in panels for setting in PANELS[panel]]
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:

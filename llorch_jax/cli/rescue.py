@@ -14,7 +14,7 @@ from llorch_jax.text.chat import Chat
 
 @contextlib.contextmanager
 def on_failure(unsaved: Callable[[], Mapping[str, Chat]]) -> Iterator[None]:
-    """If the body ends with an exception, writes each unsaved conversation to a new file, and says which."""
+    """If the body ends with an exception, writes each unsaved conversation to a new file, and prints its name."""
     try:
         yield
     except BaseException:
@@ -30,7 +30,7 @@ def _rescue(chat: Chat, name: str) -> None:
             folder = Path(place())
             folder.mkdir(parents=True, exist_ok=True)
             chat.save(folder / name, with_cache=False)
-            note(f"the conversation was saved in {folder / name}; chat --session FILE continues it")
+            note(f"the conversation was saved in {folder / name}; continue it with chat --session FILE")
             return
     note("error: the conversation could not be saved anywhere", style="red")
 

@@ -22,7 +22,7 @@ def start(
     warm_up: bool,
     prefixes: Path | None,
 ) -> None:
-    """Serves a model until the process is told to end.
+    """Serves a model until the process is told to stop.
 
     Raises:
         EngineError: a setting is invalid, the address is taken, or the extra `serve` is missing.
@@ -44,7 +44,7 @@ def start(
     model, _ = load_model(source, settings)
     running = Engine(model, **engine)
     if prefixes is not None and prefixes.exists():
-        note(f"{running.load_prefixes(prefixes)} pages of cached prefixes from {prefixes}", style="")
+        note(f"loaded {running.load_prefixes(prefixes)} pages of cached prefixes from {prefixes}", style="")
     if warm_up:
         with waiting("compiling"):
             running.warm_up()

@@ -1,4 +1,4 @@
-"""Standard input and output that are closed, full, or have lost their reader."""
+"""Handling of standard streams that are closed, full, or have lost their reader."""
 
 import errno
 import io
@@ -21,7 +21,7 @@ class OutputError(Exception):
 
 
 class _Output(io.TextIOWrapper):
-    """Standard output whose errors are `OutputError`s, so that they are not mistaken for errors of files."""
+    """Standard output whose errors are `OutputError`s, so that they are not mistaken for errors in files."""
 
     def write(self, text: str) -> int:
         try:

@@ -1,4 +1,4 @@
-"""What the commands share: messages on standard error, spinners and bars, warnings, the compilation cache."""
+"""Shared by all commands: messages on standard error, spinners and bars, warnings, the compilation cache."""
 
 import os
 import threading
@@ -38,7 +38,7 @@ def enable_compilation_cache() -> None:
 
 
 class _Warnings:
-    """Shows a warning as one line, and those of the compilation cache, one per program, only once."""
+    """Shows each warning as one line; those of the compilation cache, one per program, are shown only once."""
 
     def __init__(self, directory: str) -> None:
         self.directory = directory
@@ -100,7 +100,7 @@ def bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def show_timings(load_seconds: float, timings: Any) -> None:
-    """One line: load, compile, prefill, milliseconds per token; `timings` are `Timings`."""
+    """Prints one line: load, compile, prefill, milliseconds per token; `timings` are `Timings`."""
     note(
         f"load {load_seconds:.2f} s, compile {timings.compile:.2f} s, prefill {1000 * timings.prefill:.1f} ms, "
         f"{timings.ms_per_token:.2f} ms/token over {timings.new_tokens} tokens",

@@ -1,4 +1,4 @@
-"""Values of settings from command-line arguments: texts from files and standard input, token ids of words."""
+"""Turns command-line arguments into values of settings: texts from files and standard input, token ids of words."""
 
 import re
 import sys
@@ -25,14 +25,14 @@ def text_or_stdin(argument: str) -> str:
 
 
 def resolve(settings: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """Settings as the library takes them.
+    """Settings in the form that the library takes.
 
     Args:
         settings: as given on the command line.
-        tokenizer: of the model; None if it has none.
+        tokenizer: the model's tokenizer; None if it has none.
 
     Raises:
-        ConstraintError: the file of a schema or grammar cannot be read.
+        ConstraintError: the file with a schema or grammar cannot be read.
         SamplerError: a bias is not ID=X.
     """
     found = dict(settings)
@@ -53,13 +53,13 @@ def resolve(settings: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
 
 
 def _text_or_file(option: str, argument: str, pattern: str, what: str) -> str:
-    """The argument if it looks like the expected text, else the contents of the file with this name."""
+    """The argument if it looks like the expected text, otherwise the contents of the file with this name."""
     if re.search(pattern, argument):
         return argument
     try:
         return read_text(argument, ConstraintError)
     except ConstraintError as error:
-        raise ConstraintError(f"{option}: expected {what} or a file with it; {error}") from None
+        raise ConstraintError(f"{option}: expected {what} or a file that contains it; {error}") from None
 
 
 def _bias(text: str) -> tuple[int, float]:
