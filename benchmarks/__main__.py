@@ -1,11 +1,11 @@
-"""Runs the benchmarks, keeps their figures, draws a report.
+"""Runs the benchmarks, saves their figures, and draws a report.
 
     python -m benchmarks [--quick] [--only NAME,NAME] [--peer NAME=PYTHON] [--weights float32,int8]
                          [--check BASELINE.json] [--run RUN.json]
 
-The figures of a run go into benchmarks/out/run-TIME.json, the report into a folder of the same name. With --check the
-exit code is 1 where a ratio got worse than in the baseline beyond the spread of both; with --run the figures are read
-instead of measured.
+The figures of a run are written to benchmarks/out/run-TIME.json, the report to a folder of the same name. With --check
+the exit code is 1 if a ratio is worse than in the baseline by more than the spread of both; with --run the figures are
+read instead of measured.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def _options() -> argparse.ArgumentParser:
     options.add_argument("--only", help="names of benchmarks, separated by commas")
     options.add_argument("--peer", type=peer_option, action="append", default=[], metavar="NAME=PYTHON")
     options.add_argument(
-        "--weights", type=precisions, default=["float32"], help="own precisions in `compare` (default: float32)"
+        "--weights", type=precisions, default=["float32"], help="our precisions in `compare` (default: float32)"
     )
     options.add_argument("--check", type=Path, metavar="BASELINE.json", help="earlier run to compare with")
     options.add_argument("--run", type=Path, metavar="RUN.json", help="read the figures of a run instead of measuring")
@@ -63,7 +63,7 @@ def _options() -> argparse.ArgumentParser:
 
 
 def _tell(figures: Report) -> int:
-    """Prints a report; 1 where a comparison found other tokens."""
+    """Prints a report; returns 1 if a comparison found different tokens."""
     show(figures)
     if figures["benchmark"] == "profile_cache":
         tell_parts(figures)
@@ -77,7 +77,7 @@ def _check(baseline: Path, reports: list[Report]) -> int:
         print(f"worse: {line}")
     print(f"check: {compared} rows compared with {baseline}, {len(worse)} worse")
     if compared == 0:
-        print("check: nothing to compare; the baseline is of other benchmarks or settings")
+        print("check: nothing to compare; the baseline has other benchmarks or settings")
     return int(bool(worse) or compared == 0)
 
 

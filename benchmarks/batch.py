@@ -2,8 +2,8 @@
 
     python -m benchmarks.batch [--preset gpt2] [--batches 1,2,4,8,16,32] [--layers 12,24,36,48] [--prompt 64] [--new 16]
 
-Compares each step with its floor (reading the weights once, and each row's keys and values) and with the first of its
-series.
+Compares each step with its floor (reading the weights once, and each row's keys and values) and with the first step of
+its series.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from benchmarks.reports import Report, keep, numbers, parser, report, row, show
 
 
 def measure(preset: str, batches: list[int], layers: list[int], prompt: int, new: int, rounds: int) -> Report:
-    """A row per batch size, at the preset's number of layers, and a row per number of layers, at batch 1."""
+    """One row per batch size, with the preset's number of layers, and one per number of layers, with a batch of 1."""
     base = preset_config(preset).n_layer
     config, params = random_model(preset, max([base, *layers]))
     decoders = {f"batch {size}": _decoder(config, params, base, size, prompt, new) for size in batches}
@@ -42,7 +42,7 @@ def measure(preset: str, batches: list[int], layers: list[int], prompt: int, new
 
 
 def _decoder(config: lj.GPT2Config, params: lj.Params, layers: int, batch: int, prompt: int, new: int) -> Decoder:
-    """A decoder with the first blocks of the model."""
+    """A decoder with only the first blocks of the model."""
     config = dataclasses.replace(config, n_layer=layers)
     params = params.replace(blocks=params.blocks[:layers])
     capacity = min(prompt + new, config.n_positions)

@@ -1,9 +1,9 @@
-"""Bytes and time per decode step of every cache layout, over lengths of the text.
+"""Bytes and time per decode step of every cache layout, by length of the text.
 
     python -m benchmarks.caches [--preset gpt2] [--batch 1] [--lengths 64,256,512,1000] [--json FILE] [--plot FILE.png]
 
-Every layout decodes after the same prompt in a cache that could hold the whole context. Steps of the layouts are
-taken in turn, so that a change of the machine's speed meets all of them; the ratio to the static cache is per round.
+Every layout continues the same prompt in a cache that could hold the whole context. The layouts take turns, step by
+step, so that a change in the machine's speed affects all of them; the ratio to the static cache is computed per round.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def measure(preset: str, batch: int, lengths: list[int], rounds: int, layouts: t
 def step_times(
     config: lj.GPT2Config, params: lj.Params, batch: int, length: int, rounds: int, layouts: tuple[str, ...]
 ) -> dict[str, tuple[list[float], int]]:
-    """Milliseconds of each round's step, and the bytes of the cache, by layout."""
+    """Milliseconds per step in each round, and the bytes of the cache, by layout."""
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch, length), np.int32)
     token = np.zeros(batch, np.int32)
     caches = {}
@@ -62,7 +62,7 @@ def step_times(
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Time per step and bytes over lengths, one line per layout."""
+    """Plots time per step and bytes over the length, with one line per layout."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -85,8 +85,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="gpt2")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--lengths", default="64,256,512,1000", help="numbers of tokens, separated by commas")
-    parser.add_argument("--layouts", default=",".join(LAYOUTS), help="cache specifications, separated by commas")
+    parser.add_argument("--lengths", default="64,256,512,1000", help="comma-separated numbers of tokens")
+    parser.add_argument("--layouts", default=",".join(LAYOUTS), help="comma-separated cache specifications")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)

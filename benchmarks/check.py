@@ -1,24 +1,24 @@
-"""Whether a run is worse than an earlier one, by ratios, since those hold on machines of other speeds."""
+"""Whether a run is worse than an earlier one, judged by ratios, since these carry over to machines of other speeds."""
 
 import json
 from pathlib import Path
 
 from benchmarks.reports import Report
 
-TOLERANCE = 0.02  # of the ratio, beyond the spread
+TOLERANCE = 0.02  # share of the ratio, beyond the spread
 
 
 def read_run(path: Path) -> list[Report]:
-    """The reports of a file: those of a whole run, or the one of a single benchmark."""
+    """The reports in a file: those of a whole run, or that of a single benchmark."""
     content = json.loads(path.read_text())
     return content.get("reports", [content])
 
 
 def regressions(baseline: list[Report], run: list[Report]) -> tuple[list[str], int]:
-    """What got worse, in words, and how many rows were compared.
+    """Descriptions of the rows that got worse, and how many rows were compared.
 
-    A row is worse where the least of its ratios is more than `TOLERANCE` over the largest of the baseline's. Rows are
-    compared where benchmark, setting and name are the same.
+    A row is worse if the smallest of its ratios exceeds the largest of the baseline's by more than `TOLERANCE`. Rows
+    are compared if benchmark, setting and name are the same.
     """
     before = _rows(baseline)
     found = []

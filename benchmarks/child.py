@@ -1,6 +1,6 @@
-"""What `startup` and `memory` measure in a fresh process: `python -m benchmarks.child TASK`, settings as JSON on stdin.
+"""Tasks of `startup` and `memory` in a fresh process: `python -m benchmarks.child TASK`, settings as JSON on stdin.
 
-Only what a task needs is imported, and the first token comes from the public functions.
+Only the modules that a task needs are imported, and the first token is generated with the public functions.
 """
 
 import json
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def run_child(task: str, **setting: Any) -> dict[str, Any]:
-    """Runs a task in a fresh interpreter; `started` in the result is the time just before."""
+    """Runs a task in a fresh interpreter; `started` in the result is the time just before the start."""
     command = [sys.executable, "-m", "benchmarks.child", task]
     started = time.time()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
@@ -34,7 +34,7 @@ def bare() -> dict[str, Any]:
 
 
 def startup(folder: str, prompt: int, new: int, compilation_cache: str) -> dict[str, Any]:
-    """When the first token was there and the last, and the seconds of compiling until each."""
+    """When the first and the last token were available, and the seconds spent on compiling until then."""
     import jax
 
     import llorch_jax as lj
@@ -57,7 +57,7 @@ def startup(folder: str, prompt: int, new: int, compilation_cache: str) -> dict[
 
 
 def memory(folder: str, layout: str, batch: int, prompt: int, new: int, capacity: int) -> dict[str, Any]:
-    """Peak resident bytes above the interpreter's with jax: of loading, of the first generation, of the next."""
+    """Peak resident bytes in excess of an interpreter with jax: for loading, the first generation, and the next."""
     import jax
 
     jax.numpy.zeros(1).block_until_ready()
@@ -80,7 +80,7 @@ def memory(folder: str, layout: str, batch: int, prompt: int, new: int, capacity
 
 
 def peak(reset: bool = False) -> int:
-    """The largest resident size of this process in bytes so far, or since the last reset. Linux only."""
+    """The peak resident size of this process in bytes so far, or since the last reset. Linux only."""
     status = Path("/proc/self/status").read_text().splitlines()
     size = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
     if reset:

@@ -1,4 +1,4 @@
-"""Side by side with other implementations, on the same weights, in one run.
+"""A comparison with other implementations, on the same weights and in one run.
 
     python -m benchmarks.compare --peer transformers=PYTHON --peer ctranslate2=PYTHON --peer llama.cpp=PYTHON
                                  [--preset gpt2] [--cases 1x64+64,1x512+4,8x64+16] [--weights float32,int8]
@@ -6,8 +6,8 @@
 
 PYTHON is the interpreter of an environment that has the peer; docs/benchmarks.md says how to make one. A case is
 BATCHxPROMPT+NEW. In each round every contender in turn generates one token (the prefill) and then NEW tokens; a step is
-the difference divided by NEW - 1. First the greedy tokens are compared: the exit code is 1 where a float32 peer
-disagrees. The ratio is the time of llorch_jax, with weights of the same precision, over the peer's.
+the difference divided by NEW - 1. First the greedy tokens are compared: the exit code is 1 if a float32 peer disagrees.
+The ratio is the time of llorch_jax, with weights of the same precision, divided by the peer's.
 """
 
 import argparse
@@ -35,11 +35,11 @@ PRECISIONS = ("float32", "float16", "int8", "int4")
 
 
 class Contender(NamedTuple):
-    """Something that generates.
+    """An implementation that takes part in the comparison.
 
     Attributes:
         run: generates greedily.
-        precision: of its weights, one of `PRECISIONS`.
+        precision: precision of its weights, one of `PRECISIONS`.
     """
 
     run: Run
@@ -53,14 +53,14 @@ def measure(
     rounds: int,
     weights: Sequence[str] = ("float32",),
 ) -> Report:
-    """Rows of every contender and case, and whether the tokens agree.
+    """One row for each contender and case, and whether the tokens agree.
 
     Args:
-        preset: of the model.
-        peers: for each name its interpreter, and a script in place of the usual one.
-        cases: what to time.
-        rounds: how often.
-        weights: precisions in which llorch_jax takes part, float32 among them.
+        preset: preset of the model.
+        peers: for each name its interpreter, and a script that replaces the usual one, if any.
+        cases: cases to time.
+        rounds: number of rounds.
+        weights: precisions in which llorch_jax takes part, including float32.
     """
     config, params = random_model(preset)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
@@ -92,7 +92,7 @@ def measure(
 
 
 def ours(config: lj.GPT2Config, params: lj.Params, weights: Sequence[str]) -> dict[str, Contender]:
-    """This library with weights in some precisions."""
+    """This library, with weights in each of some precisions."""
     found = {}
     for precision in weights:
         stored = params if precision == "float32" else lj.quantize(params, precision)
@@ -105,7 +105,7 @@ def _ours(precision: str) -> str:
 
 
 def write_checkpoint(directory: Path, config: lj.GPT2Config, params: lj.Params) -> None:
-    """The model in Hugging Face's layout, with a vocabulary of made-up words, which converters ask for."""
+    """Writes the model in Hugging Face's layout, with a vocabulary of made-up words, which converters require."""
     lj.save_model(directory, config, params)
     words = {f"t{token}": token for token in range(config.vocab_size - 1)}
     words["<|endoftext|>"] = config.vocab_size - 1
@@ -116,7 +116,7 @@ def write_checkpoint(directory: Path, config: lj.GPT2Config, params: lj.Params) 
 def run_ours(
     params: lj.Params, config: lj.GPT2Config, tokens: list[list[int]], new: int
 ) -> tuple[list[list[int]], float]:
-    """New tokens of every row, greedily, and the seconds it took, as a peer's worker does."""
+    """Generates greedily, as a peer's worker does: the new tokens of every row, and the seconds it took."""
     start = time.perf_counter()
     result = lj.generate_tokens(params, config, tokens, new)[0].tolist()
     return result, time.perf_counter() - start
@@ -127,7 +127,7 @@ def _label(case: Case) -> str:
 
 
 def _agreement(contenders: dict[str, Contender], case: Case, tokens: list[list[int]]) -> Iterator[Report]:
-    """For each contender how many of its first tokens are ours; a contender that cannot do the case has an error."""
+    """How many of each contender's first tokens equal ours; or the error of one that cannot run the case."""
     expected = contenders[OURS].run(tokens, case[2])[0]
     for name, each in contenders.items():
         line: Report = {"case": _label(case), "contender": name, "exact": each.precision == "float32"}
@@ -141,7 +141,7 @@ def _agreement(contenders: dict[str, Contender], case: Case, tokens: list[list[i
 
 
 def _tasks(contenders: dict[str, Contender], case: Case, tokens: list[list[int]]) -> dict[str, Callable[[], float]]:
-    """Milliseconds of a prefill and of a whole generation, for every contender."""
+    """For every contender, tasks that return the milliseconds of a prefill and of a whole generation."""
     tasks: dict[str, Callable[[], float]] = {}
     for name, each in contenders.items():
         tasks[f"prefill {name}"] = lambda run=each.run: 1000 * run(tokens, 1)[1]
@@ -152,7 +152,7 @@ def _tasks(contenders: dict[str, Contender], case: Case, tokens: list[list[int]]
 def _rows(case: Case, contenders: dict[str, Contender], values: dict[str, list[float]]) -> list[Report]:
     """Prefill and step of every contender, compared with llorch_jax in the same precision, or in float32.
 
-    Our own rows in other precisions are compared with our float32. `time` is what the contender itself took.
+    Our own rows in other precisions are compared with our float32 row. `time` is the contender's own time.
     """
     batch, _, new = case
     times = {}
@@ -187,7 +187,7 @@ def _case(text: str) -> list[Case]:
 
 
 def precisions(text: str) -> list[str]:
-    """The value of an option with precisions of our own weights, float32 always among them."""
+    """The value of an option with precisions of our own weights, which always include float32."""
     chosen = text.split(",")
     if unknown := [each for each in chosen if each not in PRECISIONS]:
         raise argparse.ArgumentTypeError(f"expected some of {', '.join(PRECISIONS)}; got {unknown[0]}")
@@ -195,7 +195,7 @@ def precisions(text: str) -> list[str]:
 
 
 def describe(line: Report) -> str:
-    """What a row adds: how long the contender itself took."""
+    """The addition to a row: how long the contender itself took."""
     return f"itself {spread(line['time'])} ms"
 
 
@@ -227,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def tell_agreement(figures: Report) -> int:
-    """Prints how far the greedy tokens agree; 1 where a float32 peer disagrees."""
+    """Prints how far the greedy tokens agree; returns 1 if a float32 peer disagrees."""
     code = 0
     for line in figures["agreement"]:
         if "error" in line:

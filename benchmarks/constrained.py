@@ -1,11 +1,11 @@
-"""What a constraint costs: the mask of allowed tokens, and a constrained step compared with a plain one.
+"""The cost of a constraint: the mask of allowed tokens, and a constrained step compared with a plain one.
 
     python -m benchmarks.constrained [--model demo | --preset gpt2] [--tokens 64] [--rounds 5]
 
-"mask" is the time on the host for the mask of one token, over the tokens of one text, without a model. "plain" is
-`generate` in its compiled loop and "constrained" the same with a constraint, of one row at temperature 1, without the
-prefill, taken in turn; the ratio is the median of the rounds'. With a preset the weights are random and the vocabulary
-is GPT-2's.
+"mask" is the host's time for the mask of one token, measured over the tokens of one text without a model. "plain" is
+`generate` in its compiled loop and "constrained" the same with a constraint, both with one row at temperature 1,
+without the prefill, and taking turns; the ratio is the median over the rounds. With a preset the weights are random and
+the vocabulary is GPT-2's.
 """
 
 import argparse
@@ -37,7 +37,7 @@ CASES = {
 
 
 def mask_times(model: lj.Model, constraint: lj.Constraint, ids: list[int]) -> list[float]:
-    """Milliseconds for the mask before each of some tokens, which the constraint allows."""
+    """Milliseconds for the mask before each of some tokens, all of which the constraint allows."""
     compiler = compiler_of(model.tokenizer, model.config.vocab_size, ())
     matcher = compiler.matcher(constraint, ())
     found = []
@@ -51,7 +51,7 @@ def mask_times(model: lj.Model, constraint: lj.Constraint, ids: list[int]) -> li
 
 
 def measure(model: lj.Model, constraint: lj.Constraint, tokens: int, rounds: int) -> str:
-    """One line: the mask's median, 95th percentile and most; milliseconds per token of both streams, their ratio."""
+    """One line: median, 95th percentile and maximum for the mask; milliseconds per token of both, and their ratio."""
 
     def run(**settings: Any) -> lj.Generation:
         return lj.generate(model, PROMPT, tokens, temperature=1.0, seed=1, **settings)
@@ -81,7 +81,7 @@ def main() -> None:
         model = lj.Model(config, params, lj.Tokenizer.gpt2(), given.preset)
     else:
         model = lj.load(given.model)
-    print("constraint | mask ms: median | 95 % | most | plain ms/token | constrained ms/token | ratio")
+    print("constraint | mask ms: median | 95 % | max | plain ms/token | constrained ms/token | ratio")
     for name, constraint in CASES.items():
         print(f"{name} | {measure(model, constraint, given.tokens, given.rounds)}", flush=True)
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.decode [--preset gpt2] [--batch 1] [--prompt 64] [--new 64] [--capacity N] [--cache static]
 
-The ratio is to the time that reading the weights and the live keys and values takes at the bandwidth measured in the
-same round (benchmarks/limits.py).
+The ratio is relative to the time that reading the weights and the live keys and values takes at the bandwidth measured
+in the same round (benchmarks/limits.py).
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from benchmarks.reports import Report, keep, parser, report, row, show
 
 
 def measure(preset: str, batch: int, prompt: int, new: int, capacity: int | None, layout: str, rounds: int) -> Report:
-    """All figures of one setting."""
+    """All figures for one setting."""
     config, params = random_model(preset)
     capacity = capacity or min(prompt + new, config.n_positions)
     cache = make_cache(config, layout, batch, capacity)

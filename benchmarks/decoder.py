@@ -1,4 +1,4 @@
-"""Decoding loops that can be repeated: the compiled programs of `llorch_jax.decoding.steps`, timed by themselves."""
+"""Repeatable decoding loops: the compiled programs of `llorch_jax.decoding.steps`, timed on their own."""
 
 import dataclasses
 from typing import Any
@@ -17,7 +17,7 @@ from llorch_jax.text.timing import compile_seconds
 
 
 class Decoder:
-    """The loop of `generate_tokens` after a text of fixed length, again and again on one cache."""
+    """The loop of `generate_tokens` after a text of fixed length, repeatedly on the same cache."""
 
     def __init__(
         self,
@@ -84,10 +84,10 @@ def make_cache(config: lj.GPT2Config, name: str, batch: int, tokens: int | None 
     """An empty cache by name: a layout, or a layout and a codec such as "paged/int8".
 
     Args:
-        config: of the model.
-        name: the layout, as `lj.make_cache` takes it, and after a slash the codec.
+        config: the model's hyperparameters.
+        name: the layout, as `lj.make_cache` takes it, and optionally a slash and the codec.
         batch: number of rows.
-        tokens: what there must be room for, rounded up to a bucket, where the layout has a capacity; None means the
+        tokens: number of tokens to make room for, rounded up to a bucket, if the layout has a capacity; None means the
             whole context.
     """
     layout, _, codec = name.partition("/")

@@ -1,12 +1,12 @@
-"""The engine under load: throughput and latencies against serving one at a time and against static batches.
+"""The engine under load: throughput and latencies, compared with one request at a time and with static batches.
 
     python -m benchmarks.engine [--preset gpt2] [--requests 40] [--rate 4] [--slots 8] [--rounds 1] [--plot FILE]
 
 Requests arrive at random (Poisson) with prompts and answers of random (log-normal) lengths, all from one seed. The same
-trace goes to the engine, to an engine with one slot, and to static batches of as many rows as the engine has slots,
-each of which runs until its last row has ended. Three more figures: the first token of a prompt of 512 cached tokens,
-the time between tokens of running streams while a prompt of 900 tokens comes in, and a step of the engine with all
-slots taken over one of `generate_tokens`.
+trace is run by the engine, by an engine with one slot, and in static batches with as many rows as the engine has slots,
+each of which runs until its last row has ended. There are three more figures: the time to the first token of a prompt
+with 512 cached tokens; the time between tokens of running streams while a prompt of 900 tokens is processed; and the
+ratio of an engine step with all slots in use to a step of `generate_tokens`.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ PAGE = 32
 
 @dataclasses.dataclass(frozen=True)
 class Arrival:
-    """A request of a trace: seconds after the start, its prompt, and how many tokens it wants."""
+    """A request in a trace: its arrival in seconds after the start, its prompt, and how many tokens it asks for."""
 
     at: float
     prompt: list[int]
@@ -47,7 +47,7 @@ class Arrival:
 
 @dataclasses.dataclass
 class Times:
-    """When the tokens of one request came, in seconds after the start of the trace."""
+    """When the tokens of one request arrived, in seconds after the start of the trace."""
 
     arrival: Arrival
     tokens: list[float] = dataclasses.field(default_factory=list)
@@ -59,7 +59,7 @@ class Times:
 
 
 def trace(config: lj.GPT2Config, requests: int, rate: float, seed: int = 0) -> list[Arrival]:
-    """Random arrivals."""
+    """A trace of random arrivals."""
     dice = np.random.default_rng(seed)
     at = np.cumsum(dice.exponential(1 / rate, requests))
     most = config.n_positions // 2
@@ -70,7 +70,7 @@ def trace(config: lj.GPT2Config, requests: int, rate: float, seed: int = 0) -> l
 
 
 class Engine:
-    """An engine for tokens."""
+    """An engine that takes and returns tokens."""
 
     def __init__(self, params: lj.Params, config: lj.GPT2Config, slots: int) -> None:
         limits = Limits(slots, PAGE, CHUNK, IDLE_CHUNK)
@@ -79,7 +79,7 @@ class Engine:
         self._worker.call(Core.warm_up)
 
     def run(self, arrivals: Sequence[Arrival]) -> list[Times]:
-        """The times of a trace, in real time, with an empty prefix cache."""
+        """Runs a trace in real time, starting with an empty prefix cache."""
         self._worker.call(lambda core: core.pages.forget())
         start = time.perf_counter()
         found = []
@@ -110,7 +110,7 @@ class Engine:
         return times, done
 
     def wait(self) -> None:
-        """Returns once nothing is left to do."""
+        """Waits until there is nothing left to do."""
         while not self._worker.call(lambda core: core.idle):
             time.sleep(0.01)
 
@@ -124,7 +124,7 @@ class Engine:
 
 
 def static_batches(params: lj.Params, config: lj.GPT2Config, rows: int, arrivals: Sequence[Arrival]) -> list[Times]:
-    """The times of a trace in batches of up to `rows` requests that have arrived, one batch after the other."""
+    """Runs a trace in real time, in batches of up to `rows` requests that have arrived, one batch after the other."""
     start = time.perf_counter()
     left, found = list(arrivals), []
     while left:
@@ -133,7 +133,7 @@ def static_batches(params: lj.Params, config: lj.GPT2Config, rows: int, arrivals
         batch = [each for each in left[:rows] if each.at <= now]
         left = left[len(batch) :]
         times = [Times(each) for each in batch]
-        filled = batch + [batch[-1]] * (rows - len(batch))  # always as many rows: no other program
+        filled = batch + [batch[-1]] * (rows - len(batch))  # a fixed number of rows: no recompilation
         tokens, lengths = padded([each.prompt for each in filled])
         cache = lj.make_cache(config, "static", batch_size=rows)
         request = prepare(config, tokens, [each.new for each in filled], cache, lengths, eos_id=None)
@@ -160,7 +160,7 @@ def summary(times: Sequence[Times]) -> dict[str, Any]:
 
 
 def prefix_hit(engine: Engine, config: lj.GPT2Config, tokens: int) -> tuple[float, float]:
-    """Milliseconds to the first token of a prompt of `tokens` tokens and a few more: not cached, and cached."""
+    """Milliseconds to the first token of a prompt of slightly more than `tokens` tokens: not cached, and cached."""
     dice = np.random.default_rng(1)
     beginning = dice.integers(0, config.vocab_size, tokens).tolist()
     found = []
@@ -174,7 +174,7 @@ def prefix_hit(engine: Engine, config: lj.GPT2Config, tokens: int) -> tuple[floa
 
 
 def stall(engine: Engine, config: lj.GPT2Config, slots: int, tokens: int) -> tuple[list[float], float]:
-    """Milliseconds between tokens of streams while a prompt of `tokens` tokens comes in, and to its first token."""
+    """Milliseconds between tokens of streams while a prompt of `tokens` tokens is processed, and to its first token."""
     dice = np.random.default_rng(2)
     engine.forget()
     start = time.perf_counter()
@@ -198,7 +198,7 @@ def stall(engine: Engine, config: lj.GPT2Config, slots: int, tokens: int) -> tup
 
 
 def step_ms(engine: Engine, params: lj.Params, config: lj.GPT2Config, slots: int, new: int) -> tuple[float, float]:
-    """Milliseconds of a step with all slots taken, and of one of `generate_tokens` with as many rows."""
+    """Milliseconds of a step with all slots in use, and of a step of `generate_tokens` with as many rows."""
     prompts = np.random.default_rng(3).integers(0, config.vocab_size, (slots, 16)).astype(np.int32)
     engine.forget()
     start = time.perf_counter()
@@ -274,17 +274,17 @@ def show(figures: Report) -> None:
     hit, wait, step = figures["prefix_hit_ms"], figures["stall_ms"], figures["step_ms"]
     ratio = hit["miss"] / hit["hit"]
     times = f"{hit['miss']:.0f} -> {hit['hit']:.0f} ms"
-    print(f"prefix of {hit['tokens']} cached tokens: first token {times}, {ratio:.1f} x sooner")
+    print(f"prefix of {hit['tokens']} cached tokens: first token {times}, {ratio:.1f} x faster")
     print(
-        f"while a prompt of {wait['tokens']} tokens comes in: {wait['p50']:.1f} ms between tokens, "
+        f"while a prompt of {wait['tokens']} tokens is processed: {wait['p50']:.1f} ms between tokens, "
         f"p99 {wait['p99']:.1f} ({wait['p99'] / wait['p50']:.2f} x); its first token after {wait['first']:,.0f} ms"
     )
     over = step["engine"] / step["generate_tokens"]
-    print(f"a step with all slots taken: {step['engine']:.1f} ms, {over:.3f} x generate_tokens")
+    print(f"a step with all slots in use: {step['engine']:.1f} ms, {over:.3f} x generate_tokens")
 
 
 def plot(figures: Report, path: Path) -> None:
-    """Draws latencies at the three percentiles."""
+    """Plots the latencies at the three percentiles."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))

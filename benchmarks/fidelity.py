@@ -1,10 +1,10 @@
-"""What caches that evict or round cost: KL divergence and perplexity against the exact cache, over budgets.
+"""The cost of caches that evict or round: KL divergence and perplexity relative to the exact cache, by budget.
 
     python -m benchmarks.fidelity --text FILE [--model demo] [--policies recent,sinks,h2o,snapkv] [--budgets 32,64,128]
                                   [--caches int8,int4] [--prompt 128] [--length 512] [--rows 8] [--json F] [--plot F]
 
 The text is cut into rows of `--length` tokens. The first `--prompt` tokens of each are read at once, the others one by
-one; what is predicted from then on is compared.
+one; the predictions from then on are compared.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def line(spec: str, found: Fidelity) -> str:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Divergence and perplexity over budgets, one line per policy."""
+    """Plots divergence and perplexity over the budget, with one line per policy."""
     import matplotlib
 
     matplotlib.use("agg")

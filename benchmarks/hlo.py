@@ -1,4 +1,4 @@
-"""Which named scopes the operations of a compiled program belong to, read from the program's text."""
+"""Finds the named scopes to which the operations of a compiled program belong, from the program's text."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ class Operation:
     """One operation of a program.
 
     Attributes:
-        shares: the share of its time that belongs to each scope, 1 in all; "" is for no scope.
+        shares: the share of its time that belongs to each scope, adding up to 1; "" stands for no scope.
         container: whether it only runs other operations: a loop, a branch or a call.
     """
 
@@ -31,9 +31,9 @@ class _Instruction:
     """A line of the text.
 
     Attributes:
-        name: of the instruction, unique in the program.
+        name: name of the instruction, unique in the program.
         opcode: what it does.
-        shape: of its first result.
+        shape: shape of its first result.
         arguments: the text between its parentheses.
         attributes: the text after them.
     """
@@ -46,18 +46,18 @@ class _Instruction:
 
     @property
     def operands(self) -> list[str]:
-        """Names of the instructions that it reads."""
+        """Names of the instructions whose results it reads."""
         return re.findall(r"%([\w.\-]+)", self.arguments)
 
     @property
     def path(self) -> str | None:
-        """Its scopes, outermost first, with slashes between; None where XLA has added it itself."""
+        """Its scopes, outermost first, separated by slashes; None if XLA has added the instruction itself."""
         match = re.search(r'op_name="([^"]*)"', self.attributes)
         return match[1] if match else None
 
     @property
     def fused(self) -> str | None:
-        """The name of the computation that a fusion does."""
+        """The name of the computation that a fusion performs."""
         match = re.search(r"calls=%?([\w.\-]+)", self.attributes)
         return match[1] if match and self.opcode == "fusion" else None
 
@@ -71,11 +71,12 @@ def operations(text: str, scopes: Sequence[str]) -> dict[str, Operation]:
     """Every operation of a program by its name.
 
     An operation belongs to the innermost of its scopes. One that XLA has added, such as a copy or a product in another
-    form, belongs to the scope of what reads it. A fusion of operations of several scopes is divided among them by the
-    number of elements that each computes. This is an estimate: a fusion is one loop, whose parts have no times.
+    form, belongs to the scope of the operation that reads it. A fusion of operations from several scopes is divided
+    among them by the number of elements that each computes. This is an estimate: a fusion is one loop, whose parts are
+    not timed separately.
 
     Args:
-        text: of the optimised program, `compiled.as_text()`.
+        text: text of the optimised program, `compiled.as_text()`.
         scopes: names of the scopes to look for.
     """
     computations = _computations(text)
@@ -104,25 +105,25 @@ def _computations(text: str) -> dict[str, dict[str, _Instruction]]:
 
 
 def _dimensions(result: str) -> tuple[int, ...]:
-    """Of the first array in a type such as f32[2,768]{1,0}."""
+    """The shape of the first array in a type such as f32[2,768]{1,0}."""
     match = _SHAPE.search(result)
     return tuple(int(size) for size in match[1].split(",") if size) if match else ()
 
 
 class _Owners:
-    """Finds the scope of an instruction."""
+    """Finds the scopes of instructions."""
 
     def __init__(self, computations: dict[str, dict[str, _Instruction]], scopes: Sequence[str]) -> None:
         self._computations = computations
         self._scopes = scopes
-        self._readers: dict[str, _Instruction] = {}  # of each instruction the first one that reads it
+        self._readers: dict[str, _Instruction] = {}  # for each instruction, the first one that reads it
         for computation in computations.values():
             for line in computation.values():
                 for operand in line.operands:
                     self._readers.setdefault(operand, line)
 
     def scope(self, computation: dict[str, _Instruction], name: str) -> str:
-        """The innermost scope of an instruction or, where it has no path, of its first reader; "" where it has none."""
+        """The innermost scope of an instruction or, if it has no path, of its first reader; "" if there is none."""
         path = self._path(computation, name) or ""
         return next((part for part in reversed(path.split("/")) if part in self._scopes), "")
 
@@ -141,7 +142,7 @@ class _Owners:
 
 
 def _fusion_shares(computation: dict[str, _Instruction], owners: _Owners) -> dict[str, float]:
-    """The shares of the scopes in a fusion's computation; empty where it computes nothing."""
+    """The shares of the scopes in a fusion's computation; empty if it computes nothing."""
     work: dict[str, float] = {}
     for line in computation.values():
         if line.opcode not in FREE:
@@ -152,7 +153,7 @@ def _fusion_shares(computation: dict[str, _Instruction], owners: _Owners) -> dic
 
 
 def _work(line: _Instruction, computation: dict[str, _Instruction]) -> float:
-    """How many elements an instruction computes or, where it writes into a buffer or reduces one, goes through."""
+    """How many elements an instruction computes or, if it writes into a buffer or reduces one, processes."""
     shapes = [computation[name].shape for name in line.operands]
     if line.opcode == "dynamic-update-slice":
         return math.prod(shapes[1])

@@ -1,8 +1,8 @@
 """The limits of the machine, measured in the rounds of a benchmark, and the floors that follow from them.
 
-A decode step reads every weight but the position embeddings, and the keys and values of the live tokens, at least once:
-its floor is those bytes over the bandwidth of large matrix-vector products. A prefill's floor is its floating point
-operations over the speed of a large matrix product.
+A decode step reads every weight except the position embeddings, and the keys and values of the live tokens, at least
+once: its floor is those bytes divided by the bandwidth of large matrix-vector products. A prefill's floor is its number
+of floating-point operations divided by the speed of a large matrix product.
 """
 
 from collections.abc import Callable
@@ -22,8 +22,8 @@ class Limits(NamedTuple):
     """Measures the machine once per call.
 
     Attributes:
-        bandwidth: GB/s at which XLA streams matrices, 512 MiB in all, through matrix-vector products.
-        gemm: GFLOP/s of a product of two square matrices of 2,048 rows.
+        bandwidth: GB/s at which XLA streams matrices of 512 MiB in total through matrix-vector products.
+        gemm: GFLOP/s of a product of two square matrices with 2,048 rows.
     """
 
     bandwidth: Callable[[], float]
@@ -49,17 +49,17 @@ class Limits(NamedTuple):
 
 
 def kv_bytes(config: lj.GPT2Config) -> int:
-    """Bytes of one token's keys and values in all layers, in float32."""
+    """Bytes of one token's keys and values in all layers in float32."""
     return 2 * 4 * config.cache_layers * config.kv_heads * config.head_dim
 
 
 def step_bytes(config: lj.GPT2Config, params: lj.Params, batch: int, context: float) -> float:
-    """What a decode step must read: the weights it uses, and each row's live keys and values."""
+    """Bytes that a decode step must read: the weights it uses, and each row's live keys and values."""
     return nbytes(params) - params.wpe.nbytes + batch * context * kv_bytes(config)
 
 
 def prefill_flops(config: lj.GPT2Config, batch: int, count: int) -> float:
-    """Floating point operations of a prefill with logits of the last position only."""
+    """Floating-point operations of a prefill with logits for the last position only."""
     width = config.n_embd
     kv_width = config.kv_heads * config.head_dim
     dense = width * (2 * width + 2 * kv_width + 2 * config.inner_dim)

@@ -3,7 +3,7 @@
     python -m benchmarks.load [--preset gpt2-medium] [--weights float32] [--json FILE]
 
 Writes the preset with random weights to a temporary directory and loads it in a fresh process (Linux only: the peak is
-VmHWM). Memory is counted above that of the interpreter with jax imported.
+VmHWM). Memory is counted in excess of an interpreter that has imported jax.
 """
 
 import argparse
@@ -34,7 +34,7 @@ print(json.dumps({"seconds": time.perf_counter() - start, "bytes": peak() - befo
 
 
 def measure(preset: str, weights: str) -> dict[str, Any]:
-    """Seconds and peak bytes of loading, and their ratio to the parameters' bytes."""
+    """Seconds and peak bytes of loading, and the ratio of the latter to the parameters' bytes."""
     config, params = random_model(preset)
     with tempfile.TemporaryDirectory() as folder:
         lj.save_model(folder, config, params)

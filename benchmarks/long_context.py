@@ -1,9 +1,9 @@
-"""Milliseconds per token over the length of the text, 64 to 1,024 tokens.
+"""Milliseconds per token by length of the text, from 64 to 1,024 tokens.
 
     python -m benchmarks.long_context [--preset gpt2] [--lengths 64,128,256,512,1000] [--layouts static,dynamic]
 
-Caches have room for the whole context. The floor grows with the live keys and values; the last lines say at which
-speed the measured time grows with them.
+Caches have room for the whole context. The floor grows with the live keys and values; the last lines say how fast the
+measured time grows with them.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from benchmarks.reports import Report, keep, numbers, parser, report, row, show
 
 
 def measure(preset: str, batch: int, lengths: list[int], layouts: list[str], new: int, rounds: int) -> Report:
-    """A row per layout and length, and the growth of each layout."""
+    """One row per layout and length, and the growth for each layout."""
     config, params = random_model(preset)
     decoders = {}
     for layout in layouts:
@@ -37,7 +37,7 @@ def measure(preset: str, batch: int, lengths: list[int], layouts: list[str], new
 
 
 def _growth(rows: list[Report], layout: str, token_bytes: int) -> dict[str, float]:
-    """Microseconds per token of context (least squares over the medians), and the bandwidth that amounts to."""
+    """Microseconds per token of context (least squares over the medians), and the corresponding bandwidth."""
     points = [(line["length"], line["value"].median) for line in rows if line["layout"] == layout]
     if len(points) < 2:
         return {}
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__)
     options.add_argument("--batch", type=int, default=1)
     options.add_argument("--lengths", type=numbers, default=[64, 128, 256, 512, 1000])
-    options.add_argument("--layouts", default="static,dynamic", help="cache layouts, separated by commas")
+    options.add_argument("--layouts", default="static,dynamic", help="comma-separated cache layouts")
     options.add_argument("--new", type=int, default=16)
     chosen = options.parse_args(argv)
     layouts = chosen.layouts.split(",")

@@ -1,4 +1,4 @@
-"""What every benchmark measures with: repeated timing, models with random weights, the machine's description."""
+"""Tools of all benchmarks: repeated timing, models with random weights, a description of the machine."""
 
 import dataclasses
 import datetime
@@ -38,16 +38,16 @@ class Sample:
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """Seconds of one call, until its results are there."""
+    """Seconds that one call takes until its results are available."""
     start = time.perf_counter()
     jax.block_until_ready(run())
     return time.perf_counter() - start
 
 
 def interleaved(tasks: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """What each task returns in each round; a first round warms up and is not kept.
+    """The results of each task in each round; a first round warms up and is discarded.
 
-    Tasks are taken in turn, so that a change of the machine's speed meets all of them.
+    Tasks take turns, so that a change in the machine's speed affects all of them.
     """
     values: dict[str, list[float]] = {name: [] for name in tasks}
     for number in range(rounds + 1):
@@ -62,12 +62,12 @@ TINY = lj.GPT2Config(vocab_size=257, n_positions=64, n_embd=16, n_layer=1, n_hea
 
 
 def preset_config(preset: str) -> lj.GPT2Config:
-    """A preset, or "tiny": a model for trying the benchmarks out, whose figures mean nothing."""
+    """A preset, or "tiny": a model for trying out the benchmarks, whose figures are meaningless."""
     return TINY if preset == "tiny" else lj.GPT2Config.from_preset(preset)
 
 
 def random_model(preset: str, layers: int | None = None) -> tuple[lj.GPT2Config, lj.Params]:
-    """A preset, or "tiny", with random weights, and with another number of blocks where that is given."""
+    """A preset, or "tiny", with random weights, and with another number of blocks if one is given."""
     config = preset_config(preset)
     config = dataclasses.replace(config, n_layer=layers or config.n_layer)
     return config, jax.block_until_ready(_random_params(config, jax.random.key(0)))
@@ -77,7 +77,7 @@ _random_params = jax.jit(lj.init_params, static_argnums=0)
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on, by which command and at which commit."""
+    """The machine on which the figures were measured, the command and the commit."""
     return {
         "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
@@ -90,7 +90,7 @@ def machine() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """The commit that is checked out, with "+" where files differ from it; "unknown" outside a repository."""
+    """The commit that is checked out, with "+" if files differ from it; "unknown" outside a repository."""
     root = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -103,7 +103,7 @@ def _commit() -> str:
 
 
 def write_json(path: Path | None, report: dict[str, Any]) -> None:
-    """The report as JSON, in a file or, without a path, not at all."""
+    """Writes the report as JSON to a file, if a path is given."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=2, default=dataclasses.asdict) + "\n")

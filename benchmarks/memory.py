@@ -3,8 +3,8 @@
     python -m benchmarks.memory [--preset gpt2] [--batch 1] [--prompt 64] [--new 32] [--capacity 1024]
                                 [--layouts static,dynamic,rotating:256+4,paged,int8,int4,paged/int8]
 
-Each layout runs in a fresh process (Linux only), counted above the interpreter with jax. Rows are the highest peak of
-loading, the first generation, which compiles, and the next one, which are also given one by one.
+Each layout runs in a fresh process (Linux only); memory is counted in excess of an interpreter with jax. A row shows
+the highest of three peaks, and each of them: loading, the first generation, which compiles, and the next one.
 """
 
 import tempfile
@@ -21,7 +21,7 @@ from llorch_jax.params import nbytes
 def measure(
     preset: str, batch: int, prompt: int, new: int, capacity: int | None, layouts: list[str], rounds: int
 ) -> Report:
-    """A row per layout, in MB."""
+    """One row per layout, in MB."""
     config = preset_config(preset)
     capacity = capacity or config.n_positions
     weights = nbytes(lj.param_shapes(config)) / 1e6
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--prompt", type=int, default=64)
     options.add_argument("--new", type=int, default=32)
     options.add_argument("--capacity", type=int, help="tokens per row (default: the whole context)")
-    options.add_argument("--layouts", default=",".join(LAYOUTS), help="separated by commas")
+    options.add_argument("--layouts", default=",".join(LAYOUTS), help="comma-separated cache layouts")
     chosen = options.parse_args(argv)
     setting = (chosen.preset, chosen.batch, chosen.prompt, chosen.new, chosen.capacity, chosen.layouts.split(","))
     figures = measure(*setting, chosen.rounds)

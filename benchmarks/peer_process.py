@@ -12,7 +12,7 @@ FOLDER = Path(__file__).parent / "peers"
 
 
 class PeerError(RuntimeError):
-    """A peer ended, or answered with an error."""
+    """A peer has ended, or answered with an error."""
 
 
 class Peer:
@@ -22,7 +22,7 @@ class Peer:
         """Starts the script of that name, or another one, in the given interpreter."""
         self.name = name
         command = [python, str(script or FOLDER / SCRIPTS[name])]
-        hidden = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")  # ours, which would lead the peer to our packages
+        hidden = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")  # ours, which would make the peer import our packages
         environment = {key: value for key, value in os.environ.items() if key not in hidden}
         environment["PYTHONPATH"] = str(FOLDER)
         self._process = subprocess.Popen(
@@ -40,7 +40,7 @@ class Peer:
         self.build = answer["build"]
 
     def generate(self, variant: str, tokens: list[list[int]], new: int) -> tuple[list[list[int]], float]:
-        """New tokens of every row, greedily, and the seconds it took."""
+        """Generates greedily: the new tokens of every row, and the seconds it took."""
         answer = self._ask(op="generate", variant=variant, tokens=tokens, new=new)
         return answer["tokens"], answer["seconds"]
 

@@ -1,4 +1,4 @@
-"""The plots of a report, by matplotlib: only figures that the run has are drawn. Bars and points have their spread."""
+"""The plots of a report, made with matplotlib from the figures that the run has. Bars and points show their spread."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,12 +14,12 @@ from matplotlib.ticker import MaxNLocator
 from benchmarks.reports import Report
 from benchmarks.wording import case_words, words
 
-WIDTH = 4.8  # inches: labels stay readable where the page is as narrow as a phone
+WIDTH = 4.8  # inches: labels stay readable on a page as narrow as a phone
 Plot = Callable[[list[Report]], Figure]
 
 
 def draw(groups: dict[str, list[Report]], folder: Path) -> dict[str, list[tuple[str, Path]]]:
-    """Draws what there are figures for. Returns captions and files by benchmark."""
+    """Draws the plots for which there are figures. Returns captions and files by benchmark."""
     drawn: dict[str, list[tuple[str, Path]]] = {}
     for benchmark, group in groups.items():
         for number, (caption, plot) in enumerate(PLOTS.get(benchmark, [])):
@@ -36,14 +36,14 @@ def _axes(height: float) -> tuple[Figure, Any]:
 
 
 def _spread(samples: Sequence[Report]) -> list[list[float]]:
-    """How far least and most are from the medians, as matplotlib takes it."""
+    """The distances of minimum and maximum from the medians, in matplotlib's form."""
     down = [sample["median"] - sample["low"] for sample in samples]
     up = [sample["high"] - sample["median"] for sample in samples]
     return [down, up]
 
 
 def _with_limits(group: list[Report]) -> Figure:
-    """A bar per row, with a mark at the reference value."""
+    """Draws one bar per row, with a mark at the reference value."""
     rows = [(words(each["benchmark"]).row(line, each["setting"]), line) for each in group for line in each["rows"]]
     names = [name.replace(", ", ",\n", 1) for name, _ in rows]
     samples = [line["value"] for _, line in rows]
@@ -66,12 +66,12 @@ def _from_zero(axes: Any, samples: Sequence[Report]) -> None:
 
 
 def _legend(figure: Figure, columns: int = 3) -> None:
-    """Above the axes, where it hides nothing."""
+    """Draws a legend above the axes, where it hides nothing."""
     figure.legend(loc="outside upper center", ncols=columns, fontsize="small", frameon=False, markerscale=0.5)
 
 
 def _whole_numbers(axis: Any) -> None:
-    axis.set_major_locator(MaxNLocator(6, integer=True))  # at smaller ranges it takes fractions
+    axis.set_major_locator(MaxNLocator(6, integer=True))  # for smaller ranges it uses fractions
 
 
 def _series(name: str, label: str) -> Plot:
@@ -113,7 +113,7 @@ def _context(group: list[Report]) -> Figure:
 
 
 def _stacked(names: Sequence[str], parts: dict[str, list[float]], label: str, spread: Any = None) -> Figure:
-    """A bar per name, made of parts, with the spread of the whole."""
+    """Draws one bar per name, stacked from parts, with the spread of the whole."""
     figure, axes = _axes(1.6 + 0.45 * len(names))
     left = [0.0] * len(names)
     colors = pyplot.get_cmap("tab10").colors
@@ -129,7 +129,7 @@ def _stacked(names: Sequence[str], parts: dict[str, list[float]], label: str, sp
 
 
 def _step_parts(group: list[Report]) -> Figure:
-    """Milliseconds of each part of a decode step, a bar per layout and length."""
+    """Milliseconds of each part of a decode step, one bar per layout and length."""
     rows = [(words("profile_cache").row(line, each["setting"]), line) for each in group for line in each["rows"]]
     names = [name for name, _ in rows]
     parts = {part: [line["parts"][part]["median"] for _, line in rows] for part in rows[0][1]["parts"]}
@@ -137,7 +137,7 @@ def _step_parts(group: list[Report]) -> Figure:
 
 
 def _startup(group: list[Report]) -> Figure:
-    """Seconds until the first token by what they go into, with the spread of the whole."""
+    """Seconds until the first token by part, with the spread of the whole."""
     rows = [line for each in group for line in each["rows"]]
     known = ("import", "load", "compile_first")
     parts = {name: [line["parts"][name] for line in rows] for name in known}

@@ -1,8 +1,8 @@
-"""What a pool of caches saves: making a cache against taking a released one, with a decode step for comparison.
+"""The time that a pool of caches saves: making a new cache or reusing a released one, compared with a decode step.
 
     python -m benchmarks.pool [--preset gpt2] [--batch 1] [--rounds 15] [--json FILE]
 
-Both are measured in turn, until the buffers are there and have been written once, as a prefill does.
+Both take turns, and are measured until the buffers exist and have been written once, as by a prefill.
 """
 
 import time
@@ -18,7 +18,7 @@ from benchmarks.reports import parser
 
 
 def measure(preset: str, batch: int, rounds: int) -> dict[str, Any]:
-    """Milliseconds of making, of taking and giving back, and of a decode step."""
+    """Milliseconds of making a cache, of acquiring and releasing one, and of a decode step."""
     config, params = random_model(preset)
     pool = lj.CachePool()
     token = np.zeros(batch, np.int32)

@@ -1,9 +1,9 @@
-"""Speed of prefill over lengths of the prompt, for a preset with random weights.
+"""Speed of prefill by length of the prompt, for a preset with random weights.
 
     python -m benchmarks.prefill [--preset gpt2] [--batch 1] [--prompts 64,512]
 
-The ratio is to the time that the floating point operations take at the speed of a large matrix product, measured in
-the same round; its inverse is the share of that peak.
+The ratio is relative to the time that the floating-point operations take at the speed of a large matrix product,
+measured in the same round; its inverse is the share of that peak.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from benchmarks.reports import Report, keep, numbers, parser, report, row, show
 
 
 def measure(preset: str, batch: int, prompts: list[int], rounds: int) -> Report:
-    """A row per length of the prompt."""
+    """One row per length of the prompt."""
     config, params = random_model(preset)
     tasks = {str(count): prefill_task(params, config, batch, count) for count in prompts}
     values = interleaved({**Limits.of(preset).tasks(), **tasks}, rounds)
@@ -33,7 +33,7 @@ def measure(preset: str, batch: int, prompts: list[int], rounds: int) -> Report:
 
 
 def prefill_task(params: lj.Params, config: lj.GPT2Config, batch: int, count: int) -> Callable[[], float]:
-    """Milliseconds of one prefill per call, always into the same cache, which has room for just these tokens."""
+    """Milliseconds of one prefill per call, always into the same cache, which has just enough room for these tokens."""
     tokens = jax.device_put(random_tokens(config, batch, count))
     caches = [lj.StaticCache.init(config, batch_size=batch, capacity=count)]
 
@@ -50,7 +50,7 @@ def prefill_task(params: lj.Params, config: lj.GPT2Config, batch: int, count: in
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__, rounds=7)
     options.add_argument("--batch", type=int, default=1)
-    options.add_argument("--prompts", type=numbers, default=[64, 512], help="numbers of tokens, separated by commas")
+    options.add_argument("--prompts", type=numbers, default=[64, 512], help="comma-separated numbers of tokens")
     chosen = options.parse_args(argv)
     figures = measure(chosen.preset, chosen.batch, chosen.prompts, chosen.rounds)
     show(figures, lambda row: f"{row['share_of_peak']:.2f} of peak, {row['tokens_per_second']:.0f} tokens/s")

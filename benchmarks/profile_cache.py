@@ -1,4 +1,4 @@
-"""Where the time of a decode step goes, and whether the cache deserves a separate module.
+"""Where a decode step spends its time, and whether the cache deserves a separate module.
 
     python -m benchmarks.profile_cache [--preset gpt2] [--batch 1] [--lengths 64,960]
                                        [--layouts static,dynamic,rotating:256+4,paged,int8,int4,paged/int8]
@@ -6,7 +6,7 @@
 Runs the compiled loop of `generate_tokens` under JAX's profiler, which records when each operation begins and ends, and
 sums the times by the library's named scopes (benchmarks/trace.py). The parts are never negative and sum to the step.
 Writing keys and values ("cache update") and making them readable, that is gathering pages or decoding codes ("cache
-read"), are the cache's share of a step. Looking at keys and values as such is attention, whatever holds them.
+read"), are the cache's share of a step. Attending to keys and values is attention, wherever they are stored.
 """
 
 import dataclasses
@@ -73,7 +73,7 @@ class Loop:
 
 
 def measure(preset: str, batch: int, lengths: list[int], layouts: list[str], rounds: int) -> Report:
-    """A row per length and layout with the parts of its step, and the signals."""
+    """One row per length and layout, with the parts of its step, and the signals."""
     config, params = random_model(preset)
     rows = []
     for length in lengths:
@@ -87,7 +87,7 @@ def measure(preset: str, batch: int, lengths: list[int], layouts: list[str], rou
 def _rows(
     config: lj.GPT2Config, params: lj.Params, batch: int, length: int, layouts: list[str], rounds: int
 ) -> list[Report]:
-    """A row per layout: the step, its parts, and the memory that a call allocates."""
+    """One row per layout: the step, its parts, and the memory that a call allocates."""
     loops = {}
     for layout in layouts:
         cache = make_cache(config, layout, batch)
@@ -116,7 +116,7 @@ def _rows(
 
 
 def typical(profiles: Sequence[dict[str, float]]) -> dict[str, Sample]:
-    """The parts of the round whose step is the median, so that they sum to it; least and most are of all rounds."""
+    """The parts in the round with the median step, so that they sum to it; minimum and maximum are of all rounds."""
     ordered = sorted(profiles, key=lambda parts: sum(parts.values()))
     chosen = ordered[(len(ordered) - 1) // 2]
     spreads = {name: Sample.of([parts[name] for parts in profiles]) for name in chosen}
@@ -126,8 +126,8 @@ def typical(profiles: Sequence[dict[str, float]]) -> dict[str, Sample]:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__)
     options.add_argument("--batch", type=int, default=1)
-    options.add_argument("--lengths", type=numbers, default=[64, 960], help="tokens in the cache, separated by commas")
-    options.add_argument("--layouts", default=",".join(LAYOUTS), help="separated by commas")
+    options.add_argument("--lengths", type=numbers, default=[64, 960], help="comma-separated numbers of tokens")
+    options.add_argument("--layouts", default=",".join(LAYOUTS), help="comma-separated cache layouts")
     chosen = options.parse_args(argv)
     figures = measure(chosen.preset, chosen.batch, chosen.lengths, chosen.layouts.split(","), chosen.rounds)
     show(figures, describe)
@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def describe(line: Report) -> str:
-    """What a row adds to its step."""
+    """The addition to a row: the cache's share, allocation, and the profiler's overhead."""
     return (
         f"cache {100 * line['share']:.1f} % of the step, {line['allocated'] / 1e6:.2f} MB allocated per call, "
         f"{line['profiling']:.2f} x as long under the profiler"
@@ -156,7 +156,7 @@ def tell_parts(figures: Report) -> None:
 
 def tell_signals(figures: Report) -> None:
     """Prints the four signals for a separate cache module."""
-    print("signals for a cache module of its own:")
+    print("signals for a separate cache module:")
     for name, signal in figures["signals"].items():
         print(f"  {name:<13}{'yes' if signal['on'] else 'no':<5}{signal['value']}")
 

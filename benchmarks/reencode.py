@@ -2,8 +2,8 @@
 
     python -m benchmarks.reencode [--model demo] [--tokens 10000] [--sinks 4] [--window 256] [--json FILE] [--plot FILE]
 
-When the context is full, the first `--sinks` and the newest `--window` tokens are encoded again. A segment is what is
-generated between two re-encodings; the first token of each waits for the prefill.
+When the context is full, the first `--sinks` and the newest `--window` tokens are encoded again. A segment is the text
+generated between two re-encodings; its first token waits for the prefill.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def measure(model: lj.Model, tokens: int, reencode: lj.Reencode) -> dict[str, An
     sampler = lj.Sampling.create(temperature=0.8, top_k=50)
     run(model, prompt, 2 * model.config.n_positions, cache, sampler, reencode)  # compiles
     segments, memory = run(model, prompt, tokens, lj.StaticCache.init(model.config), sampler, reencode)
-    inner = [statistics.mean(times[1:]) for times in segments if len(times) > 10]  # tokens come in blocks
+    inner = [statistics.mean(times[1:]) for times in segments if len(times) > 10]  # tokens arrive in blocks
     firsts = [times[0] for times in segments[1:]]
     total = sum(sum(times) for times in segments)
     return {
@@ -68,7 +68,7 @@ def resident_mb() -> float:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Mean time per token and memory, by segment."""
+    """Plots mean time per token and memory, by segment."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
     inner = report["segment_ms"]
     print(f"{given.tokens:,} tokens, {report['reencodings']} re-encodings; {report['ms_per_token']:.2f} ms per token")
     print(f"first token after a re-encoding: {report['reencoding_ms']} ms; {report['share_of_time']:.1%} of all time")
-    ends = f"first {inner[0]:.2f}, last {inner[-1]:.2f}, least {min(inner):.2f}, most {max(inner):.2f}"
+    ends = f"first {inner[0]:.2f}, last {inner[-1]:.2f}, min {min(inner):.2f}, max {max(inner):.2f}"
     print(f"ms per token within a segment, means: {ends}")
     first, last = report["memory_mb"][0], report["memory_mb"][-1]
     print(f"resident memory: {first:.0f} MB after the first segment, {last:.0f} MB after the last")

@@ -1,4 +1,4 @@
-"""One self-contained HTML page, and PNG plots, of the figures of a run.
+"""A self-contained HTML page, and PNG plots, that show the figures of a run.
 
     python -m benchmarks.report RUN.json [FILE.json ...] [--out FOLDER]
 
@@ -33,7 +33,7 @@ Plots = dict[str, list[tuple[str, Path]]]  # captions and files by benchmark
 
 
 def write_report(reports: list[Report], folder: Path) -> Path:
-    """Writes `index.html` and, where matplotlib is installed, the plots into the folder. Returns the page's path."""
+    """Writes `index.html` and, if matplotlib is installed, the plots into the folder. Returns the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
     plots: Plots = {}
     if importlib.util.find_spec("matplotlib"):
@@ -46,7 +46,7 @@ def write_report(reports: list[Report], folder: Path) -> Path:
 
 
 def by_benchmark(reports: list[Report]) -> dict[str, list[Report]]:
-    """The reports that have rows, those of one benchmark together."""
+    """The reports that have rows, grouped by benchmark."""
     found: dict[str, list[Report]] = {}
     for each in reports:
         if each["rows"]:
@@ -55,7 +55,7 @@ def by_benchmark(reports: list[Report]) -> dict[str, list[Report]]:
 
 
 def render(reports: list[Report], plots: Plots) -> str:
-    """The page as HTML, with the plots in it."""
+    """The page as HTML, with the plots embedded."""
     parts = []
     if any(each["setting"].get("preset") == "tiny" for each in reports):
         parts.append(f"<p class=quick><strong>{QUICK}</strong></p>")
@@ -74,7 +74,7 @@ def render(reports: list[Report], plots: Plots) -> str:
 
 
 def _origin(reports: list[Report]) -> str:
-    """When, how and on what the figures were measured."""
+    """When, how and on which machine the figures were measured."""
     machine = reports[0]["machine"]
     times = [each["machine"].get("time", "unknown").replace("T", " ") for each in reports]
     facts = {
@@ -142,7 +142,7 @@ def _rows(group: list[Report]) -> str:
 
 
 def _comparison(figures: Report) -> str:
-    """A table per case, then versions, builds and how far the tokens agree."""
+    """One table per case, with how far the tokens agree, then versions and builds."""
     parts = []
     for kind, title in (("step", "Decode step"), ("prefill", "Prefill")):
         rows = [line for line in figures["rows"] if line["kind"] == kind]
@@ -171,7 +171,7 @@ def _contender(line: Report) -> list[str]:
 
 
 def _step_parts(figures: Report) -> str:
-    """Milliseconds of every part of every step."""
+    """A table with the milliseconds of every part of every step."""
     names = list(figures["rows"][0]["parts"])
     rows = []
     for line in figures["rows"]:
@@ -183,7 +183,7 @@ def _step_parts(figures: Report) -> str:
 
 def _signals(figures: Report) -> str:
     rows = [[SIGNALS[key], "yes" if s["on"] else "no", escape(s["value"])] for key, s in figures["signals"].items()]
-    return "<h3>Reasons for a cache module of its own</h3>" + _table(["reason", "holds", "today"], rows)
+    return "<h3>Reasons for a separate cache module</h3>" + _table(["reason", "holds", "today"], rows)
 
 
 def _growth(figures: Report) -> str:
@@ -192,7 +192,7 @@ def _growth(figures: Report) -> str:
         for layout, each in figures["growth"].items()
         if each
     ]
-    return _table(["", "growth per token of context", "keys and values read at"], rows) if rows else ""
+    return _table(["", "growth per token of context", "bandwidth for keys and values"], rows) if rows else ""
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,4 +1,4 @@
-"""What every benchmark prints and keeps: rows of a time and its limit, as text and as JSON."""
+"""The output of every benchmark: rows with a time and its limit, as text and as JSON."""
 
 import argparse
 import dataclasses
@@ -26,15 +26,15 @@ def parser(doc: str | None, rounds: int = 5) -> argparse.ArgumentParser:
 
 
 def numbers(text: str) -> list[int]:
-    """The numbers of an option, from 1 up, separated by commas."""
+    """An option's comma-separated numbers, each 1 or more."""
     values = [int(part) for part in text.split(",")]
     if min(values) < 1:
-        raise argparse.ArgumentTypeError(f"expected numbers from 1 up, got {text}")
+        raise argparse.ArgumentTypeError(f"expected numbers of 1 or more, got {text}")
     return values
 
 
 def row(name: str, values: Sequence[float], against: Sequence[float], unit: str = "ms", **extra: Any) -> dict[str, Any]:
-    """One line of a report: measurements, what each round is compared with, and the ratio, round by round."""
+    """One row of a report: measurements, the value to which each round is compared, and the ratio, round by round."""
     ratios = [value / other for value, other in zip(values, against, strict=True)]
     summary = {"value": Sample.of(list(values)), "against": statistics.median(against), "ratio": Sample.of(ratios)}
     return {"name": name, "unit": unit, **summary, **extra}
@@ -46,12 +46,12 @@ def report(
     """All figures of one run of a benchmark.
 
     Args:
-        name: of the benchmark.
+        name: name of the benchmark.
         setting: options that the figures depend on.
-        rows: from `row`; lower values and ratios are better.
-        values: of the rounds; the limits among them go into the report.
-        against: what the ratios are to.
-        **extra: more figures of this benchmark.
+        rows: made by `row`; lower values and ratios are better.
+        values: values of the rounds, whose limits go into the report.
+        against: what the ratios are relative to.
+        **extra: further figures of this benchmark.
     """
     limits = {"bandwidth_gb_s": BANDWIDTH, "gemm_gflop_s": GEMM}
     measured = {key: Sample.of(values[task]) for key, task in limits.items() if task in values}
@@ -60,17 +60,17 @@ def report(
 
 
 def plain(value: Any) -> Any:
-    """The value as it comes back from JSON."""
+    """The value as it is after a round trip through JSON."""
     return json.loads(json.dumps(value, default=dataclasses.asdict))
 
 
 def spread(sample: Report, digits: int = 2) -> str:
-    """A sample from JSON: median, least and most."""
+    """A sample from JSON as text: median, minimum and maximum."""
     return f"{sample['median']:.{digits}f} ({sample['low']:.{digits}f} .. {sample['high']:.{digits}f})"
 
 
 def show(figures: Report, extra: Callable[[Report], str] = lambda row: "") -> None:
-    """Prints the rows, with what a benchmark has to add to each."""
+    """Prints the rows, each with the benchmark's additions."""
     setting = ", ".join(f"{key} {value}" for key, value in figures["setting"].items())
     print(f"== {figures['benchmark']}: {setting}")
     limits = figures["limits"]
@@ -89,6 +89,6 @@ def show(figures: Report, extra: Callable[[Report], str] = lambda row: "") -> No
 
 
 def keep(figures: Report, path: Path | None) -> None:
-    """Writes a report where the user wants it, or into benchmarks/out with the time in its name."""
+    """Writes a report where the user wants it, or to benchmarks/out with the time in its name."""
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     write_json(path or OUT / f"{figures['benchmark']}-{stamp}.json", figures)

@@ -1,9 +1,9 @@
-"""What choosing a token costs: transforms of logits and draws, compared with a decode step.
+"""The cost of choosing a token: transforms of logits and draws, compared with a decode step.
 
     python -m benchmarks.sampling [--preset gpt2] [--batch 1] [--history 512]
 
-Each sampler is compiled by itself and called on random logits of the preset's vocabulary, after a text of `--history`
-tokens for those that look at it. The ratio is to a step of the compiled greedy loop in the same round.
+Each sampler is compiled separately and called on random logits for the preset's vocabulary, after a text of `--history`
+tokens for those that look at it. The ratio is relative to a step of the compiled greedy loop in the same round.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,7 +44,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def measure(preset: str, batch: int, history: int, rounds: int) -> Report:
-    """A row per sampler."""
+    """One row per sampler."""
     config, params = random_model(preset)
     cache = lj.StaticCache.init(config, batch_size=batch, capacity=min(64, config.n_positions))
     decoder = Decoder(params, config, cache, 16, 16)

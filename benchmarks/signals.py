@@ -1,15 +1,15 @@
-"""The four signals that a KV cache should be a separate module and not part of attention, with their values."""
+"""The four signals that a KV cache should be a module separate from attention, with their values."""
 
 from pathlib import Path
 from typing import Any
 
 import llorch_jax as lj
 
-THRESHOLD = 0.2  # share of a decode step that cache operations may take inside attention
+THRESHOLD = 0.2  # maximum share of a decode step that cache operations may take inside attention
 ROOT = Path(lj.__file__).parent
 DOCS = ROOT.parent / "docs" / "caches.md"
 
-# Features on the page on caches that a few lines inside attention could not provide, with their public names.
+# Documented features of caches that a few lines inside attention could not provide, with their public names.
 PROMISES = {
     "rows that share memory": "PagedCache",
     "reuse between calls": "CachePool",
@@ -21,10 +21,10 @@ PROMISES = {
 
 
 def signals(shares: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """For each signal whether it is on, and its value in words.
+    """For each signal, whether it is on and its value in words.
 
     Args:
-        shares: of layouts at lengths: `layout`, `length`, and `share` of the decode step in update and reads.
+        shares: for layouts at lengths, `layout`, `length`, and the `share` of updates and reads in the decode step.
     """
     over = [f"{line['layout']} at {line['length']}" for line in shares if line["share"] > THRESHOLD]
     most = max(shares, key=lambda line: line["share"])
@@ -32,7 +32,7 @@ def signals(shares: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     own = _lines("cache/**/*.py")
     attention = _lines("attention.py")
     kept = [promise for promise, name in PROMISES.items() if hasattr(lj, name) and name in _documented()]
-    highest = f"most is {100 * most['share']:.1f} % ({most['layout']} at {most['length']} tokens)"
+    highest = f"the largest is {100 * most['share']:.1f} % ({most['layout']} at {most['length']} tokens)"
     return {
         "performance": _signal(bool(over), f"over {100 * THRESHOLD:.0f} %: {', '.join(over) or 'none'}; {highest}"),
         "features": _signal(len(strategies) > 1, f"{len(strategies)} strategies: {', '.join(strategies)}"),

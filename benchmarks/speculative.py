@@ -1,10 +1,10 @@
-"""When speculative decoding by prompt lookup pays: time per token against plain decoding, and acceptance.
+"""When speculative decoding by prompt lookup pays off: time per token relative to plain decoding, and acceptance.
 
     python -m benchmarks.speculative [--model demo | --preset gpt2] [--tokens 64] [--rounds 3]
 
-A text that repeats itself, a text that does not, and draws at a high temperature, where hardly any guess is right. With
-a preset the weights are random: only what a step costs means something then. Plain and speculative runs, prefill
-included, are taken in turn. "step cost" is the time of a verify step over that of a plain one.
+The cases are a text that repeats itself, one that does not, and draws at a high temperature, where hardly any guess is
+right. With a preset the weights are random, and only the cost of a step is meaningful. Plain and speculative runs,
+prefill included, take turns. "step cost" is the time of a verification step divided by that of a plain step.
 """
 
 import argparse
@@ -25,7 +25,7 @@ PLAIN = "Once upon a time there was a little girl who lived in a house near the 
 
 
 def cases(model: lj.Model | None, vocab_size: int) -> dict[str, tuple[list[int], dict[str, Any]]]:
-    """Prompt and settings of each case."""
+    """The prompt and settings of each case."""
     hot = {"sampler": lj.Sampling.create(1.5), "key": jax.random.key(0)}
     if model is None or model.tokenizer is None:
         ids = np.random.default_rng(0).integers(0, vocab_size, 32).tolist()
@@ -36,7 +36,7 @@ def cases(model: lj.Model | None, vocab_size: int) -> dict[str, tuple[list[int],
 
 
 def measure(params: lj.Params, config: lj.GPT2Config, ids: list[int], tokens: int, rounds: int, **settings: Any) -> str:
-    """One line: milliseconds per token of both, their ratio, acceptance, tokens per step, cost of a step."""
+    """One line: milliseconds per token of both, their ratio, acceptance, tokens per step, and cost of a step."""
 
     def plain() -> Any:
         return lj.generate_tokens(params, config, [ids], tokens, **settings)[0]

@@ -2,8 +2,9 @@
 
     python -m benchmarks.startup [--preset gpt2] [--prompt 64] [--new 32] [--rounds 3]
 
-The weights are written to disk first, so they are in the operating system's page cache. The ratio is to a process that
-only imports jax and computes one number. Also gives the seconds of compiling, until the first token and in all.
+The weights are written to disk first, so they are in the operating system's page cache. The ratio is relative to a
+process that only imports jax and computes one number. Also shows the seconds spent on compiling, until the first token
+and in total.
 """
 
 import tempfile
@@ -18,7 +19,7 @@ from benchmarks.reports import Report, keep, parser, report, row, show
 
 
 def measure(preset: str, prompt: int, new: int, rounds: int) -> Report:
-    """A row for the cold and for the warm compilation cache."""
+    """One row for a cold and one for a warm compilation cache."""
     config, params = random_model(preset)
     with tempfile.TemporaryDirectory() as folder:
         lj.save_model(Path(folder) / "model", config, params)
@@ -41,7 +42,7 @@ def _seconds(run: dict[str, Any], start: str, end: str) -> float:
 
 
 def _parts(run: dict[str, Any]) -> dict[str, float]:
-    """Seconds of one run: importing, loading, the first token, with the compiling in it, and all the compiling."""
+    """Seconds of one run: importing, loading, the first token, compiling until then, and all compiling."""
     return {
         "import": _seconds(run, "started", "imported"),
         "load": _seconds(run, "imported", "loaded"),

@@ -1,9 +1,9 @@
-"""What streaming costs: `stream_tokens` compared with the compiled loop of `generate_tokens`, per token.
+"""The cost of streaming: `stream_tokens` compared with the compiled loop of `generate_tokens`, per token.
 
     python -m benchmarks.stream [--preset gpt2] [--prompt 64] [--new 64]
 
-The ratio is to `generate_tokens` with the same arguments, in the same round. Each takes its time from the second token
-on: what both spend on the prompt is measured by generating one token, and left out.
+The ratio is relative to `generate_tokens` with the same arguments, in the same round. Both are timed from the second
+token on: the time for the prompt is measured by generating one token, and subtracted.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""What `python -m benchmarks` runs: every benchmark at settings that take about ten minutes together."""
+"""The suite that `python -m benchmarks` runs: every benchmark, with settings that take about ten minutes in total."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ Peers = dict[str, tuple[str, Path | None]]
 
 
 def full(peers: Peers, weights: Sequence[str] = ("float32",)) -> dict[str, Task]:
-    """GPT-2 small, and medium for decoding."""
+    """The suite for GPT-2 small, and also medium for decoding."""
     return {
         "decode": lambda: decode.measure("gpt2", 1, 64, 64, None, "static", 7),
         "decode-960": lambda: decode.measure("gpt2", 1, 960, 32, 1024, "static", 7),
@@ -38,9 +38,9 @@ def full(peers: Peers, weights: Sequence[str] = ("float32",)) -> dict[str, Task]
 
 
 def quick(peers: Peers, weights: Sequence[str] = ("float32",)) -> dict[str, Task]:
-    """The same on a model that computes next to nothing, to see that everything runs; its figures mean nothing.
+    """The same on a model that computes next to nothing, to see that everything runs; its figures are meaningless.
 
-    Sizes are alike, so that few programs are compiled.
+    Benchmarks use the same sizes, so that few programs are compiled.
     """
     return {
         "decode": lambda: decode.measure("tiny", 1, 16, 16, None, "static", 2),
@@ -57,7 +57,7 @@ def quick(peers: Peers, weights: Sequence[str] = ("float32",)) -> dict[str, Task
 
 @contextlib.contextmanager
 def hasty_compiling() -> Iterator[None]:
-    """Compiles with few optimisations, here and in processes started here: for runs whose figures do not matter."""
+    """Compiles with few optimisations, here and in child processes: for runs whose figures do not matter."""
     with mock.patch.dict(os.environ, JAX_DISABLE_MOST_OPTIMIZATIONS="1"):
         jax.config.update("jax_disable_most_optimizations", True)
         try:

@@ -1,7 +1,7 @@
-"""Wall-clock time of a compiled program by its operations, from JAX's profiler.
+"""Wall-clock time of a compiled program by operation, from JAX's profiler.
 
-XLA's CPU runtime reports when each operation of a program begins and ends. Every moment of the run is given to the
-operations that run at it, so that their times are never negative and sum to the whole.
+XLA's CPU runtime reports when each operation of a program begins and ends. Every moment of the run is attributed to the
+operations that are running, so that their times are never negative and sum to the whole.
 """
 
 import tempfile
@@ -29,7 +29,7 @@ class Program:
         """Compiles a jitted function for these arguments.
 
         A program in the persistent compilation cache may have the scopes of another version of the code, since JAX
-        looks it up without them; here they are part of its key.
+        ignores them when it looks a program up; here they are part of the key.
         """
         before = jax.config.jax_compilation_cache_include_metadata_in_key
         jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
@@ -42,15 +42,15 @@ class Program:
         self.operations = operations(text, scopes)
 
     def allocated(self) -> int:
-        """Bytes that a call takes in addition to its arguments: scratch memory, and results not in donated buffers."""
+        """Bytes that a call needs in addition to its arguments: scratch memory, and results not in donated buffers."""
         sizes = self.compiled.memory_analysis()
         return sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
 
     def parts(self, run: Callable[[], Any]) -> dict[str, float]:
-        """Milliseconds by scope of one run of the program, which `run` must call once.
+        """Milliseconds by scope for one run of the program, which `run` must call once.
 
-        "" stands for operations outside all scopes, and for the time in which no operation ran. The parts sum to the
-        time from the first operation's beginning to the last one's end.
+        "" stands for operations outside all scopes, and for time in which no operation is running. The parts sum to
+        the time from the beginning of the first operation to the end of the last.
         """
         spans = [span for span in record(run, self._module) if span.name in self.operations]
         if not spans:
@@ -67,7 +67,7 @@ def record(run: Callable[[], Any], module: str) -> list[Span]:
     """When each operation of a module ran during a call."""
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
-    options.host_tracer_level = 1  # operations, and nothing that takes more time to record
+    options.host_tracer_level = 1  # only operations: other events would take more time to record
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, profiler_options=options):
             jax.block_until_ready(run())
@@ -76,7 +76,7 @@ def record(run: Callable[[], Any], module: str) -> list[Span]:
     starts: list[Span] = []
     ends: dict[str, list[float]] = {}
     for event in (event for plane in profile.planes for line in plane.lines for event in line.events):
-        if event.name.startswith("end: "):  # of an operation that continued after its thread was released
+        if event.name.startswith("end: "):  # the end of an operation that continued after its thread was released
             ends.setdefault(event.name.removeprefix("end: "), []).append(event.end_ns)
         elif dict(event.stats).get("hlo_module") == module:
             starts.append(Span(event.name, event.start_ns, event.end_ns))
@@ -96,9 +96,9 @@ def with_ends(starts: list[Span], ends: dict[str, list[float]]) -> list[Span]:
 
 
 def exclusive(spans: list[Span], operations: Mapping[str, Operation]) -> dict[str | None, float]:
-    """Nanoseconds of each operation such that all sum to the time from the first start to the last end.
+    """Nanoseconds of each operation, which sum to the time from the first start to the last end.
 
-    Operations that run at the same time share it equally. A container has the time in which none of the others runs,
+    Operations that run at the same time share it equally. A container gets the time in which none of the others runs,
     and None the time in which nothing runs at all.
     """
     moments = sorted([(span.start, 1, span) for span in spans] + [(span.end, 0, span) for span in spans])
@@ -117,7 +117,7 @@ def exclusive(spans: list[Span], operations: Mapping[str, Operation]) -> dict[st
 
 
 def _running_shares(running: Mapping[Span, int], operations: Mapping[str, Operation]) -> dict[str | None, float]:
-    """Who gets the time in which these spans run."""
+    """The operations that get the time in which these spans run."""
     if not running:
         return {None: 1.0}
     leaves = [span.name for span in running if not operations[span.name].container]

@@ -23,8 +23,8 @@ class Words:
     """The wording for one benchmark.
 
     Attributes:
-        title: of its section.
-        about: one or two sentences on what is measured.
+        title: title of its section.
+        about: one or two sentences about what is measured.
         row: the name of a row, from the row and the report's setting.
         columns: further columns, by header with unit.
     """
@@ -36,7 +36,7 @@ class Words:
 
 
 def number(value: float) -> str:
-    """A number with three significant digits, or all digits of a whole part that has more."""
+    """A number with three significant digits, or with all digits of its whole part if that has more."""
     if abs(value) >= 100:
         return f"{value:,.0f}"
     if abs(value) >= 10:
@@ -45,7 +45,7 @@ def number(value: float) -> str:
 
 
 def plural(count: int, thing: str) -> str:
-    """Such as 1 row, 8 rows."""
+    """A count with its noun, such as 1 row or 8 rows."""
     return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
 
 
@@ -84,9 +84,9 @@ WORDS = {
     ),
     "batch": Words(
         "Batches and layers",
-        "A decode step for more rows, and for models with more layers.",
+        "A decode step with more rows, and in models with more layers.",
         lambda line, setting: plural(line["size"], "row" if line["series"] == "batch" else "layer"),
-        ((f"to the first, {TIMES}", _field("to_first")), TOKENS, COMPILING),
+        ((f"relative to the first, {TIMES}", _field("to_first")), TOKENS, COMPILING),
     ),
     "long_context": Words(
         "Long context",
@@ -111,7 +111,7 @@ WORDS = {
     ),
     "memory": Words(
         "Memory",
-        "Peak resident memory of a fresh process by cache layout, above an interpreter with jax.",
+        "Peak resident memory of a fresh process by cache layout, in excess of an interpreter with jax.",
         lambda line, setting: f"{line['layout']} cache",
         (
             ("cache, MB", _field("cache")),
@@ -123,7 +123,7 @@ WORDS = {
     "profile_cache": Words(
         "Where a step's time goes",
         "A decode step by part, from the profiler's times of each operation: the parts sum to the step of the median "
-        "round. Cache update and read are the share that decides whether a cache deserves a separate module.",
+        "round. The share of cache update and read decides whether a cache deserves a separate module.",
         lambda line, setting: f"{line['layout']} cache, {line['length']:,} tokens",
         (
             ("cache's share, %", lambda line: number(100 * line["share"])),
@@ -134,7 +134,7 @@ WORDS = {
     "compare": Words(
         "Other implementations",
         "Prefill and decode step of other implementations on the same weights, in one run. A ratio is this "
-        "library's time over the other's, with weights of the same precision where both have it: below "
+        "library's time divided by the other's, with weights of the same precision if both have it: below "
         f"1.00 {TIMES} this library is faster.",
         lambda line, setting: f"{line['contender']}, {line['case']}",
         (TOKENS,),
@@ -160,5 +160,5 @@ SIGNALS = {
 
 
 def words(benchmark: str) -> Words:
-    """The wording of a benchmark; just its name if there is none here."""
+    """The wording for a benchmark; just its name if there is none here."""
     return WORDS.get(benchmark, Words(benchmark, ""))

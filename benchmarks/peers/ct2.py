@@ -1,4 +1,4 @@
-"""CTranslate2, in float32 and with weights and activations in int8; converted from the checkpoint by transformers."""
+"""CTranslate2, in float32 and with int8 weights and activations; the checkpoint is converted through transformers."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""transformers on torch: its default cache, and `StaticCache`, both without compiling."""
+"""transformers on torch, with its default cache and with `StaticCache`, both without compiling."""
 
 import torch
 from transformers import GPT2LMHeadModel, StaticCache

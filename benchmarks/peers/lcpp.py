@@ -1,8 +1,8 @@
 """llama.cpp through llama-cpp-python, compiled for this machine, in float32, float16, Q8_0, Q4_0 and Q4_K.
 
-Times its own evaluation loop: `llama_decode` and the most likely of the logits where they lie, without its server and
-without copies of logits. Rows of a batch are sequences of one context. Float32 weights go with a float32 KV cache, so
-that tokens can be compared; the others have its default, float16.
+Times its own evaluation loop: `llama_decode` and an argmax over the logits in place, without its server and without
+copies of the logits. The rows of a batch are sequences of one context. Float32 weights have a float32 KV cache, so that
+tokens can be compared; the others have the default, float16.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ _QUIET = llama_cpp.llama_log_callback(lambda level, text, data: None)
 
 
 class Model:
-    """One GGUF file and, for every number of rows, a context with its batch."""
+    """A GGUF file and, for each number of rows, a context with its batch."""
 
     def __init__(self, path: str, exact: bool, threads: int) -> None:
         self._model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
@@ -63,7 +63,7 @@ class Model:
         return context
 
     def _next(self, context: Any, batch: Any, tokens: list[list[int]], position: int) -> list[int]:
-        """The most likely token after each row's new tokens, whose first has this position."""
+        """The most likely token after each row's new tokens, the first of which has this position."""
         count = len(tokens[0])
         total = count * len(tokens)
         batch.n_tokens = total

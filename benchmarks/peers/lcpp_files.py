@@ -27,7 +27,7 @@ FORMATS = {
 
 
 def convert(directory: str, work: str, kind: str, threads: int) -> str:
-    """The path of the checkpoint as a GGUF file in "f32" or one of `FORMATS`, which is written where it is missing."""
+    """The path of the checkpoint as a GGUF file in "f32" or one of `FORMATS`; the file is written if it is missing."""
     path = f"{work}/{kind}.gguf"
     if os.path.exists(path):
         return path

@@ -29,15 +29,15 @@ def serve(
     """Answers requests until stdin ends.
 
     Args:
-        load: from directory, work directory and number of threads to a function per variant, which continues rows of
-            tokens and returns the new ones only.
-        precisions: of the weights of each variant. Tokens of float32 ones must be those of every other float32
-            implementation.
-        packages: whose versions are reported.
-        build: how the peer was built, where it can tell.
+        load: takes the directory, the work directory and the number of threads; returns, for each variant, a function
+            that continues rows of tokens and returns only the new ones.
+        precisions: the precision of each variant's weights. Float32 variants must generate the same tokens as every
+            other float32 implementation.
+        packages: packages whose versions are reported.
+        build: tells how the peer was built, if it can.
     """
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the libraries print must not come between the answers
+    os.dup2(2, 1)  # the libraries' output must not get mixed up with the answers
     variants: dict[str, Generate] = {}
     for line in sys.stdin:
         request = json.loads(line)
@@ -47,7 +47,7 @@ def serve(
                 answer = {"variants": precisions, "versions": {p: version(p) for p in packages}, "build": build()}
             else:
                 answer = _generate(variants[request["variant"]], request["tokens"], request["new"])
-        except Exception as error:  # the reader of the answers decides what it means
+        except Exception as error:  # the reader of the answers decides what to do about it
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=answers, flush=True)
 
