@@ -1,4 +1,4 @@
-"""Named axes of a cache's arrays, and operations that need only these: selecting, joining, inserting rows; growing.
+"""Named axes of a cache's arrays, and the operations that need only these names: on rows, and growing.
 
 A field of a cache names the leading axes of its arrays once:
 
@@ -80,7 +80,7 @@ def select_rows(tree: Tree, rows: jax.Array) -> Tree:
 
 
 def join_rows(trees: Sequence[Tree]) -> Tree:
-    """The rows of all trees, in order; arrays without rows are the first tree's."""
+    """The rows of all trees, in order; arrays without rows are taken from the first tree."""
 
     def joined(axes: str, *leaves: jax.Array) -> jax.Array:
         return jnp.concatenate(leaves, axis=axes.index("B")) if "B" in axes else leaves[0]

@@ -40,8 +40,8 @@ class KVCache(abc.ABC):
     Attributes:
         keys: for each of L layers, the keys as `codec` stores them.
         values: for each of L layers, the values as `codec` stores them.
-        recent: for each of L layers, the newest tokens in float32, if a lossy codec has a float window; else empty.
-        lengths: int32 [B], tokens in each row.
+        recent: for each of L layers, the newest tokens in float32; empty unless a lossy codec has a float window.
+        lengths: int32 [B], number of tokens in each row.
         codec: how vectors are stored.
     """
 
@@ -50,7 +50,7 @@ class KVCache(abc.ABC):
     recent: tuple[Recent, ...]
     lengths: jax.Array
     codec: Codec
-    shares_slots: ClassVar[bool] = False  # whether rows that `select` repeats need `reserve` before they write
+    shares_slots: ClassVar[bool] = False  # whether rows that `select` has repeated need `reserve` before they write
 
     if TYPE_CHECKING:  # added to the concrete classes by struct.dataclass
 
@@ -115,8 +115,8 @@ class KVCache(abc.ABC):
             layer: index of the cache layer.
             k: keys [B, T, K, H].
             v: values [B, T, K, H].
-            count: int32 [B], how many of each row's T tokens are real, the others being padding after them; None
-                means all.
+            count: int32 [B], how many of each row's T tokens are real; the rest, after them, is padding. None means
+                all.
 
         Raises:
             CacheError: the layer does not exist or a shape is wrong.
@@ -222,7 +222,7 @@ class KVCache(abc.ABC):
     def check_room(self, count: Any, *, lengths: Any = None) -> None:
         """Raises CapacityError if a row can never have room for `count` (int or int32 [B]) more tokens.
 
-        `lengths` are the rows' lengths if the host knows them; they need not be read from the device then.
+        `lengths` are the rows' lengths if the host knows them; then they need not be read from the device.
         """
         check_room(self.lengths if lengths is None else lengths, count, self.capacity)
 
@@ -234,7 +234,7 @@ class KVCache(abc.ABC):
         Args:
             count: number of tokens.
             lengths: lengths of the rows, int [B], if the host knows them; nothing is read back from the device then.
-            pinned: pages that must not be allocated although no row names them; for paged layouts only.
+            pinned: pages that must not be allocated, although no row names them; for paged layouts only.
 
         Raises:
             CapacityError: there is no room for the tokens.
@@ -304,7 +304,7 @@ class KVCache(abc.ABC):
         return axes.insert_rows(self, index, source)
 
     def select(self, rows: Any) -> Self:
-        """A cache of the given rows of this one, int [B'], in that order; rows may be repeated or left out."""
+        """A cache with the given rows of this one, int [B'], in that order; rows may be repeated or left out."""
         return axes.select_rows(self, check_rows(rows, self.batch_size))
 
     def fork(self, branches: int) -> Self:

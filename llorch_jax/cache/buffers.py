@@ -33,7 +33,7 @@ class CachePool:
         """An empty pool.
 
         Args:
-            max_bytes: maximum number of bytes kept; a cache that would exceed it is dropped on release. None: no limit.
+            max_bytes: maximum number of bytes kept; a cache that would exceed it is dropped on release. None for none.
         """
         self._max_bytes = max_bytes
         self._lock = threading.Lock()

@@ -1,4 +1,4 @@
-"""Whether the fields of a cache are consistent, which is checked after reading it from a file."""
+"""Checks that the fields of a cache are consistent, after it has been read from a file."""
 
 from typing import Any
 

@@ -66,7 +66,7 @@ def load_cache(path: str | os.PathLike[str], *, fingerprint: str | None = None) 
         fingerprint: of the model that will use it, from `fingerprint`; None does not compare.
 
     Raises:
-        CacheError: the file is missing, truncated or corrupt, is not a cache, or is of another format or model.
+        CacheError: the file is missing, truncated or corrupt, is not a cache, or has another format or model.
     """
     return read_archive(Path(path), _KIND, fingerprint)
 

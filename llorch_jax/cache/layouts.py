@@ -75,7 +75,7 @@ LAYOUTS: dict[str, Layout] = {
     "h2o": _evicting(HeavyHitters()),
     "snapkv": _evicting(SnapKV()),
 }
-_MOST = 2**31 - 1  # the largest number in a specification
+_MOST = 2**31 - 1  # the largest number allowed in a specification
 
 
 def _syntax(name: str, layout: Layout) -> str:
@@ -141,7 +141,7 @@ def fit_cache(
     codec: Any = None,
     residual: int | None = None,
 ) -> KVCache:
-    """An empty cache with room for `tokens` tokens per row, with a capacity not much larger.
+    """An empty cache with room for `tokens` tokens per row and a capacity that is not much larger.
 
     A capacity in the specification, as in "static:1024", is kept: then no program depends on `tokens`.
 

@@ -25,7 +25,7 @@ class StaticCache(KVCache):
             uint16), or `Quantized` codes and scales.
         values: for each of L layers, stored values in the same form.
         lengths: int32 [B], tokens in each row.
-        recent: for each of L layers, the newest tokens in float32, if there is a float window; else empty.
+        recent: for each of L layers, the newest tokens in float32; empty unless there is a float window.
         codec: how vectors are stored.
     """
 

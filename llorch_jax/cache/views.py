@@ -1,4 +1,4 @@
-"""What queries may attend to: stored vectors, overlaid with exact vectors of some of the tokens."""
+"""The vectors that queries may attend to: stored ones, overlaid with the exact vectors of some tokens."""
 
 import abc
 import dataclasses
@@ -21,7 +21,7 @@ class Exact:
         keys: [B, K, R, H].
         values: [B, K, R, H].
         positions: int32 [B, R], the position of the token at each index; an index with another position is unused.
-        start: int32 [B]; None for 0.
+        start: int32 [B]; None means 0.
     """
 
     keys: jax.Array
@@ -61,7 +61,7 @@ class StoredView(KVView):
         values: stored, where the layout holds them.
         positions: int32 [B, S], [1, S] or [B, K, S]; see `DenseView`.
         exact: exact vectors of some tokens; later items take precedence.
-        codec: of the stored vectors.
+        codec: codec of the stored vectors.
         window: see `DenseView`.
         sinks: see `DenseView`.
     """
@@ -89,7 +89,7 @@ class StoredView(KVView):
         return DenseView(keys, values, self.positions, self.window, self.sinks)
 
     def attend(self, q: jax.Array, queries: Queries, scale: float) -> jax.Array:
-        """As `KVView.attend`, of a few queries by a native kernel, which reads the slots as they are stored."""
+        """As `KVView.attend`, but for a few queries with a native kernel, which reads the slots as they are stored."""
         if not isinstance(self.codec, FloatCodec | IntegerCodec):
             return super().attend(q, queries, scale)
         form = kernels.Form(
@@ -113,10 +113,10 @@ class StoredView(KVView):
 
 @dataclasses.dataclass(frozen=True)
 class _Attention:
-    """How a view is attended to, given its arrays; a `kernels.Call`.
+    """Attention over a view, given its arrays; a `kernels.Call`.
 
     Attributes:
-        structure: of the queries' vectors, the view and the `Queries`.
+        structure: tree structure of the queries' vectors, the view and the `Queries`.
         scale: factor of the scores.
     """
 

@@ -62,7 +62,7 @@ def ring_positions(ends: jax.Array, window: int, sinks: int = 0) -> jax.Array:
 def write_ring(ring: jax.Array, new: jax.Array, starts: jax.Array, count: jax.Array, sinks: int = 0) -> jax.Array:
     """Writes `count` of each row's new tokens, whose first has position `starts`, into the slots of their positions.
 
-    If several tokens go to one slot the last remains. Padding is not written, as a ring has no spare slots.
+    If several tokens go to the same slot, the last one remains. Padding is not written, as a ring has no spare slots.
 
     Args:
         ring: [B, K, S, X].

@@ -11,15 +11,15 @@ Stored = Any
 
 @runtime_checkable
 class Codec(Protocol):
-    """How vectors of `head_dim` elements are stored; hashable, and so static in `jit`.
+    """How vectors of `head_dim` elements are stored; hashable, so that it can be static in `jit`.
 
     A layout says where a slot lives, a codec how the vector in it is stored: any layout takes any codec. The result of
     `encode` has the same leading axes as its input, so that layouts can move slots without knowing what they hold.
 
     Attributes:
-        name: as in `make_codec`.
+        name: the name for `make_codec`.
         head_dim: number of elements H of a vector.
-        dtype: of decoded vectors.
+        dtype: dtype of decoded vectors.
         lossless: whether decoding returns float32 vectors unchanged.
         exact_append: whether the queries of an append see the tokens of that append exactly rather than as stored.
     """

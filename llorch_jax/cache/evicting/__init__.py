@@ -1,1 +1,1 @@
-"""The evicting layout: the cache, the policies that say which tokens stay, and `evict` for the other layouts."""
+"""The evicting layout: the cache, the policies that decide which tokens stay, and `evict` for the other layouts."""

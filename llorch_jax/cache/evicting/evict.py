@@ -34,7 +34,7 @@ def evict(
         budget: number of tokens to keep per row and head, 1 or more; rows that hold no more are unchanged.
         votes: L arrays float32 [B, K, S], the attention that the slots of `cache.read(layer)` have received, for
             policies that ask for it. An `EvictingCache` has collected them already.
-        slack: of the result: number of tokens between evictions.
+        slack: number of tokens between evictions of the result.
 
     Returns:
         A cache with separate buffers that evicts again whenever it holds `budget + slack` tokens.

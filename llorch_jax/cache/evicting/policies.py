@@ -26,7 +26,7 @@ from llorch_jax.tracing import whole
 
 
 class Policy(Protocol):
-    """What `EvictingCache` and `evict` call; the module's docstring describes the arguments."""
+    """The function that `EvictingCache` and `evict` call; the module's docstring describes its arguments."""
 
     def __call__(self, votes: jax.Array, positions: jax.Array, lengths: jax.Array, budget: int) -> jax.Array:
         """The slots to keep, int32 [B, K, budget]."""

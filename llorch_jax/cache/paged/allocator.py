@@ -67,7 +67,7 @@ class PageAllocator:
 
     @property
     def passed(self) -> np.ndarray:
-        """int [B], number of first pages of each row that lie before all that its next query can attend to."""
+        """int [B], number of leading pages of each row that its next query can no longer attend to."""
         return pages_passed(self.lengths, self.window, self.page_size)
 
     def references(self, tables: np.ndarray) -> np.ndarray:
@@ -130,7 +130,7 @@ class PageAllocator:
         """int32 [count], free pages.
 
         Raises:
-            CapacityError: there are fewer.
+            CapacityError: there are fewer free pages.
         """
         free = self._free(self.tables)
         if free.size < count:
@@ -169,7 +169,7 @@ class PageAllocator:
         return blocks(self.lengths + np.asarray(count), self.page_size)
 
     def _columns(self, ends: np.ndarray) -> int:
-        """Width of tables for rows of `ends` pages: near the longest, but one of few, as each width is compiled."""
+        """Width of tables for rows of `ends` pages: near the longest, but one of a few, as each width is compiled."""
         return int(blocks(bucket(int(ends.max()) * self.page_size, self.capacity), self.page_size))
 
     def _ends(self, owned: np.ndarray, count: Any) -> Iterator[np.ndarray]:
@@ -233,7 +233,7 @@ def blocks(tokens: Any, page_size: int) -> Any:
 
 
 def pages_passed(lengths: np.ndarray, window: int | None, page_size: int) -> np.ndarray:
-    """int [B], number of first pages of each row that lie before the tokens that its next query can attend to."""
+    """int [B], number of leading pages of each row that lie before the tokens that its next query can attend to."""
     if window is None:
         return np.zeros_like(lengths)
     return np.maximum(lengths - window + 1, 0) // page_size

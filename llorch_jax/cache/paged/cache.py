@@ -242,7 +242,7 @@ class PagedCache(KVCache):
         )
 
     def select(self, rows: Any) -> Self:
-        """A cache of the given rows of this one, int [B'], in that order; rows may be repeated or left out.
+        """A cache with the given rows of this one, int [B'], in that order; rows may be repeated or left out.
 
         The pools are those of this cache, unchanged: repeated rows share all pages, and the pages of rows left out
         become free.

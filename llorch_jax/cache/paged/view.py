@@ -1,4 +1,4 @@
-"""PagedView: what queries may attend to in pages of a pool."""
+"""PagedView: the vectors that queries may attend to, in the pages of a pool."""
 
 import jax
 from flax import struct
