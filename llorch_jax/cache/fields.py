@@ -18,7 +18,7 @@ def check_arrays(cache: Any) -> None:
     """Raises CacheError unless all arrays have the axes, sizes and dtypes that the fields of their class name.
 
     Args:
-        cache: of any layout, with every field of the type that its class declares.
+        cache: a cache of any layout, whose fields have the types that its class declares.
     """
     layers = len(cache.keys)
     if not layers or len(cache.values) != layers or len(cache.recent) not in (0, layers):

@@ -47,9 +47,9 @@ def save_cache(path: str | os.PathLike[str], cache: KVCache, *, fingerprint: str
     The file is written atomically: an existing file is replaced only by a complete one.
 
     Args:
-        path: of the file, usually `*.safetensors`.
+        path: path of the file, usually `*.safetensors`.
         cache: the cache to save.
-        fingerprint: of the model, from `fingerprint`; `load_cache` compares it.
+        fingerprint: the model's, from `fingerprint`; `load_cache` compares it.
 
     Raises:
         CacheError: the cache was donated or is traced, its policy is a custom function, or the file cannot be written.
@@ -62,8 +62,8 @@ def load_cache(path: str | os.PathLike[str], *, fingerprint: str | None = None) 
     """The cache that `save_cache` wrote.
 
     Args:
-        path: of the file.
-        fingerprint: of the model that will use it, from `fingerprint`; None does not compare.
+        path: path of the file.
+        fingerprint: that of the model that will use the cache, from `fingerprint`; None skips the comparison.
 
     Raises:
         CacheError: the file is missing, truncated or corrupt, is not a cache, or has another format or model.

@@ -28,7 +28,7 @@ class Layout:
 
     Attributes:
         cls: its class.
-        arguments: what a specification may name, in order, each with the character before it.
+        arguments: settings that a specification may give, in order, each with the character before it.
         needs: required settings.
         takes: optional keyword settings of `cls.init`, in addition to batch_size.
         fixed: settings that the name implies.
@@ -110,7 +110,7 @@ def make_cache(
         batch_size: number of rows B.
         capacity: maximum number of tokens per row, if the layout has that setting; None means the capacity in the
             specification, or n_positions.
-        dtype: of stored keys and values: float32, bfloat16 or float16.
+        dtype: dtype of stored keys and values: float32, bfloat16 or float16.
         codec: how they are stored, instead of `dtype`: float32, bfloat16, float16, int8 or int4.
         residual: number of newest tokens that a lossy codec also keeps in float32.
         settings: further arguments of the class's `init`, such as `window` or `page_size`.
@@ -159,7 +159,7 @@ def parse_cache_spec(spec: str) -> tuple[type[KVCache], dict[str, Any]]:
     """The class and settings that a specification such as "rotating:256+4" or "static:1024" stands for.
 
     Args:
-        spec: in the form of `SYNTAX`.
+        spec: a specification in the form of `SYNTAX`.
 
     Returns:
         The class, and the arguments for its `init` in addition to config, batch size and codec.

@@ -52,7 +52,7 @@ class StaticCache(KVCache):
             config: the model's hyperparameters.
             batch_size: number of rows B.
             capacity: slots per row S, at most `config.n_positions`, which is the default.
-            dtype: of stored keys and values: float32, bfloat16 or float16. Attention is computed in float32.
+            dtype: dtype of stored keys and values: float32, bfloat16 or float16. Attention is computed in float32.
             codec: how they are stored, instead of `dtype`: float32, bfloat16, float16, int8 or int4.
             residual: number of newest tokens that are also kept in float32, 0 .. capacity; by default 32 for int8 and
                 int4, or the capacity if that is less, and 0 for the others.

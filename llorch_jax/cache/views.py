@@ -57,8 +57,8 @@ class StoredView(KVView):
     """Vectors as a codec stores them, in the slots of a layout.
 
     Attributes:
-        keys: stored, where the layout holds them.
-        values: stored, where the layout holds them.
+        keys: stored keys, in the layout's own arrays.
+        values: stored values, in the layout's own arrays.
         positions: int32 [B, S], [1, S] or [B, K, S]; see `DenseView`.
         exact: exact vectors of some tokens; later items take precedence.
         codec: codec of the stored vectors.
@@ -161,8 +161,8 @@ class SlotView(StoredView):
     """Stored vectors in arrays of slots.
 
     Attributes:
-        keys: stored, with the leading axes [B, K, S].
-        values: stored, with the leading axes [B, K, S].
+        keys: stored keys, with the leading axes [B, K, S].
+        values: stored values, with the leading axes [B, K, S].
     """
 
     keys: Stored

@@ -121,7 +121,7 @@ def save_model(
         config: the model's hyperparameters.
         params: its weights.
         tokenizer: the tokenizer to write, if any.
-        dtype: of the weights in the file: float32, bfloat16 or float16.
+        dtype: dtype of the weights in the file: float32, bfloat16 or float16.
         overwrite: replace the files of a model in the directory; other files of that model are kept.
 
     Raises:
@@ -222,7 +222,7 @@ def convert(
     Args:
         source: as for `load`.
         directory: the directory to write; it may be the source, with `overwrite`.
-        dtype: of the weights in the file: float32, bfloat16 or float16.
+        dtype: dtype of the weights in the file: float32, bfloat16 or float16.
         revision: branch, tag or commit of a hub repository.
         progress: called repeatedly with the number of bytes read so far and in total.
         overwrite: replace the files of a model in the directory.

@@ -29,7 +29,7 @@ class Job:
         logprobs: number of alternatives to show with each token; None for no log-probabilities.
         stream: whether the answer is streamed.
         usage: whether a stream reports the usage at its end.
-        priority, deadline, salt: see `Engine.submit`.
+        priority, deadline, salt: as in `Engine.submit`.
     """
 
     prompts: Sequence[Prompt]

@@ -92,7 +92,7 @@ def quantize(x: jax.Array, bits: int) -> Quantized:
 
 
 def dequantize(stored: Quantized, head_dim: int) -> jax.Array:
-    """float32 [..., H] of quantized vectors; `head_dim` H is needed where it is odd."""
+    """float32 [..., H] of quantized vectors; `head_dim` H is needed if it is odd."""
     if stored.zero is None:
         return stored.codes.astype(jnp.float32) * stored.scale
     codes = jnp.concatenate([stored.codes & 15, stored.codes >> 4], axis=-1)[..., :head_dim]

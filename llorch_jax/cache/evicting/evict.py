@@ -29,7 +29,7 @@ def evict(
     """Reduces a cache to `budget` tokens per row and head. Host only; the input stays valid.
 
     Args:
-        cache: of any layout except a rotating one, which has already dropped tokens by position.
+        cache: a cache of any layout except a rotating one, which has already dropped tokens by position.
         policy: what to keep; see `policies`.
         budget: number of tokens to keep per row and head, 1 or more; rows that hold no more are unchanged.
         votes: L arrays float32 [B, K, S], the attention that the slots of `cache.read(layer)` have received, for
