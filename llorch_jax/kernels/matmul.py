@@ -1,10 +1,11 @@
-"""Products of a matrix, stored as floating-point numbers or as codes, and a few columns, by a native kernel.
+"""Products of a matrix, stored as floating-point numbers or as codes, and columns, by native kernels.
 
-The kernel reads every weight once for up to MAX_COLUMNS columns, on the threads of XLA's own pool; see docs/kernels.md.
-A column's result has the same bits whatever the other columns contain and however many threads there are. If the
-weights are codes, each column of x is rounded to 16 bits relative to its largest magnitude: the error's norm is at most
-sqrt(in) / 113,000 of the column's, and usually a hundred times smaller. A column that contains an infinity or a NaN
-then gives NaN.
+One kernel reads every weight once for up to MAX_COLUMNS columns. Another is bound by arithmetic, and multiplies more
+columns by any weights but float32 ones, for which XLA is as fast. Both run on the threads of XLA's own pool; see
+docs/kernels.md. A column's result has the same bits whatever the other columns contain and however many threads there
+are. If the weights are codes, each column of x is rounded to 16 bits relative to its largest magnitude, except by the
+second kernel with groups, which computes in float32: the error's norm is at most sqrt(in) / 113,000 of the column's,
+and usually about ten times smaller. A column that contains an infinity or a NaN then gives NaN.
 
 `linear` documents how codes and scales are laid out in memory. It also has the twins: the same products in jnp, which
 are used where the kernels are not, and for derivatives and `vmap`.
@@ -25,6 +26,8 @@ from llorch_jax.kernels.library import available
 MAX_COLUMNS = 16
 _FLOATS = ("float32", "bfloat16", "float16")
 _STEP = 64  # the kernel's workspace is padded to a multiple of this many columns of the weights
+_PACKED = 32  # with many columns of x, it has room for a multiple of this many
+_MIN_ROWS = 48  # of the weights, if x has many columns
 
 Product = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # of codes, scales and x
 
@@ -42,15 +45,18 @@ class Form(NamedTuple):
 
 
 def serves(form: Form, weight: jax.Array, x: jax.Array) -> bool:
-    """Whether `matmul` supports this product: a few columns, on a single CPU device or inside `shard_map`.
+    """Whether `matmul` supports this product, on a single CPU device or inside `shard_map`.
 
     Args:
         form: how the matrix is stored.
         weight: the elements or codes, [out, ...].
         x: [in, M].
     """
-    few = 1 <= x.shape[1] <= MAX_COLUMNS and x.shape[0] > 0 and weight.shape[0] > 0
-    return few and x.dtype == jnp.float32 and _has_kernel(form, weight) and available("llorch_matmul")
+    rows, (depth, columns) = weight.shape[0], x.shape
+    few = 1 <= columns <= MAX_COLUMNS and rows > 0
+    many = columns > MAX_COLUMNS and rows >= _MIN_ROWS and form.bits < 32
+    fits = (few or many) and depth > 0 and x.dtype == jnp.float32
+    return fits and _has_kernel(form, weight) and available("llorch_matmul")
 
 
 def _has_kernel(form: Form, weight: jax.Array) -> bool:
@@ -123,8 +129,11 @@ mlir.register_lowering(_matmul_p, _lower)
 def _call(form: Form, weight: jax.Array, scales: jax.Array, x: jax.Array) -> jax.Array:
     columns = x.shape[1]
     width = weight.shape[1] * 2 if form.bits == 4 else weight.shape[1]
-    padded = -(-width // _STEP) * _STEP
+    if columns > MAX_COLUMNS:
+        floats = -(-columns // _PACKED) * _PACKED * (width + 2)
+    else:
+        floats = columns * (-(-width // _STEP) * _STEP + 1)
     y = jax.ShapeDtypeStruct((weight.shape[0], columns), jnp.float32)
-    workspace = jax.ShapeDtypeStruct((4 * columns * (padded + 1),), jnp.uint8)
+    workspace = jax.ShapeDtypeStruct((4 * floats,), jnp.uint8)
     call = jax.ffi.ffi_call("llorch_matmul", (y, workspace))
     return call(weight, scales, x, bits=np.int64(form.bits), group=np.int64(form.group_size or 0))[0]

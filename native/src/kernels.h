@@ -8,7 +8,9 @@ namespace llorch {
 
 enum class Format { kFloat32, kBFloat16, kFloat16, kInt8, kInt4 };
 
-constexpr size_t kMaxColumns = 16;
+constexpr size_t kMaxColumns = 16;     // of `multiply`; more are left to `multiply_panels`
+constexpr size_t kPackedColumns = 16;  // per block
+constexpr size_t kWidestPanel = 32;    // columns, of any instruction set
 constexpr size_t kPadding = 64;  // columns of the weights are processed in steps that divide this
 
 __attribute__((always_inline)) constexpr size_t padded(size_t width) { return (width + kPadding - 1) / kPadding * kPadding; }
@@ -25,15 +27,37 @@ struct Product {
   size_t depth;
   size_t width;
   size_t columns;
-  // The columns of x in turn, padded with zeros to `padded(width)`: float32, or int16 codes and their scales.
+  // Float32, or int16 codes and their scales. Up to kMaxColumns columns of x are stored in turn, each padded with zeros
+  // to `padded(width)`; more than that are stored in the panels of gemm.h.
   float* vectors;
   int16_t* codes;
   float* code_scales;
 };
 
+__attribute__((always_inline)) constexpr size_t packed_blocks(size_t columns) {
+  return (columns + kPackedColumns - 1) / kPackedColumns;
+}
+
+__attribute__((always_inline)) constexpr size_t panel_columns(size_t columns) {
+  return (columns + kWidestPanel - 1) / kWidestPanel * kWidestPanel;
+}
+
 // Bytes of the workspace that `vectors`, or `codes` and `code_scales`, point into.
 __attribute__((always_inline)) constexpr size_t workspace_bytes(size_t width, size_t columns) {
+  if (columns > kMaxColumns) return panel_columns(columns) * (width + 2) * sizeof(float);
   return columns * (padded(width) + 1) * sizeof(float);
+}
+
+// Points `vectors`, `codes` and `code_scales` into the workspace.
+__attribute__((always_inline)) inline void use_workspace(void* workspace, Product& product) {
+  product.code_scales = static_cast<float*>(workspace);
+  if (product.columns > kMaxColumns) {
+    product.vectors = product.code_scales + panel_columns(product.columns);
+    product.codes = reinterpret_cast<int16_t*>(product.vectors);
+  } else {
+    product.vectors = product.code_scales;
+    product.codes = reinterpret_cast<int16_t*>(product.code_scales + product.columns);
+  }
 }
 
 // Vectors as a codec stores them, one row of elements per token and head: float32, bfloat16 or float16; 8-bit codes
@@ -108,6 +132,9 @@ struct Kernels {
   const char* name;
   void (*prepare)(const Product& product);
   void (*multiply)(const Product& product, size_t first_row, size_t last_row);
+  // The same for many columns and any format but float32. The columns are packed in blocks of kPackedColumns first.
+  void (*pack)(const Product& product, size_t block);
+  void (*multiply_panels)(const Product& product, size_t first_row, size_t last_row);
   // Runs one of batch * kv_heads * chunks(slots) tasks.
   void (*attend)(const Attention& attention, size_t task);
   // Combines the results of the chunks.

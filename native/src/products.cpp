@@ -6,6 +6,7 @@ namespace llorch {
 namespace {
 
 constexpr size_t kBlockBytes = 192 * 1024;  // of weights per block of rows, roughly
+constexpr size_t kGemmBlock = 48;          // rows per block with many columns: whole tiles of any instruction set
 constexpr size_t kMaxGroup = 1024;         // longer sums of products could overflow 32 bits
 const Arguments kCall("llorch_matmul");
 
@@ -64,16 +65,11 @@ ffi::Error read_columns(const ffi::AnyBuffer& x, Product& product) {
   if (!codes && product.depth != product.width) {
     return kCall.wrong("x", std::to_string(product.width) + " rows", shape_of(x));
   }
-  if (product.columns < 1 || product.columns > kMaxColumns) {
-    return kCall.wrong("x", "1 to " + std::to_string(kMaxColumns) + " columns", shape_of(x));
+  if (product.columns < 1) return kCall.wrong("x", "a column or more", shape_of(x));
+  if (product.columns > kMaxColumns && product.format == Format::kFloat32) {
+    return kCall.wrong("x", "up to " + std::to_string(kMaxColumns) + " columns for float32", shape_of(x));
   }
   return kCall.check("x", x, ffi::DataType::F32, "float32", {product.depth, product.columns});
-}
-
-void use_workspace(void* workspace, Product& product) {
-  product.vectors = static_cast<float*>(workspace);
-  product.code_scales = static_cast<float*>(workspace);
-  product.codes = reinterpret_cast<int16_t*>(product.code_scales + product.columns);
 }
 
 struct Rows {
@@ -93,7 +89,13 @@ void multiply_block(const void* context, size_t block) {
   const Rows& rows = *static_cast<const Rows*>(context);
   const size_t first = block * rows.per_block;
   const size_t last = first + rows.per_block < rows.product.rows ? first + rows.per_block : rows.product.rows;
-  rows.kernels->multiply(rows.product, first, last);
+  const bool many = rows.product.columns > kMaxColumns;
+  (many ? rows.kernels->multiply_panels : rows.kernels->multiply)(rows.product, first, last);
+}
+
+void pack_block(const void* context, size_t block) {
+  const Rows& rows = *static_cast<const Rows*>(context);
+  rows.kernels->pack(rows.product, block);
 }
 
 ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer weights, ffi::AnyBuffer scales, ffi::AnyBuffer x,
@@ -117,9 +119,13 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer weights, ffi::AnyBuffer s
   use_workspace(workspace->untyped_data(), product);
   const int64_t pool_threads = pool.num_threads();
   const size_t threads = pool_threads > 1 ? pool_threads : 1;
-  const Rows rows{found, product, rows_per_block(product.rows, weights.size_bytes(), threads)};
-  const size_t blocks = (product.rows + rows.per_block - 1) / rows.per_block;
-  run_on(pool, blocks, threads, &rows, multiply_block, [&] { found->prepare(product); });
+  const bool many = product.columns > kMaxColumns;
+  const size_t per_block = many ? kGemmBlock : rows_per_block(product.rows, weights.size_bytes(), threads);
+  const Rows rows{found, product, per_block};
+  if (many) run_on(pool, packed_blocks(product.columns), threads, &rows, pack_block, [] {});
+  run_on(pool, (product.rows + per_block - 1) / per_block, threads, &rows, multiply_block, [&] {
+    if (!many) found->prepare(product);
+  });
   return ffi::Error::Success();
 }
 

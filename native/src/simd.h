@@ -52,7 +52,29 @@ LLORCH_INLINE void copy(Element* to, const Element* from, size_t count) {
   for (size_t i = 0; i < count; ++i) to[i] = from[i];
 }
 
+// As many lanes as there are elements, `count` of them or a whole vector; zeros in the others.
+LLORCH_INLINE Floats load_some(const float* from, size_t count) {
+  if (count >= kLanes) return load<Floats>(from);
+  float some[kLanes] = {};
+  copy(some, from, count);
+  return load<Floats>(some);
+}
+
+LLORCH_INLINE void store_some(float* to, Floats values, size_t count) {
+  if (count >= kLanes) return store(to, values);
+  float some[kLanes];
+  store(some, values);
+  copy(to, some, count);
+}
+
 LLORCH_INLINE Floats broadcast(float value) { return value - Floats{}; }
+
+// The four bytes at an address, in every lane.
+LLORCH_INLINE Words broadcast_word(const void* from) {
+  uint32_t word;
+  __builtin_memcpy(&word, from, sizeof(word));
+  return word + Words{};
+}
 
 // a * b + c, rounded only once if the instruction set has a fused operation.
 LLORCH_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {

@@ -74,7 +74,7 @@ Case make_case() {
   c.format = static_cast<Format>(between(0, 4));
   c.group = c.format == Format::kInt8 ? groups[between(0, 4)] : c.format == Format::kInt4 ? groups[between(1, 4)] : 0;
   c.rows = between(1, 40);
-  c.columns = between(1, 16);
+  c.columns = between(0, 2) > 0 || c.format == Format::kFloat32 ? between(1, 16) : between(17, 70);
   c.width = c.group ? c.group * between(1, 19) : between(1, 700);
   const bool codes = c.format == Format::kInt8 || c.format == Format::kInt4;
   c.depth = codes && c.width > 1 ? c.width - between(0, c.group ? static_cast<int>(c.group) - 1 : 0) : c.width;
@@ -143,13 +143,14 @@ bool run(const Kernels& kernels, const Case& c) {
   p.depth = c.depth;
   p.width = c.width;
   p.columns = c.columns;
-  p.vectors = workspace.data;
-  p.code_scales = workspace.data;
-  p.codes = reinterpret_cast<int16_t*>(workspace.data + c.columns);
-  kernels.prepare(p);
+  llorch::use_workspace(workspace.data, p);
+  const bool many = c.columns > llorch::kMaxColumns;
+  for (size_t block = 0; many && block < llorch::packed_blocks(c.columns); ++block) kernels.pack(p, block);
+  if (!many) kernels.prepare(p);
+  const auto multiply = many ? kernels.multiply_panels : kernels.multiply;
   const size_t cut = between(0, static_cast<int>(c.rows));
-  kernels.multiply(p, 0, cut);
-  kernels.multiply(p, cut, c.rows);
+  multiply(p, 0, cut);
+  multiply(p, cut, c.rows);
   return agrees(c, y.data);
 }
 
