@@ -83,3 +83,7 @@ class EngineFullError(EngineError):
 
 class ExportError(LlorchError):
     """A program cannot be serialized, or was serialized by something else."""
+
+
+class ClusterError(LlorchError):
+    """A Ray cluster cannot be reached, failed, or got a dataset that does not fit; or the extra `ray` is missing."""

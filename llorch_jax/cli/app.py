@@ -129,7 +129,12 @@ def generate_command(
     ] = None,
     out: Annotated[
         Path | None,
-        option("--out", metavar="FILE", help="Output file; an interrupted run resumes.", panel="Prompts from a file"),
+        option(
+            "--out",
+            metavar="FILE",
+            help="Output file, with --ray a directory; an interrupted run resumes.",
+            panel="Prompts from a file",
+        ),
     ] = None,
     batch_size: Annotated[
         int, option("--batch-size", metavar="N", help="Prompts per batch, 1 or more.", panel="Prompts from a file")
@@ -137,6 +142,27 @@ def generate_command(
     overwrite: Annotated[
         bool, option("--overwrite", help="Replace the output file.", panel="Prompts from a file")
     ] = False,
+    ray: Annotated[
+        str | None,
+        option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Ray cluster that runs the prompts: HOST:PORT, auto, or local for a new one on this machine.",
+            panel="Prompts from a file",
+        ),
+    ] = None,
+    actors: Annotated[
+        int | None,
+        option(
+            "--actors",
+            metavar="N",
+            help="With --ray: number of copies of the model; by default as many as fit.",
+            panel="Prompts from a file",
+        ),
+    ] = None,
+    cpus: Annotated[
+        float, option("--cpus", metavar="X", help="With --ray: processors of each copy.", panel="Prompts from a file")
+    ] = 1,
 ) -> None:
     """Continue a text, or the prompts of a file.
 
@@ -150,6 +176,10 @@ def generate_command(
         raise typer.BadParameter("--speculative, --draft: expected one of them, got both")
     if file is not None and (speculative or draft):
         raise typer.BadParameter("--file: expected neither --speculative nor --draft with it")
+    if ray is None and (actors is not None or cpus != 1):
+        raise typer.BadParameter("--actors, --cpus: expected --ray with them")
+    if ray is not None and file is None:
+        raise typer.BadParameter("--ray: expected --file and --out with it")
     from llorch_jax.cli import generating
 
     given = {**settings, "cache": cache, "max_new_tokens": max_new_tokens}
@@ -158,7 +188,8 @@ def generate_command(
     if top_logprobs:
         given["top_logprobs"] = top_logprobs
     if file is not None and out is not None:
-        generating.from_file(model, file, out, batch_size, overwrite, given)
+        where = None if ray is None else (ray, actors, cpus)
+        generating.from_file(model, file, out, batch_size, overwrite, given, where)
     elif speculative or draft:
         generating.speculate(model, prompt or "", given, speculative, draft, as_json, timings)
     else:

@@ -55,20 +55,40 @@ def _streamed(model: Model, prompt: str, settings: dict[str, Any]) -> Timings:
 
 
 def from_file(
-    source: str, file: Path, target: Path, batch_size: int, overwrite: bool, settings: dict[str, Any]
+    source: str,
+    file: Path,
+    target: Path,
+    batch_size: int,
+    overwrite: bool,
+    settings: dict[str, Any],
+    where: tuple[str, int | None, float] | None = None,
 ) -> None:
-    """Continues the prompts of a file; see `generate_file`."""
-    model, _ = load_model(source, settings)
-    with bar("prompts") as progress:
-        count = generate_file(
-            model,
-            file,
-            target,
-            batch_size=batch_size,
-            overwrite=overwrite,
-            progress=progress,
-            **resolve(settings, model.tokenizer),
-        )
+    """Continues the prompts of a file; see `generate_file`, and that of `llorch_jax.ray`.
+
+    Args:
+        source: of the model.
+        file: the prompts.
+        target: of the results.
+        batch_size: maximum number of prompts that run at once.
+        overwrite: whether to replace the target.
+        settings: from the command line.
+        where: for a Ray cluster, its address, the number of actors, and the processors of each.
+    """
+    runs: dict[str, Any] = {"batch_size": batch_size, "overwrite": overwrite}
+    if where is None:
+        model, _ = load_model(source, settings)
+        with bar("prompts") as progress:
+            count = generate_file(model, file, target, **runs, progress=progress, **resolve(settings, model.tokenizer))
+    else:
+        from llorch_jax import ray
+
+        address, actors, cpus = where
+        pool = ray.Pool(actors, cpus)
+        stored = ray.Source.of(source, settings.get("weights"), settings.get("group_size"))
+        with ray.cluster(address, pool):
+            model, _ = load_model(source, settings)
+            options = resolve(settings, model.tokenizer)
+            count = ray.generate_file(model, stored, file, target, pool=pool, **runs, **options)
     note(f"continued {count} prompts; all results are in {target}", style="")
 
 

@@ -194,6 +194,9 @@ _OTHERS = (
     "page_size",
     "chunk",
     "max_waiting",
+    "actors",
+    "cpus",
+    "ray",
 )
 
 # Advice that applies to Python only, and its counterpart on the command line.

@@ -59,19 +59,19 @@ def generate_file(
     jobs = JobReader(model, options).read(source)
     _check_target(source, target)
     weights = fingerprint(model.params, model.config)
-    heads = [_head(job, weights) for job in jobs]
+    heads = [head_of(job, weights) for job in jobs]
     there = 0 if overwrite or not target.exists() else _results_kept(target, heads)
     done = there
     progress(done, len(jobs))
     try:
         with target.open("ab" if there else "wb") as file:
-            for batch in _batches(jobs, batch_size):
+            for batch in batches_of(jobs, batch_size):
                 if batch[-1].line <= there:
                     continue
-                outputs = _outputs(model, batch)
+                outputs = continue_jobs(model, batch)
                 for job, out in zip(batch, outputs, strict=True):
                     if job.line > there:
-                        file.write(_line(heads[job.line - 1], out))
+                        file.write(result_line(heads[job.line - 1], out))
                 file.flush()
                 os.fsync(file.fileno())
                 done = batch[-1].line
@@ -81,7 +81,7 @@ def generate_file(
     return done - there
 
 
-def _batches(jobs: list[Job], size: int) -> list[list[Job]]:
+def batches_of(jobs: list[Job], size: int) -> list[list[Job]]:
     """Consecutive jobs whose settings differ only in the seed, in groups of at most `size`."""
 
     def settings(job: Job) -> dict[str, Any]:
@@ -91,19 +91,21 @@ def _batches(jobs: list[Job], size: int) -> list[list[Job]]:
     return [run[start : start + size] for run in runs for start in range(0, len(run), size)]
 
 
-def _outputs(model: Model, batch: list[Job]) -> list[Generation]:
+def continue_jobs(model: Model, batch: list[Job]) -> list[Generation]:
+    """The results of jobs whose settings differ only in the seed, as one batch; each gets what it would get alone."""
     seeds: Any = tuple(job.options.seed for job in batch)
     options = dataclasses.replace(batch[0].options, seed=seeds)
     return continue_texts(model, [job.prompt for job in batch], options)
 
 
-def _head(job: Job, weights: str) -> bytes:
+def head_of(job: Job, weights: str) -> bytes:
     """The beginning of a job's result line: everything that is known before it runs."""
     fields = {"job": job.hash(weights), "line": job.line, "id": job.id, "prompt": job.prompt}
     return json.dumps(fields, ensure_ascii=False).encode()[:-1]
 
 
-def _line(head: bytes, out: Generation) -> bytes:
+def result_line(head: bytes, out: Generation) -> bytes:
+    """The line of a result; `head` is from `head_of`."""
     fields: dict[str, Any] = {"text": out.text, "finish_reason": out.finish_reason, "stop_reason": out.stop_reason}
     fields |= {"prompt_tokens": len(out.prompt_ids), "token_ids": out.token_ids}
     if out.top_logprobs is not None:

@@ -26,6 +26,7 @@ from llorch_jax.text.prompts import encode_prompts
 from llorch_jax.text.vocabulary import tokenizer_of
 
 _OWN = ("prompt", "id")
+INVALID = (LlorchError, TypeError, ValueError, OverflowError)  # what an invalid value raises
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +68,7 @@ class JobReader:
         self._model = model
         self._settings = dict(settings)
         self._capacities: dict[Any, int] = {}
-        if settings.get("sampler") is not None:
-            raise OptionError("sampler: expected none with a file of prompts, whose settings are written down")
-        if isinstance(settings.get("cache"), KVCache):
-            raise OptionError("cache: expected the name of a layout with a file of prompts, got a cache")
-        GenerationOptions.create(**settings)
+        check_settings(settings)
 
     def read(self, source: Path) -> list[Job]:
         """The jobs of a file.
@@ -84,13 +81,17 @@ class JobReader:
         for number, text in enumerate(lines, 1):
             if text.strip():
                 try:
-                    jobs.append(self._job(len(jobs) + 1, text))
-                except (LlorchError, TypeError, ValueError, OverflowError) as error:
+                    jobs.append(self.job(len(jobs) + 1, _parse(text)))
+                except INVALID as error:
                     raise BatchFileError(f"{source}: line {number}: {error}") from None
         return jobs
 
-    def _job(self, line: int, text: str) -> Job:
-        given = _parse(text)
+    def job(self, line: int, given: Mapping[str, Any]) -> Job:
+        """The job of an object with a prompt, as a line has it.
+
+        Raises:
+            INVALID: a value is not as described, or does not fit the model.
+        """
         for name, value in given.items():
             _check_writable(name, value)
         own = {name: value for name, value in given.items() if name not in _OWN}
@@ -149,6 +150,16 @@ class JobReader:
             shapes: Any = jax.eval_shape(lambda: options.fitted_cache(self._model.config, 1, context))
             self._capacities[kind] = min(shapes.capacity, context)
         return self._capacities[kind]
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raises LlorchError for a setting that is invalid, or cannot be used for a file."""
+    if settings.get("sampler") is not None:
+        raise OptionError("sampler: expected none with a file of prompts, whose settings are written down")
+    if isinstance(settings.get("cache"), KVCache):
+        raise OptionError("cache: expected the name of a layout with a file of prompts, got a cache")
+    options = GenerationOptions.create(**settings)
+    options.check_method(options.method)
 
 
 def _parse(text: str) -> dict[str, Any]:
