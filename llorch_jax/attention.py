@@ -5,12 +5,14 @@ any view into plain arrays, on which the functions here work.
 """
 
 import abc
+import dataclasses
 from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from llorch_jax.kernels import attention as kernels
 from llorch_jax.linear import EXACT
 
 MASKED = jnp.finfo(jnp.float32).min
@@ -73,6 +75,46 @@ class DenseView(KVView):
 
     def dense(self) -> "DenseView":
         return self
+
+    def attend(self, q: jax.Array, queries: Queries, scale: float) -> jax.Array:
+        """As `KVView.attend`, by a native kernel if the vectors are float32."""
+        form = kernels.Form(32, scale, queries.window or 0, self.window or 0, self.sinks)
+        fits = self.k.dtype == jnp.float32 and self.v.dtype == jnp.float32
+        if not fits or not kernels.serves(form, q, self.k.shape[1], 0):
+            return super().attend(q, queries, scale)
+        arrays, structure = jax.tree.flatten((q, self, queries))
+        with jax.named_scope("attention"):
+            return kernels.attend(form, _DenseAttention(structure, scale), *arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class _DenseAttention:
+    """How to attend to a `DenseView`, given its arrays; a `kernels.Call`.
+
+    Attributes:
+        structure: structure of the tuple of the queries' vectors, the view and the `Queries`.
+        scale: factor of the scores.
+    """
+
+    structure: Any
+    scale: float
+
+    def operands(self, *arrays: jax.Array) -> kernels.Operands:
+        q, view, queries = jax.tree.unflatten(self.structure, arrays)
+        none = jnp.zeros(0, jnp.float32)
+        return kernels.Operands(
+            q=q,
+            query_positions=queries.positions,
+            keys=kernels.Vectors(view.k, none, none),
+            values=kernels.Vectors(view.v, none, none),
+            positions=view.positions[:, None] if view.positions.ndim == 2 else view.positions,
+            tables=jnp.zeros((0, 0), jnp.int32),
+            exact=(),
+        )
+
+    def plain(self, *arrays: jax.Array) -> jax.Array:
+        q, view, queries = jax.tree.unflatten(self.structure, arrays)
+        return attend(q, view, queries, self.scale)
 
 
 def allowed_slots(positions: jax.Array, view: DenseView, window: int | None) -> jax.Array:

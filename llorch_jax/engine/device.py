@@ -13,7 +13,6 @@ from llorch_jax.engine import slots as programs
 from llorch_jax.engine.scheduler import Limits
 from llorch_jax.engine.sequences import Sequence
 from llorch_jax.engine.settings import SlotSettings
-from llorch_jax.kernels.attention import MAX_TOKENS
 from llorch_jax.kernels.library import available
 from llorch_jax.params import Params
 
@@ -69,7 +68,7 @@ class Device:
         start = sequence.computed
         tokens = np.zeros((1, self._chunk_size(count)), np.int32)
         tokens[0, :count] = sequence.tokens[start : start + count]
-        return self._prefill(tokens, start, count, self._tables([sequence], tokens.shape[1], 1))
+        return self._prefill(tokens, start, count, self._tables([sequence], 1))
 
     def enter(self, sequence: Sequence, logits: jax.Array) -> Any:
         """The first token of a request, given the logits [1, V] after its prompt: token, logprob, alternatives."""
@@ -92,7 +91,7 @@ class Device:
         size = min(power_of_two(len(sequences)), self._limits.slots)
         rows = np.full(size, self._limits.slots, np.int32)
         rows[: len(sequences)] = [sequence.place for sequence in sequences]
-        return self._results(sequences, self._decode(rows, self._tables(sequences, 1, size)))
+        return self._results(sequences, self._decode(rows, self._tables(sequences, size)))
 
     @property
     def cache(self) -> PagedCache:
@@ -108,14 +107,14 @@ class Device:
         most = min(self._limits.idle_chunk, self._config.n_positions)
         for size in sorted({self._chunk_size(count) for count in range(1, most + 1)}):
             blocks = range(-(-size // self._limits.page_size), self._columns + 1)
-            for columns in sorted({self._width(count, size) for count in blocks}):
+            for columns in sorted({self._width(count) for count in blocks}):
                 logits = self._prefill(np.zeros((1, size), np.int32), 0, 0, np.full((1, columns), -1, np.int32))
         history = np.zeros(self._slots.history.tokens.shape[1], np.int32)
         nobody, one = np.int32(self._limits.slots), np.int32(1)
         entrant = programs.Entrant(nobody, history, one, one, np.int32(0))
         _, self._slots = programs.enter(self._slots, self._settings.on_device(), logits, entrant)
         for size in sorted({min(power_of_two(n), self._limits.slots) for n in range(1, self._limits.slots + 1)}):
-            for columns in sorted({self._width(count, 1) for count in range(1, self._columns + 1)}):
+            for columns in sorted({self._width(count) for count in range(1, self._columns + 1)}):
                 chosen = self._decode(np.full(size, nobody), np.full((size, columns), -1, np.int32))
             self._alternatives(chosen)
         jax.block_until_ready(self._slots)
@@ -141,21 +140,21 @@ class Device:
         """The number of columns used to compute `count` tokens; a power of two, so that few programs are compiled."""
         return min(max(power_of_two(count), SMALLEST), self._config.n_positions)
 
-    def _tables(self, sequences: list[Sequence], tokens: int, rows: int) -> np.ndarray:
-        """int32 [rows, N], the pages of some requests that compute `tokens` columns each, padded with -1."""
+    def _tables(self, sequences: list[Sequence], rows: int) -> np.ndarray:
+        """int32 [rows, N], the pages of some requests, padded with -1."""
         longest = max(len(sequence.pages) for sequence in sequences)
-        tables = np.full((rows, self._width(longest, tokens)), -1, np.int32)
+        tables = np.full((rows, self._width(longest)), -1, np.int32)
         for row, sequence in zip(tables, sequences, strict=False):
             row[: len(sequence.pages)] = sequence.pages
         return tables
 
-    def _width(self, pages: int, tokens: int) -> int:
+    def _width(self, pages: int) -> int:
         """Number of columns of a table for rows of up to `pages` pages.
 
         The kernels skip pages without tokens. Where they are not used, pages are gathered: no more than twice as many
         as needed.
         """
-        if tokens <= MAX_TOKENS and available("llorch_attention"):
+        if available("llorch_attention"):
             return self._columns
         return min(self._columns, max(power_of_two(pages), _FEWEST_PAGES))
 

@@ -1,9 +1,10 @@
-"""Attention of a few queries per row over the slots of a cache, by a native kernel.
+"""Attention over the slots of a cache, by native kernels.
 
-The kernel makes one pass over the keys and values as they are stored, in slots or in pages, with an online softmax;
+A kernel makes one pass over the keys and values as they are stored, in slots or in pages, with an online softmax;
 nothing is gathered or decoded in memory, and blocks of slots that no query may attend to are skipped. Blocks have fixed
 boundaries, so that a query's result has the same bits whatever the other rows contain, however many empty slots follow
-and however many threads there are. See docs/kernels.md.
+and however many threads there are. One kernel is for the few queries of a decode step, which are as fast as memory;
+another, for the many of a prompt, attends to panels of queries. See docs/kernels.md.
 """
 
 import dataclasses
@@ -18,9 +19,10 @@ from jax.interpreters import mlir
 
 from llorch_jax.kernels.library import available
 
-MAX_TOKENS = 16  # queries T per row
+_MAX_TOKENS = 16  # queries T per row; more of them, or more than the next limits, are attended to in panels
 _CHUNK = 256  # slots per task
 _MAX_QUERIES = 64  # queries that share a key/value head
+_MAX_HEAD = 256  # elements of a padded vector, in panels
 _MAX_SCRATCH = 4096  # elements of those queries, padded
 
 
@@ -111,7 +113,7 @@ class Call(Protocol):
 
 
 def serves(form: Form, q: jax.Array, kv_heads: int, exact: int) -> bool:
-    """Whether `attend` supports these queries: a few tokens per row, on a single CPU device or inside `shard_map`.
+    """Whether `attend` supports these queries, on a single CPU device or inside `shard_map`.
 
     Args:
         form: static settings of the view.
@@ -119,11 +121,16 @@ def serves(form: Form, q: jax.Array, kv_heads: int, exact: int) -> bool:
         kv_heads: number of key/value heads K.
         exact: number of sets of exact vectors.
     """
-    batch, tokens, heads, head_dim = q.shape
+    fits = _few(form, q, kv_heads) or _padded(q.shape[3], form.bits) <= _MAX_HEAD
+    return q.size > 0 and fits and exact <= 2 and q.dtype == jnp.float32 and available("llorch_attention")
+
+
+def _few(form: Form, q: jax.Array, kv_heads: int) -> bool:
+    """Whether all queries q [B, T, N, H] of a key/value head are attended to at once, over chunks of slots."""
+    _, tokens, heads, head_dim = q.shape
     queries = tokens * heads // max(kv_heads, 1)
     fits = queries <= _MAX_QUERIES and queries * _padded(head_dim, form.bits) <= _MAX_SCRATCH
-    few = batch > 0 and 1 <= tokens <= MAX_TOKENS and head_dim > 0 and fits and exact <= 2
-    return few and q.dtype == jnp.float32 and available("llorch_attention")
+    return tokens <= _MAX_TOKENS and fits
 
 
 def attend(form: Form, call: Call, *arrays: jax.Array) -> jax.Array:
@@ -190,7 +197,8 @@ def _padded(head_dim: int, bits: int) -> int:
 def _native(form: Form, call: Call, *arrays: jax.Array) -> jax.Array:
     operands = call.operands(*arrays)
     batch, tokens, heads, head_dim = operands.q.shape
-    chunks = -(-operands.positions.shape[2] // _CHUNK)
+    few = _few(form, operands.q, operands.keys.rows.shape[1])
+    chunks = -(-operands.positions.shape[2] // _CHUNK) if few else 0
     floats = batch * tokens * heads * chunks * (_padded(head_dim, form.bits) + 2)
     out = jax.ShapeDtypeStruct(operands.q.shape, jnp.float32)
     target = jax.ffi.ffi_call("llorch_attention", (out, jax.ShapeDtypeStruct((4 * floats,), jnp.uint8)))

@@ -68,9 +68,8 @@ ffi::Error read_queries(const ffi::AnyBuffer& q, const ffi::AnyBuffer& query_pos
     return kCall.wrong("q", "a multiple of " + std::to_string(a.kv_heads) + " heads", shape_of(q));
   }
   a.group = shape[2] / a.kv_heads;
-  const size_t queries = a.queries * a.group;
-  if (queries > kMaxQueries || queries * padded_head(a.head_dim, a.format) > kMaxScratch) {
-    return kCall.wrong("q", "no more queries than fit a core's cache", shape_of(q));
+  if (!few_queries(a) && padded_head(a.head_dim, a.format) > kMaxHead) {
+    return kCall.wrong("q", "vectors of up to " + std::to_string(kMaxHead) + " elements", shape_of(q));
   }
   if (ffi::Error error = kCall.check("q", q, ffi::DataType::F32, "float32",
                                      {a.batch, a.queries, a.kv_heads * a.group, a.head_dim});
@@ -162,6 +161,11 @@ void attend_task(const void* context, size_t task) {
   tasks.kernels->attend(tasks.attention, task);
 }
 
+void attend_panel_task(const void* context, size_t task) {
+  const Tasks& tasks = *static_cast<const Tasks*>(context);
+  tasks.kernels->many->attend_panel(tasks.attention, task);
+}
+
 ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer query_positions, ffi::AnyBuffer keys,
                      ffi::AnyBuffer key_scales, ffi::AnyBuffer key_zeros, ffi::AnyBuffer values, ffi::AnyBuffer value_scales,
                      ffi::AnyBuffer value_zeros, ffi::AnyBuffer positions, ffi::AnyBuffer tables, ffi::RemainingArgs exact,
@@ -186,8 +190,9 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer quer
       error.failure()) {
     return error;
   }
-  const size_t tasks = a.batch * a.kv_heads * chunks(a.slots);
-  const size_t needed = tasks * a.queries * a.group * partial_size(padded_head(a.head_dim, a.format)) * sizeof(float);
+  const bool few = few_queries(a);
+  const size_t tasks = few ? a.batch * a.kv_heads * chunks(a.slots) : found->many->panel_tasks(a);
+  const size_t needed = !few ? 0 : tasks * a.queries * a.group * partial_size(padded_head(a.head_dim, a.format)) * sizeof(float);
   if (workspace->element_type() != ffi::DataType::U8 || workspace->size_bytes() < needed) {
     return kCall.wrong("workspace", std::to_string(needed) + " bytes", std::to_string(workspace->size_bytes()));
   }
@@ -197,9 +202,13 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer quer
   a.scale = scale;
   a.out = out->typed_data<float>();
   a.workspace = static_cast<float*>(workspace->untyped_data());
+  const Tasks all{found, a};
+  if (!few) {
+    if (tasks > 0) run_on(pool, tasks, tasks, &all, attend_panel_task, [] {});
+    return ffi::Error::Success();
+  }
   if (tasks > 0) {
     const size_t bytes = 2 * a.batch * a.slots * a.kv_heads * a.head_dim * bits / 8;
-    const Tasks all{found, a};
     run_on(pool, tasks, 1 + bytes / kBytesPerThread, &all, attend_task, [] {});
   }
   const FlushDenormals flush;

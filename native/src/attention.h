@@ -374,7 +374,7 @@ void attend_chunk(const Attention& a, size_t row, size_t head, size_t chunk, flo
   }
 }
 
-static void attend(const Attention& a, size_t task) {
+[[maybe_unused]] static void attend(const Attention& a, size_t task) {
   const size_t count = chunks(a.slots);
   const size_t chunk = task % count;
   const size_t head = task / count % a.kv_heads;
@@ -410,7 +410,7 @@ LLORCH_INLINE void merge_query(const Attention& a, const float* partial, size_t 
   for (size_t element = 0; element < a.head_dim; ++element) out[element] /= total;
 }
 
-static void merge(const Attention& a) {
+[[maybe_unused]] static void merge(const Attention& a) {
   const size_t count = chunks(a.slots);
   const size_t size = partial_size(padded_head(a.head_dim, a.format));
   const size_t queries = a.queries * a.group;

@@ -1,9 +1,8 @@
 #define LLORCH_ISA avx2
 #define LLORCH_BYTES 32
 #include "attention.h"
-#include "gemm.h"
+#include "products.h"
 
 namespace llorch {
-extern const Kernels kAvx2{"avx2",        avx2::prepare, avx2::multiply, avx2::pack,
-                            avx2::multiply_panels, avx2::attend, avx2::merge};
+extern const Kernels kAvx2{"avx2", avx2::prepare, avx2::multiply, avx2::attend, avx2::merge, &kAvx2Many};
 }  // namespace llorch

@@ -81,6 +81,8 @@ struct Exact {
 constexpr size_t kMaxExact = 2;
 constexpr size_t kMaxQueries = 64;    // queries that share a key/value head
 constexpr size_t kMaxScratch = 4096;  // elements of those queries, padded
+constexpr size_t kMaxTokens = 16;     // of a row; more, or more queries than these limits allow, are attended to in panels
+constexpr size_t kMaxHead = 256;      // elements of a padded vector, in panels
 constexpr size_t kSlotsPerBlock = 64;
 constexpr size_t kSlotsPerChunk = 256;  // a task is one chunk
 
@@ -121,6 +123,12 @@ __attribute__((always_inline)) constexpr size_t padded_head(size_t head_dim, For
   return parts * ((part + 15) / 16 * 16);
 }
 
+// Whether chunks of slots are attended to by all queries at once; otherwise panels of queries attend to all slots.
+__attribute__((always_inline)) inline bool few_queries(const Attention& a) {
+  const size_t queries = a.queries * a.group;
+  return a.queries <= kMaxTokens && queries <= kMaxQueries && queries * padded_head(a.head_dim, a.format) <= kMaxScratch;
+}
+
 __attribute__((always_inline)) constexpr size_t chunks(size_t slots) {
   return (slots + kSlotsPerChunk - 1) / kSlotsPerChunk;
 }
@@ -128,23 +136,35 @@ __attribute__((always_inline)) constexpr size_t chunks(size_t slots) {
 // Size of a chunk's result for each query: the largest score, the sum of weights, and the weighted sum of values.
 __attribute__((always_inline)) constexpr size_t partial_size(size_t padded_head_dim) { return padded_head_dim + 2; }
 
+// What is bound by arithmetic: products with many columns and attention of many queries. They are separate translation
+// units, which are compiled at the same time as the others, and optimised less: they gain nothing from more.
+struct ManyKernels {
+  // Packs a block of columns; multiplies rows by all columns, in any format but float32.
+  void (*pack)(const Product& product, size_t block);
+  void (*multiply_panels)(const Product& product, size_t first_row, size_t last_row);
+  // How many tasks attention has, and one of them. There are no chunks to combine.
+  size_t (*panel_tasks)(const Attention& attention);
+  void (*attend_panel)(const Attention& attention, size_t task);
+};
+
 struct Kernels {
   const char* name;
   void (*prepare)(const Product& product);
   void (*multiply)(const Product& product, size_t first_row, size_t last_row);
-  // The same for many columns and any format but float32. The columns are packed in blocks of kPackedColumns first.
-  void (*pack)(const Product& product, size_t block);
-  void (*multiply_panels)(const Product& product, size_t first_row, size_t last_row);
   // Runs one of batch * kv_heads * chunks(slots) tasks.
   void (*attend)(const Attention& attention, size_t task);
   // Combines the results of the chunks.
   void (*merge)(const Attention& attention);
+  const ManyKernels* many;
 };
 
 #if defined(LLORCH_X86)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+extern const ManyKernels kAvx2Many;
+extern const ManyKernels kAvx512Many;
 #endif
 extern const Kernels kPortable;
+extern const ManyKernels kPortableMany;
 
 }  // namespace llorch

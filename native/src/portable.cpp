@@ -1,9 +1,8 @@
 #define LLORCH_ISA portable
 #define LLORCH_BYTES 16
 #include "attention.h"
-#include "gemm.h"
+#include "products.h"
 
 namespace llorch {
-extern const Kernels kPortable{"portable",        portable::prepare, portable::multiply, portable::pack,
-                            portable::multiply_panels, portable::attend, portable::merge};
+extern const Kernels kPortable{"portable", portable::prepare, portable::multiply, portable::attend, portable::merge, &kPortableMany};
 }  // namespace llorch

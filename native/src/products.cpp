@@ -90,12 +90,12 @@ void multiply_block(const void* context, size_t block) {
   const size_t first = block * rows.per_block;
   const size_t last = first + rows.per_block < rows.product.rows ? first + rows.per_block : rows.product.rows;
   const bool many = rows.product.columns > kMaxColumns;
-  (many ? rows.kernels->multiply_panels : rows.kernels->multiply)(rows.product, first, last);
+  (many ? rows.kernels->many->multiply_panels : rows.kernels->multiply)(rows.product, first, last);
 }
 
 void pack_block(const void* context, size_t block) {
   const Rows& rows = *static_cast<const Rows*>(context);
-  rows.kernels->pack(rows.product, block);
+  rows.kernels->many->pack(rows.product, block);
 }
 
 ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer weights, ffi::AnyBuffer scales, ffi::AnyBuffer x,

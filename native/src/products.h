@@ -117,7 +117,7 @@ LLORCH_INLINE void prepare_some(const Product& product) {
   if constexpr (kColumns > 1) prepare_some<kColumns - 1>(product);
 }
 
-static void prepare(const Product& product) { prepare_some<kMaxColumns>(product); }
+[[maybe_unused]] static void prepare(const Product& product) { prepare_some<kMaxColumns>(product); }
 
 // ---- Weights --------------------------------------------------------------------------------------------------------
 
@@ -419,7 +419,7 @@ void multiply_as(const Product& product, size_t first, size_t last) {
   return multiply_rows<Tiles, kTileRows, kTileColumns>(product, first, last);
 }
 
-static void multiply(const Product& product, size_t first, size_t last) {
+[[maybe_unused]] static void multiply(const Product& product, size_t first, size_t last) {
   switch (product.format) {
     case Format::kFloat32: return multiply_as<FloatTiles<Float32>>(product, first, last);
     case Format::kBFloat16: return multiply_as<FloatTiles<BFloat16>>(product, first, last);

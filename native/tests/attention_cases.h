@@ -73,7 +73,7 @@ inline bool attention_agrees(const llorch::Kernels& kernels) {
   llorch::Attention a{};
   a.format = formats[between(0, 4)];
   a.batch = between(1, 2);
-  a.queries = between(1, 3);
+  a.queries = between(0, 1) == 1 ? between(1, 3) : between(17, 40);
   a.kv_heads = between(1, 2);
   a.group = between(1, 3);
   a.head_dim = between(1, 70);
@@ -95,6 +95,8 @@ inline bool attention_agrees(const llorch::Kernels& kernels) {
   a.position_row_stride = a.slots;
   a.query_positions = query_positions.data;
   a.window = between(0, 1) * 200;
+  a.view_window = between(0, 1) * 150;
+  a.sinks = between(0, 20);
   const size_t ring = between(1, 20);
   Array<float> exact_keys(a.batch * a.kv_heads * ring * a.head_dim), exact_values(exact_keys.size);
   Array<int32_t> marks(a.batch * ring), starts(a.batch);
@@ -112,12 +114,13 @@ inline bool attention_agrees(const llorch::Kernels& kernels) {
   a.q = q.data;
   a.out = out.data;
   a.scale = 0.3f;
-  const size_t tasks = a.batch * a.kv_heads * llorch::chunks(a.slots);
+  const bool few = llorch::few_queries(a);
+  const size_t tasks = few ? a.batch * a.kv_heads * llorch::chunks(a.slots) : kernels.many->panel_tasks(a);
   const size_t partial = llorch::partial_size(llorch::padded_head(a.head_dim, a.format));
-  Array<float> workspace(tasks * a.queries * a.group * partial);
+  Array<float> workspace(few ? tasks * a.queries * a.group * partial : 0);
   a.workspace = workspace.data;
-  for (size_t task = tasks; task-- > 0;) kernels.attend(a, task);
-  kernels.merge(a);
+  for (size_t task = tasks; task-- > 0;) (few ? kernels.attend : kernels.many->attend_panel)(a, task);
+  if (few) kernels.merge(a);
 
   for (size_t row = 0; row < a.batch; ++row) {
     for (size_t n = 0; n < a.queries * heads; ++n) {
@@ -129,6 +132,7 @@ inline bool attention_agrees(const llorch::Kernels& kernels) {
       for (size_t slot = 0; slot < a.slots; ++slot) {
         const int32_t position = positions.data[row * a.slots + slot];
         if (position < 0 || position > at || (a.window > 0 && position <= at - a.window)) continue;
+        if (a.view_window > 0 && position <= at - a.view_window && position >= a.sinks) continue;
         size_t vector = (row * a.kv_heads + head) * a.slots + slot;
         if (paged) {
           const int named = tables.data[row * a.table_width + slot / a.page_size];

@@ -145,9 +145,9 @@ bool run(const Kernels& kernels, const Case& c) {
   p.columns = c.columns;
   llorch::use_workspace(workspace.data, p);
   const bool many = c.columns > llorch::kMaxColumns;
-  for (size_t block = 0; many && block < llorch::packed_blocks(c.columns); ++block) kernels.pack(p, block);
+  for (size_t block = 0; many && block < llorch::packed_blocks(c.columns); ++block) kernels.many->pack(p, block);
   if (!many) kernels.prepare(p);
-  const auto multiply = many ? kernels.multiply_panels : kernels.multiply;
+  const auto multiply = many ? kernels.many->multiply_panels : kernels.multiply;
   const size_t cut = between(0, static_cast<int>(c.rows));
   multiply(p, 0, cut);
   multiply(p, cut, c.rows);

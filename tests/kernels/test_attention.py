@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from profiles import examples
 
-from llorch_jax.attention import Queries, allowed_slots, attend
+from llorch_jax.attention import DenseView, Queries, allowed_slots, attend
 from llorch_jax.cache.codecs import CODECS, make_codec
 from llorch_jax.cache.paged.view import PagedView
 from llorch_jax.cache.views import Exact, SlotView
@@ -85,7 +85,7 @@ def check(q, view, queries):
     codec=st.sampled_from(CODECS),
     seed=st.integers(0, 2**16),
     batch=st.integers(1, 3),
-    tokens=st.sampled_from([1, 1, 2, 5]),
+    tokens=st.sampled_from([1, 1, 2, 5, 17, 40]),
     heads=st.integers(1, 3),
     group=st.integers(1, 3),
     slots=st.sampled_from([1, 7, 64, 65, 300, 520]),
@@ -206,12 +206,50 @@ def test_derivatives_and_batches_go_through_the_twin():
     )
 
 
-def test_the_twin_serves_for_many_queries():
+def test_the_twin_serves_for_many_queries_of_wide_heads():
+    rng = np.random.default_rng(0)
+    for head_dim, expected in ((256, True), (257, False)):
+        view = slot_view("float32", rng, 1, 1, 70, head_dim)
+        for tokens, heads in ((17, 1), (1, 65)):
+            queries = Queries(jnp.zeros((1, tokens), jnp.int32))
+            assert runs_natively(normal(rng, 1, tokens, heads, head_dim), view, queries) == expected
+
+
+@pytest.mark.parametrize("tokens", [3, 20])
+def test_what_is_not_a_number_stays_not_a_number(tokens):
     rng = np.random.default_rng(0)
     view = slot_view("float32", rng, 1, 1, 70, 16)
-    for tokens, heads in ((17, 1), (1, 65)):
-        queries = Queries(jnp.zeros((1, tokens), jnp.int32))
-        assert not runs_natively(normal(rng, 1, tokens, heads, 16), view, queries)
+    q = normal(rng, 1, tokens, 1, 16).at[0, 1].set(jnp.nan)
+    got = native(q, view, Queries(jnp.full((1, tokens), 60, jnp.int32)))
+    assert np.isnan(got[0, 1]).all()
+    assert np.isfinite(np.delete(got, 1, axis=1)).all()
+
+
+@examples(10)
+@given(
+    seed=st.integers(0, 2**16),
+    tokens=st.sampled_from([1, 5, 40]),
+    group=st.integers(1, 3),
+    window=st.sampled_from([None, 9]),
+)
+def test_plain_vectors(seed, tokens, group, window):
+    rng = np.random.default_rng(seed)
+    positions = jnp.arange(tokens, dtype=jnp.int32)[None]
+    view = DenseView(normal(rng, 2, 2, tokens, 24), normal(rng, 2, 2, tokens, 24), positions)
+    q = normal(rng, 2, tokens, 2 * group, 24)
+    queries = Queries(jnp.broadcast_to(positions, (2, tokens)), window=window, start=0)
+    assert runs_natively(q, view, queries)
+    np.testing.assert_allclose(native(q, view, queries), attend(q, view, queries, SCALE), rtol=2e-5, atol=2e-6)
+
+
+def test_a_panel_of_queries_has_the_same_bits_whatever_the_others_are():
+    rng = np.random.default_rng(0)
+    view = slot_view("int8", rng, 1, 2, 300, 32)
+    q, positions = normal(rng, 1, 70, 4, 32), jnp.arange(200, 270, dtype=jnp.int32)[None]
+    together = native(q, view, Queries(positions))
+    for first in (1, 13, 40):
+        some = native(q[:, first:], view, Queries(positions[:, first:]))
+        np.testing.assert_array_equal(some, together[:, first:])
 
 
 def arguments(**changed):
