@@ -64,11 +64,11 @@ class Device:
         self._columns = -(-config.n_positions // limits.page_size)
 
     def prefill(self, sequence: Sequence, count: int) -> jax.Array:
-        """Logits [1, V] after the next `count` tokens of a request."""
+        """Logits [1, V] after the next `count` tokens of a request, if they are the last before it decodes."""
         start = sequence.computed
         tokens = np.zeros((1, self._chunk_size(count)), np.int32)
         tokens[0, :count] = sequence.tokens[start : start + count]
-        return self._prefill(tokens, start, count, self._tables([sequence], 1))
+        return self._prefill(tokens, start, count, self._tables([sequence], 1), final=start + count >= sequence.target)
 
     def enter(self, sequence: Sequence, logits: jax.Array) -> Any:
         """The first token of a request, given the logits [1, V] after its prompt: token, logprob, alternatives."""
@@ -108,7 +108,7 @@ class Device:
         for size in sorted({self._chunk_size(count) for count in range(1, most + 1)}):
             blocks = range(-(-size // self._limits.page_size), self._columns + 1)
             for columns in sorted({self._width(count) for count in blocks}):
-                logits = self._prefill(np.zeros((1, size), np.int32), 0, 0, np.full((1, columns), -1, np.int32))
+                logits = self._prefill(np.zeros((1, size), np.int32), 0, 0, np.full((1, columns), -1, np.int32), True)
         history = np.zeros(self._slots.history.tokens.shape[1], np.int32)
         nobody, one = np.int32(self._limits.slots), np.int32(1)
         entrant = programs.Entrant(nobody, history, one, one, np.int32(0))
@@ -119,9 +119,10 @@ class Device:
             self._alternatives(chosen)
         jax.block_until_ready(self._slots)
 
-    def _prefill(self, tokens: np.ndarray, start: int, count: int, table: np.ndarray) -> jax.Array:
+    def _prefill(self, tokens: np.ndarray, start: int, count: int, table: np.ndarray, final: bool) -> jax.Array:
         place = np.array([start], np.int32), np.array([count], np.int32)
-        logits, self._slots = programs.prefill(self._params, self._config, self._slots, tokens, *place, table)
+        chunk = self._params, self._config, self._slots, tokens, *place, table, np.bool_(final)
+        logits, self._slots = programs.prefill(*chunk)
         return logits
 
     def _decode(self, rows: np.ndarray, tables: np.ndarray) -> programs.Chosen:
