@@ -56,19 +56,16 @@ FAULTS = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def impatient(monkeypatch):
-    monkeypatch.setattr(sandbox, "MOST_SECONDS", 0.2)
-
-
 @pytest.mark.parametrize("name", FAULTS)
-def test_whatever_a_template_raises_is_the_message_of_a_bad_request(impatient, name):
+def test_whatever_a_template_raises_is_the_message_of_a_bad_request(monkeypatch, name):
     source, message = FAULTS[name]
+    if "within 0.2 s" in message:  # the others have the whole time, as the machine may be busy
+        monkeypatch.setattr(sandbox, "MOST_SECONDS", 0.2)
     template = ChatTemplate(source, {})
     start = time.monotonic()
     with pytest.raises(BadRequest, match=message) as caught:
         template.render(MESSAGES)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 10
     assert (caught.value.status, caught.value.param) == (400, "messages")
     assert caught.value.message.startswith("messages: the model's chat template refuses them (")
     assert "\n" not in caught.value.message
