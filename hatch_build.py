@@ -2,7 +2,7 @@
 
 The sources are in native/, built by CMake; the result is one shared library without any part of Python in it, so that
 one wheel serves all versions of Python. Where anything fails, the package is built without it, and works: the jnp twins
-of the kernels serve. LLORCH_JAX_BUILD_KERNELS=required makes that an error, =off does not try.
+of the kernels are used. LLORCH_JAX_BUILD_KERNELS=required makes that an error, =off does not try.
 """
 
 import importlib.util

@@ -3,7 +3,6 @@
 import dataclasses
 import datetime
 import json
-import os
 import platform
 import shlex
 import statistics
@@ -18,6 +17,7 @@ from typing import Any
 import jax
 
 import llorch_jax as lj
+from llorch_jax.cores import usable_cores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ def machine() -> dict[str, Any]:
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "commit": _commit(),
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("jax", "jaxlib", "llorch-jax")},
     }

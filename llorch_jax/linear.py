@@ -21,7 +21,6 @@ or zero. Blocks of GGUF's Q8_0 and Q4_0 are such groups, bit for bit.
 """
 
 import dataclasses
-import os
 from collections.abc import Callable, Sequence
 from functools import cache
 
@@ -29,11 +28,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from llorch_jax.cores import usable_cores
 from llorch_jax.kernels import matmul as kernels
 
 EXACT = jax.lax.Precision.HIGHEST  # float32 products in full precision on every backend
 _BLOCK = 2**18  # elements of a block of rows that is converted at once: 1 MB of float32
-_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+_CORES = usable_cores()
 
 
 @struct.dataclass

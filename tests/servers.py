@@ -1,4 +1,4 @@
-"""A server for tests."""
+"""Servers for tests: one in a thread with a socket, and an application that is called without one."""
 
 import asyncio
 import socket
@@ -31,3 +31,22 @@ class Running:
         self.server.should_exit = True
         self.thread.join()
         self.socket.close()
+
+
+async def post(app, path, body):
+    """Status and body of the answer to a request, given to the application as a server would give it.
+
+    An exception that escapes from the application escapes from here, too.
+    """
+    parts = [{"type": "http.request", "body": body, "more_body": False}]
+    sent = []
+
+    async def receive():
+        return parts.pop() if parts else await asyncio.Event().wait()
+
+    async def send(message):
+        sent.append(message)
+
+    about = {"http_version": "1.1", "scheme": "http", "query_string": b"", "root_path": "", "headers": []}
+    await app({"type": "http", "method": "POST", "path": path, **about}, receive, send)
+    return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:])

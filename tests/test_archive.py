@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from archives import edit
 from flax import struct
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from llorch_jax import archive
 from llorch_jax.archive import Kind, read_archive, write_archive
 from llorch_jax.errors import CapacityError, LlorchError
 
@@ -64,16 +63,6 @@ def example():
 def path(tmp_path):
     write_archive(tmp_path / "file", example(), KIND, "abc")
     return tmp_path / "file"
-
-
-def edit(path, change):
-    """Passes the description through `change` and gives the file the right checksum again."""
-    with safe_open(path, framework="numpy") as file:
-        about = json.loads(file.metadata()["about"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    text = change(about, tensors)
-    text = json.dumps(about, sort_keys=True) if text is None else text
-    save_file(tensors, path, metadata={"about": text, "sha256": archive._checksum(text, tensors)})
 
 
 def refused(path, message, kind=KIND):

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from llorch_jax.cli import interrupts
 from llorch_jax.cli.loading import load_model
 from llorch_jax.cli.terminal import show_bytes, waiting
 from llorch_jax.cli.values import text_or_stdin
+from llorch_jax.cores import usable_cores
 from llorch_jax.errors import QuantizationError
 from llorch_jax.evaluation.perplexity import score
 from llorch_jax.evaluation.speed import measure_speed
@@ -130,7 +130,8 @@ def bench(source: str, settings: dict[str, Any], as_json: bool) -> None:
         median = f"{1000 * statistics.median(seconds):.2f} ms"
         table.add_row(work, median, f"{1000 * min(seconds):.2f} to {1000 * max(seconds):.2f} ms", f"{rate:,.0f}")
     Console().print(table)
-    print(f"compiled in {speed.compile:.2f} s; {len(speed.step)} measurements on {os.cpu_count()} cores")
+    cores = f"{usable_cores()} core{'s' if usable_cores() > 1 else ''}"
+    print(f"compiled in {speed.compile:.2f} s; {len(speed.step)} measurements on {cores}")
 
 
 def _verdict_table(verdicts: list[Verdict]) -> Table:

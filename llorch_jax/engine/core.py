@@ -148,7 +148,8 @@ class Core:
     def load_prefixes(self, path: Path) -> int:
         """Adds the pages of a file to the prefix cache, as many as there are free pages, and returns their number."""
         print_of = fingerprint(self._params, self._config)
-        self._device.cache, count = load_prefixes(path, self._device.cache, self.pages, print_of)
+        vocab_size = self._config.vocab_size
+        self._device.cache, count = load_prefixes(path, self._device.cache, self.pages, print_of, vocab_size)
         return count
 
     def fail_all(self, error: BaseException) -> None:

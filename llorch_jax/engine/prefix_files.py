@@ -1,6 +1,7 @@
 """The prefix cache on disk: pages and their tokens, in one file that is written atomically and checked when read."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ import numpy as np
 
 from llorch_jax.archive import Kind, read_archive, write_archive
 from llorch_jax.cache.codecs import FloatCodec, IntegerCodec, Quantized, Stored
+from llorch_jax.cache.fields import check_range
 from llorch_jax.cache.paged import PagedCache
 from llorch_jax.cache.paged.arrays import put_pages
 from llorch_jax.engine.pages import PagePool
 from llorch_jax.errors import EngineError
+
+_DIGEST = re.compile("[0-9a-f]{32}")  # bytes.fromhex would also take spaces and capitals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +37,9 @@ class Prefixes:
     values: tuple[Stored, ...]
     tokens: jax.Array
     digests: tuple[str, ...]
+
+
+_KIND = Kind("prefix cache", Prefixes, (Prefixes, FloatCodec, IntegerCodec, Quantized), EngineError, lambda found: None)
 
 
 def save_prefixes(path: Path, cache: PagedCache, pages: PagePool, fingerprint: str) -> int:
@@ -57,11 +64,13 @@ def save_prefixes(path: Path, cache: PagedCache, pages: PagePool, fingerprint: s
         tokens=jnp.asarray(np.array(tokens, np.int32).reshape(len(entries), pages.page_size)),
         digests=tuple(digest.hex() for _, digest, _ in entries),
     )
-    write_archive(path, found, _kind(cache), fingerprint)
+    write_archive(path, found, _KIND, fingerprint)
     return len(entries)
 
 
-def load_prefixes(path: Path, cache: PagedCache, pages: PagePool, fingerprint: str) -> tuple[PagedCache, int]:
+def load_prefixes(
+    path: Path, cache: PagedCache, pages: PagePool, fingerprint: str, vocab_size: int
+) -> tuple[PagedCache, int]:
     """Reads pages from a file into the cache, as many as there are free pages, and indexes them.
 
     Returns:
@@ -70,7 +79,8 @@ def load_prefixes(path: Path, cache: PagedCache, pages: PagePool, fingerprint: s
     Raises:
         EngineError: the file is missing or damaged, or belongs to another model or an engine with other pages.
     """
-    found: Prefixes = read_archive(path, _kind(cache), fingerprint)
+    kind = dataclasses.replace(_KIND, check=lambda found: _check(found, cache, vocab_size))
+    found: Prefixes = read_archive(path, kind, fingerprint)
     digests = [bytes.fromhex(digest) for digest in found.digests]
     new = [entry for entry, digest in enumerate(digests) if not pages.knows(digest)]
     # The least recently used are left out, and the ends of texts before their beginnings.
@@ -86,27 +96,54 @@ def load_prefixes(path: Path, cache: PagedCache, pages: PagePool, fingerprint: s
     return cache.replace(keys=keys, values=values), int(taken.size)
 
 
-def _kind(cache: PagedCache) -> Kind:
-    """The kind of file that holds pages for this cache."""
-
-    def check(found: Prefixes) -> None:
-        count = len(found.digests)
-        for name, given, ours in (("keys", found.keys, cache.keys), ("values", found.values, cache.values)):
-            if found.codec != cache.codec or _form(given) != _form(ours):
-                raise EngineError(
-                    f"{name}: expected pages of {cache.page_size} tokens in {cache.codec.name}, as in the engine, "
-                    f"got pages of {found.tokens.shape[-1]} in {found.codec.name}"
-                )
-            if any(leaf.shape[0] != count for leaf in jax.tree.leaves(given)):
-                raise EngineError(f"{name}: expected {count} pages, one for each digest, got another number")
-        if found.tokens.shape != (count, cache.page_size) or found.tokens.dtype != jnp.int32:
-            raise EngineError(f"tokens: expected int32 [{count}, {cache.page_size}], got {list(found.tokens.shape)}")
-        if len(set(found.digests)) != count or any(len(digest) != 32 for digest in found.digests):
-            raise EngineError("digests: expected distinct digests of 32 digits, got others")
-
-    return Kind("prefix cache", Prefixes, (Prefixes, FloatCodec, IntegerCodec, Quantized), EngineError, check)
+def _check(found: Prefixes, cache: PagedCache, vocab_size: int) -> None:
+    """Raises LlorchError unless the pages are of tokens of this vocabulary, and fit this cache and each other."""
+    count = len(found.digests)
+    if found.codec != cache.codec:
+        raise EngineError(f"codec: expected {_codec(cache.codec)}, as in the engine, got {_codec(found.codec)}")
+    _check_tokens(found.tokens, count, cache.page_size, vocab_size)
+    for name, given, ours in (("keys", found.keys, cache.keys), ("values", found.values, cache.values)):
+        _check_stored(name, given, ours, count)
+    _check_digests(found.digests)
 
 
-def _form(stored: tuple[Stored, ...]) -> tuple[Any, ...]:
-    """The structure of stored pages, and the shape and dtype of one page of each array."""
-    return jax.tree.structure(stored), [(leaf.shape[1:], leaf.dtype) for leaf in jax.tree.leaves(stored)]
+def _check_tokens(tokens: jax.Array, count: int, page_size: int, vocab_size: int) -> None:
+    if tokens.ndim == 2 and tokens.shape[1] != page_size:
+        raise EngineError(f"tokens: expected pages of {page_size} tokens, as in the engine, got {tokens.shape[1]}")
+    if tokens.shape != (count, page_size) or tokens.dtype != jnp.int32:
+        expected = f"int32 [{count}, {page_size}], a page for each digest"
+        raise EngineError(f"tokens: expected {expected}, got {tokens.dtype} {list(tokens.shape)}")
+    check_range("tokens", tokens, 0, vocab_size - 1)
+
+
+def _check_stored(name: str, given: tuple[Stored, ...], ours: tuple[Stored, ...], count: int) -> None:
+    """Checks that keys or values are as many pages as there are digests, each of the form of the engine's own."""
+    if len(given) != len(ours):
+        raise EngineError(f"{name}: expected {len(ours)} layers, as in the engine, got {len(given)}")
+    for layer, (stored, own) in enumerate(zip(given, ours, strict=True)):
+        if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(stored)):
+            raise EngineError(f"{name}[{layer}]: expected arrays, got something else")
+        expected = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype), own)
+        got = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
+        if type(got) is not type(expected) or got != expected:  # a named tuple equals a plain one
+            raise EngineError(f"{name}[{layer}]: expected {_brief(expected)}, as in the engine, got {_brief(got)}")
+
+
+def _check_digests(digests: tuple[str, ...]) -> None:
+    seen = set()
+    for entry, digest in enumerate(digests):
+        if not _DIGEST.fullmatch(digest):
+            raise EngineError(f"digests[{entry}]: expected 32 hexadecimal digits in lower case, got {digest!r:.80}")
+        if digest in seen:
+            raise EngineError(f"digests[{entry}]: expected another digest for each page, got {digest} twice")
+        seen.add(digest)
+
+
+def _codec(codec: Any) -> str:
+    return f"{codec.name!r:.40} for a head_dim of {codec.head_dim}"
+
+
+def _brief(tree: Any) -> str:
+    """Dtypes and shapes for a message."""
+    arrays = ", ".join(f"{leaf.dtype} {list(leaf.shape)}" for leaf in jax.tree.leaves(tree))
+    return arrays if isinstance(tree, jax.ShapeDtypeStruct) else f"{type(tree).__name__} of {arrays or 'nothing'}"

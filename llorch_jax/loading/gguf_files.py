@@ -18,7 +18,7 @@ from llorch_jax.config import GPT2Config
 from llorch_jax.errors import CheckpointError, ConfigError, QuantizationError
 from llorch_jax.linear import Dense, Matrix, Norm, QuantizedMatrix
 from llorch_jax.loading.hf_format import grouped_heads
-from llorch_jax.loading.safetensors_files import cast
+from llorch_jax.loading.safetensors_files import cast, counted
 from llorch_jax.params import BlockParams, Params
 from llorch_jax.quantization import DTYPES, WeightFormat, quantize
 
@@ -142,7 +142,7 @@ class GGUF:
         """
         if config.n_layer > len(self.tensors):
             raise CheckpointError(
-                f"{self.path}: expected the tensors of {config.n_layer} blocks, got {len(self.tensors)} tensors"
+                f"{self.path}: expected the tensors of {config.n_layer} blocks, got {counted(len(self.tensors))}"
             )
         total = sum(int(tensor.n_bytes) for tensor in self.tensors.values())
         done, used = 0, {"output.weight"} if config.tie_word_embeddings else set()

@@ -22,6 +22,7 @@ from llorch_jax.loading.safetensors_files import (
     Entry,
     cast,
     check_blocks,
+    check_names,
     find_tensors,
     read_tensor,
     write_tensors,
@@ -97,15 +98,7 @@ def load_quantized(directory: Path, config: GPT2Config, form: WeightFormat, prog
     check_blocks(directory, config.n_layer, entries)
     shapes = quantized_shapes(config, *form)
     expected = _named(shapes)
-    for kind, names in (
-        ("lacks", expected.keys() - entries.keys()),
-        ("has unexpected", entries.keys() - expected.keys()),
-    ):
-        if names:
-            raise CheckpointError(
-                f"{directory}: {kind} {len(names)} tensors ({sorted(names)[0]}, ...); "
-                f"expected the {len(expected)} tensors that {CONFIG} describes"
-            )
+    check_names(directory, expected.keys(), entries.keys())
     for name, leaf in expected.items():
         entry = entries[name]
         if (entry.shape, entry.code) != (leaf.shape, CODES[leaf.dtype.name]):

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -104,21 +104,30 @@ def check_blocks(directory: Path, n_layer: int, entries: dict[str, Entry]) -> No
     if n_layer > len(entries):
         raise CheckpointError(
             f"{directory}: expected the tensors of n_layer={n_layer} blocks, as {CONFIG} says, "
-            f"got {len(entries)} tensors; are both files of one model?"
+            f"got {counted(len(entries))}; are both files of one model?"
         )
 
 
-def check_tensors(directory: Path, tensors: list[StoredTensor], entries: dict[str, Entry]) -> None:
-    """Raises CheckpointError unless exactly these tensors are stored, with these shapes and in floating point."""
-    expected = {tensor.name: tensor for tensor in tensors}
-    missing, surplus = expected.keys() - entries.keys(), entries.keys() - expected.keys()
-    for kind, names in (("lacks", missing), ("has unexpected", surplus)):
+def check_names(directory: Path, expected: Set[str], stored: Set[str]) -> None:
+    """Raises CheckpointError unless exactly the tensors with these names are stored."""
+    for kind, names in (("lacks", expected - stored), ("has unexpected", stored - expected)):
         if names:
             some = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-            count = f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
             raise CheckpointError(
-                f"{directory}: {kind} {count} ({some}); expected the {len(expected)} tensors that {CONFIG} describes"
+                f"{directory}: {kind} {counted(len(names))} ({some}); "
+                f"expected the {counted(len(expected))} that {CONFIG} describes"
             )
+
+
+def counted(count: int) -> str:
+    """A number of tensors, for a message."""
+    return f"{count:,} tensor{'' if count == 1 else 's'}"
+
+
+def check_tensors(directory: Path, stored: list[StoredTensor], entries: dict[str, Entry]) -> None:
+    """Raises CheckpointError unless exactly these tensors are stored, with these shapes and in floating point."""
+    expected = {tensor.name: tensor for tensor in stored}
+    check_names(directory, expected.keys(), entries.keys())
     for name, tensor in expected.items():
         entry = entries[name]
         where = f"{name} in {entry.path.name}"

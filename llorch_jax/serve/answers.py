@@ -118,4 +118,11 @@ def error_body(message: str, status: int, param: str | None = None) -> dict[str,
     """The body of an error."""
     kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+    return {
+        "error": {"message": _encodable(message), "type": kind, "param": param and _encodable(param), "code": status}
+    }
+
+
+def _encodable(text: str) -> str:
+    """A text with half characters spelled out, which JSON can name and UTF-8 cannot."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -68,7 +68,13 @@ def make_app(engine: Engine, settings: Settings) -> Starlette:
         Route("/tokenize", server.guarded(server.tokenize), methods=["POST"]),
         Route("/detokenize", server.guarded(server.detokenize), methods=["POST"]),
     ]
-    handlers: Any = {HTTPException: _http_error, BadRequest: _bad_request, Exception: _server_error}
+    handlers: Any = {
+        HTTPException: _http_error,
+        BadRequest: _bad_request,
+        LlorchError: _refused,
+        ClientDisconnect: _gone,
+        Exception: _server_error,  # starlette answers with it, and raises the exception again for the log
+    }
     return Starlette(routes=routes, exception_handlers=handlers)
 
 
@@ -123,32 +129,35 @@ class _Server:
 
     async def chat(self, request: Request) -> Response:
         """Answers messages."""
-        job = jobs.chat(self._engine, self._template, await self._body(request), self._settings.max_texts)
+        body = await self._body(request)
+        job = await run_in_threadpool(jobs.chat, self._engine, self._template, body, self._settings.max_texts)
         return await self._answer(request, job, chat=True)
 
     async def tokenize(self, request: Request) -> Response:
         """The token ids of a text."""
         fields = Fields(await self._body(request))
-        text = fields.text("prompt")
+        text = fields.text("prompt", None)
         special = fields.flag("add_special_tokens")
         fields.end()
         try:
             ids = self._tokenizer.encode(text, add_special_tokens=special)
         except LlorchError as error:
-            raise BadRequest(f"prompt: {error}"[:300], "prompt") from None
+            raise refusal(error, {"text": "prompt"}) from None
         most = self._engine.model.config.n_positions
         return JSONResponse({"count": len(ids), "max_model_len": most, "tokens": ids})
 
     async def detokenize(self, request: Request) -> Response:
         """The text of token ids."""
         fields = Fields(await self._body(request))
-        given = fields.take("tokens", [])
+        given = fields.take("tokens")
         fields.end()
+        if not isinstance(given, list):
+            raise BadRequest(f"tokens: expected a list of token ids, got {given!r:.80}", "tokens")
         try:
             ids = check_ids(given, self._engine.model.config.vocab_size)
             return JSONResponse({"prompt": self._tokenizer.decode(ids)})
         except LlorchError as error:
-            raise BadRequest(f"tokens: {str(error).partition(': ')[2]}"[:300], "tokens") from None
+            raise refusal(error, {"prompt": "tokens"}) from None
 
     async def cache(self, request: Request) -> Response:
         """Snapshots of the cache's pages, whenever they change."""
@@ -290,9 +299,13 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
     return JSONResponse(error_body(message, error.status_code), status_code=error.status_code, headers=error.headers)
 
 
+async def _refused(request: Request, error: LlorchError) -> Response:
+    return await _bad_request(request, refusal(error))
+
+
+async def _gone(request: Request, error: ClientDisconnect) -> Response:
+    return Response(status_code=499)  # nobody reads it
+
+
 async def _server_error(request: Request, error: Exception) -> Response:
-    if isinstance(error, ClientDisconnect):
-        return Response(status_code=499)
-    if isinstance(error, LlorchError):
-        return await _bad_request(request, refusal(error))
     return JSONResponse(error_body("internal server error; see the server's log", 500), status_code=500)

@@ -1,6 +1,7 @@
 """Request bodies: JSON objects whose fields must all be known and valid, and are named in every error."""
 
 import json
+import re
 import secrets
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,6 +11,7 @@ from llorch_jax.text.options import SAMPLING, GenerationOptions
 from llorch_jax.tracing import is_whole
 
 MOST_SAMPLES = 128
+_MOST_BIAS = 3.4e38  # float32 has no larger numbers
 _IGNORED = ("model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 _REFUSED = {
     "suffix": "text is only continued at its end",
@@ -29,7 +31,8 @@ _RENAMED = {
     "stop_token_ids": "stop_ids",
     "repeat_penalty": "repetition_penalty",
 }
-_OPTIONS = ("seed", "stop", "stop_ids", "temperature", "regex", "json_schema", "grammar", "choices", *SAMPLING)
+_CONSTRAINTS = ("regex", "json_schema", "grammar", "choices")
+_OPTIONS = ("seed", "stop", "stop_ids", "temperature", *_CONSTRAINTS, *SAMPLING)
 
 
 class BadRequest(Exception):
@@ -77,9 +80,14 @@ def parse(body: bytes) -> dict[str, Any]:
 
 
 class Fields:
-    """The fields of a body, taken one by one; any left at the end are unknown."""
+    """The fields of a body, taken one by one; any left at the end are unknown.
+
+    Attributes:
+        names: the names by which the body gives options, by our names.
+    """
 
     def __init__(self, body: Mapping[str, Any]) -> None:
+        self.names: dict[str, str] = {}
         self._left = {name: value for name, value in body.items() if name not in _IGNORED}
 
     def take(self, name: str, default: Any = None) -> Any:
@@ -100,8 +108,8 @@ class Fields:
             raise BadRequest(f"{name}: expected a whole number in {least} .. {most}, got {value!r:.80}", name)
         return int(value)
 
-    def text(self, name: str, default: str = "") -> str:
-        """A field that is a text."""
+    def text(self, name: str, default: str | None = "") -> str:
+        """A field that is a text; without a default it must be given."""
         value = self.take(name, default)
         if not isinstance(value, str):
             raise BadRequest(f"{name}: expected a text, got {value!r:.80}", name)
@@ -116,14 +124,13 @@ class Fields:
             eos_ids: ids that end a text, which `ignore_eos` bans.
         """
         given: dict[str, Any] = {}
-        asked: dict[str, str] = {}
         for name in list(self._left):
             ours = _RENAMED.get(name, name)
             if ours in (*_OPTIONS, "max_new_tokens"):
                 if ours in given:
-                    raise BadRequest(f"{name}: expected either this or {asked[ours]}, got both", name)
+                    raise BadRequest(f"{name}: expected either this or {self.names[ours]}, got both", name)
                 given[ours] = self.take(name)
-                asked[ours] = name
+                self.names["constraint" if ours in _CONSTRAINTS else ours] = name
         if self.flag("ignore_eos"):
             given["logit_bias"] = {**dict.fromkeys(eos_ids, float("-inf")), **_bias(given.get("logit_bias", {}))}
         elif "logit_bias" in given:
@@ -134,7 +141,7 @@ class Fields:
         try:
             return GenerationOptions.create(top_logprobs=top_logprobs, **given)
         except (LlorchError, TypeError, ValueError, OverflowError) as error:
-            raise refusal(error, asked) from None
+            raise refusal(error, self.names) from None
 
     def end(self) -> None:
         """Raises BadRequest if there is a field that has not been taken."""
@@ -142,12 +149,17 @@ class Fields:
             raise BadRequest(f"{name}: expected a known field, got an unknown one"[:200], name[:100])
 
 
-def refusal(error: Exception, asked: Mapping[str, str] | None = None) -> BadRequest:
-    """The answer to an error from the library, whose message begins with the name of a setting."""
+def refusal(error: Exception, names: Mapping[str, str] | None = None) -> BadRequest:
+    """The answer to an error from the library.
+
+    Args:
+        error: its message begins with the name of a setting, or with two that are joined by "and".
+        names: the names of settings in the body, by our names.
+    """
     message = " ".join(str(error).split())
     name, colon, rest = message.partition(":")
-    known = {ours: theirs for theirs, ours in _RENAMED.items() if theirs not in ("max_completion_tokens",)}
-    shown = (asked or {}).get(name, known.get(name, name))
+    known = {"max_new_tokens": "max_tokens", **(names or {})}
+    shown = " and ".join(known.get(each, each) for each in name.split(" and "))
     param = shown.split(" ")[0] if colon and len(shown) < 40 else None
     return BadRequest(f"{shown}{colon}{rest}", param)
 
@@ -156,7 +168,10 @@ def _bias(value: Any) -> dict[int, Any]:
     """A logit bias, whose keys are strings in JSON."""
     if not isinstance(value, dict):
         raise BadRequest(f"logit_bias: expected an object from id to number, got {value!r:.80}", "logit_bias")
-    try:
-        return {int(id): bias for id, bias in value.items()}
-    except ValueError:
-        raise BadRequest(f"logit_bias: expected ids as keys, got {next(iter(value))!r:.40}", "logit_bias") from None
+    for id, bias in value.items():
+        if not re.fullmatch("0|[1-9][0-9]{0,9}", id):  # as JSON writes it; int would also take " 7", "0_7" and "٧"
+            raise BadRequest(f"logit_bias: expected ids as keys, got {id!r:.40}", "logit_bias")
+        number = isinstance(bias, int | float) and not isinstance(bias, bool)
+        if not number or (abs(bias) > _MOST_BIAS and bias != float("-inf")):
+            raise BadRequest(f"logit_bias: expected a number for the id {id}, got {bias!r:.40}", "logit_bias")
+    return {int(id): bias for id, bias in value.items()}

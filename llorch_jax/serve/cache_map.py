@@ -26,7 +26,7 @@ def _running(sequence: Sequence, page_size: int) -> dict[str, Any]:
     return {
         "id": sequence.rank.arrival,
         "slot": sequence.slot,
-        "pages": sequence.pages,
+        "pages": [*sequence.pages],  # a copy, as the engine goes on
         "cached": sequence.cached // page_size,
         "computed": sequence.computed,
         "prompt": len(sequence.request.tokens),

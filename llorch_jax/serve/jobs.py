@@ -30,6 +30,7 @@ class Job:
         stream: whether the answer is streamed.
         usage: whether a stream reports the usage at its end.
         priority, deadline, salt: as in `Engine.submit`.
+        names: the names by which the body gives prompt and options, by our names.
     """
 
     prompts: Sequence[Prompt]
@@ -42,6 +43,7 @@ class Job:
     priority: int
     deadline: float | None
     salt: str
+    names: Mapping[str, str]
 
     def start(self, engine: Engine) -> list[Handle]:
         """Queues all texts.
@@ -69,7 +71,7 @@ class Job:
             if isinstance(error, EngineFullError):
                 raise BadRequest(str(error), status=429, headers=_BUSY) from None
             if isinstance(error, LlorchError):
-                raise refusal(error) from None
+                raise refusal(error, self.names) from None
             raise
         return handles
 
@@ -112,9 +114,13 @@ def chat(engine: Engine, template: ChatTemplate | None, body: Mapping[str, Any],
     if top and shown is None:
         raise BadRequest(f"top_logprobs: expected logprobs with it, got {top} alone", "top_logprobs")
     prompt = template.render(messages)
-    (ids,) = [engine.model.tokenizer.encode(prompt)] if engine.model.tokenizer else [[]]
+    assert engine.model.tokenizer is not None
+    try:
+        ids = engine.model.tokenizer.encode(prompt)
+    except LlorchError as error:
+        raise refusal(error, {"text": "messages"}) from None
     room = max(engine.model.config.n_positions + 1 - len(ids), 1)
-    return _job(engine, fields, [ids], None if shown is None else top, most_samples, room)
+    return _job(engine, fields, [ids], None if shown is None else top, most_samples, room, source="messages")
 
 
 def fields_number(name: str, value: Any) -> int:
@@ -131,6 +137,7 @@ def _job(
     default_tokens: int,
     *,
     echo: bool = False,
+    source: str = "prompt",
 ) -> Job:
     samples = fields.number("n", 1, 1, MOST_SAMPLES)
     if samples * len(prompts) > most_samples:
@@ -152,6 +159,7 @@ def _job(
         deadline=None if deadline is None else _seconds(deadline),
         salt=fields.text("cache_salt"),
         options=fields.options(default_tokens, logprobs or 0, engine.model.config.eos_ids),
+        names={"prompt": source, "text": source, **fields.names},
     )
     fields.end()
     return job

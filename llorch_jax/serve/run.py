@@ -29,23 +29,25 @@ def serve(
 
     Raises:
         EngineError: the address cannot be used.
+        CheckpointError: the model's chat template is damaged.
     """
     try:
+        app = make_app(engine, settings)
         listening = _listen(host, port)
-    except OSError as error:
+    except BaseException:
         engine.close(drain=False)
-        raise EngineError(f"host and port: cannot listen on {host}:{port} ({error.strerror or error})") from None
+        raise
     config = uvicorn.Config(
-        make_app(engine, settings),
+        app,
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=max(1, int(drain_seconds)),
         timeout_keep_alive=30,
         server_header=False,
     )
-    address, used = listening.getsockname()[:2]
+    place = _place(*listening.getsockname()[:2])
     try:
-        _Server(config, f"serving {settings.name} at http://{address}:{used}").run(sockets=[listening])
+        _Server(config, f"serving {settings.name} at http://{place}").run(sockets=[listening])
         if prefixes is not None:
             engine.save_prefixes(prefixes)
     finally:
@@ -80,7 +82,25 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
+def _place(host: str, port: int) -> str:
+    """Address and port as in a URL."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _listen(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+        EngineError: the address is not one, not this machine's, or taken.
+    """
+    try:
+        return _listening(host, port)
+    except (OSError, ValueError) as error:  # a ValueError for a name that cannot be one, such as a label of 64 letters
+        reason = getattr(error, "strerror", None) or error
+        raise EngineError(f"host and port: cannot listen on {_place(host, port)} ({reason})") from None
+
+
+def _listening(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     try:

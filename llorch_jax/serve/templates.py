@@ -1,14 +1,17 @@
-"""Chat templates: turn messages into a prompt as transformers does, in Jinja's sandbox."""
+"""Chat templates: turn messages into a prompt as transformers does, in a sandbox with limits."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2.exceptions import TemplateError
+
 from llorch_jax.errors import CheckpointError
-from llorch_jax.files import read_text
+from llorch_jax.files import read_json, read_text
 from llorch_jax.loading.checkpoint import Model
 from llorch_jax.serve.bodies import BadRequest
+from llorch_jax.serve.sandbox import Sandbox, rendered
 
 _FILE = "chat_template.jinja"
 _SETTINGS = "tokenizer_config.json"
@@ -28,16 +31,13 @@ class ChatTemplate:
         Raises:
             CheckpointError: the template is not valid.
         """
-        import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment = Sandbox(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _refuse
         environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
         try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise CheckpointError(f"chat template: expected a valid one ({error})") from None
+            self._template = environment.compiled(source)
+        except Exception as error:
+            raise CheckpointError(f"chat template: expected a valid one ({_reason(error)})"[:300]) from None
         self._tokens = tokens
 
     @classmethod
@@ -52,7 +52,9 @@ class ChatTemplate:
         folder = Path(model.directory)
         settings: dict[str, Any] = {}
         if (folder / _SETTINGS).exists():
-            settings = json.loads(read_text(folder / _SETTINGS, CheckpointError))
+            settings = read_json(folder / _SETTINGS, CheckpointError)
+            if not isinstance(settings, dict):
+                raise CheckpointError(f"{folder / _SETTINGS}: expected a JSON object, got a {type(settings).__name__}")
         source = settings.get("chat_template")
         if (folder / _FILE).exists():
             source = read_text(folder / _FILE, CheckpointError)
@@ -62,7 +64,7 @@ class ChatTemplate:
         if not isinstance(source, str):
             return None
         tokens = {name: _content(settings.get(name)) for name in _TOKENS}
-        return cls(source, {name: token for name, token in tokens.items() if token is not None})
+        return cls(source, {name: token for name, token in tokens.items() if isinstance(token, str)})
 
     def render(self, messages: Sequence[dict[str, Any]], *, generation_prompt: bool = True) -> str:
         """The prompt made of some messages.
@@ -70,14 +72,12 @@ class ChatTemplate:
         Raises:
             BadRequest: the template refuses them.
         """
-        import jinja2
-
+        values = {"messages": messages, "add_generation_prompt": generation_prompt, "tools": None, **self._tokens}
         try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=generation_prompt, tools=None, **self._tokens
-            )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise BadRequest(f"messages: the model's chat template refuses them ({error})"[:300], "messages") from None
+            return rendered(self._template, values)
+        except Exception as error:  # a template can raise anything
+            reason = f"the model's chat template refuses them ({_reason(error)})"
+            raise BadRequest(f"messages: {reason}"[:300], "messages") from None
 
 
 def check_messages(value: Any) -> list[dict[str, str]]:
@@ -109,11 +109,15 @@ def _message(number: int, message: Any) -> dict[str, str]:
     }
 
 
-def _content(token: Any) -> str | None:
+def _content(token: Any) -> Any:
     return token.get("content") if isinstance(token, dict) else token
 
 
 def _refuse(message: str) -> None:
-    import jinja2
+    raise TemplateError(message)
 
-    raise jinja2.TemplateError(message)
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in one line."""
+    message = " ".join(str(error).split())
+    return message if isinstance(error, TemplateError) else f"{type(error).__name__}: {message}".removesuffix(": ")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import sys
 
@@ -202,10 +203,16 @@ class TestOtherCommands:
         number = r"[\d,]+\.\d\d"
         assert re.search(rf"prefill, 2 x 8 tokens *│ {number} ms *│ {number} to {number} ms *│ [\d,]+", out)
         assert re.search(r"decode step, 2 x 1 token *│", out)
-        assert "2 measurements on" in out
+        assert re.search(r"2 measurements on \d+ cores?\n", out)
         fields = json.loads(run(*arguments, "--json")[1])
         assert len(fields["step"]) == 2
         check_error(run("bench", folder, "--new-tokens", 1), "error: --new-tokens: expected a whole number in 2")
+
+    def test_bench_counts_the_cores_that_the_process_may_use(self, run, folder, monkeypatch):
+        arguments = ["bench", folder, "--prompt-tokens", 8, "--new-tokens", 4, "--repeats", 2]
+        for allowed, shown in (({0}, "1 core"), ({1, 4, 5}, "3 cores")):
+            monkeypatch.setattr(os, "sched_getaffinity", lambda _, allowed=allowed: allowed, raising=False)
+            assert run(*arguments)[1].endswith(f"2 measurements on {shown}\n")
 
     def test_convert(self, run, folder, tmp_path):
         assert run("convert", folder, tmp_path / "new") == (0, f"wrote {tmp_path / 'new'}\n", "")

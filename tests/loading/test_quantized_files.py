@@ -120,8 +120,11 @@ def rewrite(folder, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda a: a.pop("blocks.0.qkv.weight.scales"), r"lacks 1 tensors \(blocks.0.qkv.weight.scales"),
-        (lambda a: a.update(extra=np.zeros(3, np.int8)), r"has unexpected 1 tensors \(extra"),
+        (
+            lambda a: a.pop("blocks.0.qkv.weight.scales"),
+            r"lacks 1 tensor \(blocks\.0\.qkv\.weight\.scales\); expected the",
+        ),
+        (lambda a: a.update(extra=np.zeros(3, np.int8)), r"has unexpected 1 tensor \(extra\); expected the"),
         (
             lambda a: a.update({"wte.codes": a["wte.codes"][:, :-1]}),
             r"wte.codes in .*: expected I8 \[257, 40\], .* got I8",
@@ -133,6 +136,12 @@ def rewrite(folder, change):
 def test_damaged_files_are_refused_by_name(copied, change, message):
     rewrite(copied, change)
     with pytest.raises(lj.CheckpointError, match=message):
+        lj.load(copied)
+
+
+def test_a_file_of_one_tensor_is_told_in_the_singular(copied):
+    save_file({"extra": np.zeros(3, np.int8)}, copied / "model.safetensors")
+    with pytest.raises(lj.CheckpointError, match=r"blocks, as config\.json says, got 1 tensor; are both files"):
         lj.load(copied)
 
 

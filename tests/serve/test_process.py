@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -12,6 +14,8 @@ import pytest
 import tiny
 
 import llorch_jax as lj
+from llorch_jax.serve.app import Settings
+from llorch_jax.serve.run import serve
 
 PROMPT = "the cat"
 
@@ -44,6 +48,41 @@ def test_it_answers_what_is_under_way_after_sigterm_and_ends_with_0(folder):
         assert rest.endswith("data: [DONE]\n\n")
         assert server.wait(60) == 0
         assert server.stderr.read() == ""
+
+
+def test_an_address_of_ipv6_is_shown_as_in_a_url(folder):
+    with socket.socket(socket.AF_INET6) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError:
+            pytest.skip("this machine has no IPv6")
+    with start(folder, "--host", "::1") as server:
+        line = server.stdout.readline()
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
+    assert re.fullmatch(r"serving tiny at http://\[::1\]:\d+\n", line)
+
+
+@pytest.mark.parametrize(
+    ("host", "place"),
+    [("2001:db8::1", "[2001:db8::1]:80"), ("a" * 64, "a" * 64 + ":80"), ("192.0.2.1", "192.0.2.1:80")],
+)
+def test_where_it_cannot_listen_the_engine_is_closed(host, place):
+    with lj.Engine(tiny.random_model(), slots=1) as engine:
+        with pytest.raises(lj.EngineError, match=f"cannot listen on {re.escape(place)} "):
+            serve(engine, Settings("tiny"), host, 80, 1.0)
+        with pytest.raises(lj.EngineError, match="closed"):
+            engine.stats()
+
+
+def test_where_the_template_is_damaged_the_engine_is_closed(tmp_path):
+    (tmp_path / "chat_template.jinja").write_text("{{")
+    found = tiny.random_model()
+    with lj.Engine(lj.Model(found.config, found.params, found.tokenizer, "tiny", tmp_path), slots=1) as engine:
+        with pytest.raises(lj.CheckpointError, match="chat template"):
+            serve(engine, Settings("tiny"), "127.0.0.1", 0, 1.0)
+        with pytest.raises(lj.EngineError, match="closed"):
+            engine.stats()
 
 
 def test_a_second_signal_ends_it_at_once(folder):
