@@ -384,7 +384,7 @@ def serve_command(
     ] = None,
     chunk: Annotated[
         int, option("--chunk", metavar="N", help="Prompt tokens per step while others decode.", panel="Engine")
-    ] = 16,
+    ] = 64,
     max_waiting: Annotated[
         int, option("--max-waiting", metavar="N", help="Maximum number of waiting requests.", panel="Engine")
     ] = 1024,

@@ -29,7 +29,7 @@ from llorch_jax.text.vocabulary import known_ids, tokenizer_of
 from llorch_jax.tracing import is_whole, whole
 
 Value = TypeVar("Value")
-CHUNK = 16
+CHUNK = 64
 IDLE_CHUNK = 256
 
 
