@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         EngineError,
         ExportError,
         LlorchError,
+        MeshError,
         ModelError,
         NonFiniteError,
         OptionError,
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from llorch_jax.params import BlockParams, Params, count_params, init_params, param_shapes
     from llorch_jax.quantization import quantize
     from llorch_jax.sampling import Greedy, History, Mirostat, Sampler, Sampling
+    from llorch_jax.sharding import make_mesh, shard
     from llorch_jax.text.asynchronous import astream
     from llorch_jax.text.constrained.constraint import Constraint
     from llorch_jax.text.engine import Engine, EngineStats
@@ -99,6 +101,7 @@ _HOMES = {
     "KVCache": "cache",
     "LlorchError": "errors",
     "MemoryPlan": "cache",
+    "MeshError": "errors",
     "Mirostat": "sampling",
     "Model": "loading.checkpoint",
     "ModelError": "errors",
@@ -144,6 +147,7 @@ _HOMES = {
     "load_cache": "cache",
     "load_session": "decoding.session",
     "make_cache": "cache",
+    "make_mesh": "sharding",
     "param_shapes": "params",
     "plan_memory": "cache",
     "prefill": "decoding.loop",
@@ -155,6 +159,7 @@ _HOMES = {
     "save_quantized": "loading.checkpoint",
     "save_session": "decoding.session",
     "score": "evaluation.perplexity",
+    "shard": "sharding",
     "speculate_tokens": "decoding.speculative.loop",
     "stream": "text.generation",
     "stream_tokens": "decoding.loop",
@@ -205,6 +210,7 @@ __all__ = [
     "KVCache",
     "LlorchError",
     "MemoryPlan",
+    "MeshError",
     "Mirostat",
     "Model",
     "ModelError",
@@ -250,6 +256,7 @@ __all__ = [
     "load_cache",
     "load_session",
     "make_cache",
+    "make_mesh",
     "param_shapes",
     "plan_memory",
     "prefill",
@@ -261,6 +268,7 @@ __all__ = [
     "save_quantized",
     "save_session",
     "score",
+    "shard",
     "speculate_tokens",
     "stream",
     "stream_tokens",

@@ -24,6 +24,7 @@ from llorch_jax.decoding.steps import first_logits
 from llorch_jax.errors import CapacityError, SearchError
 from llorch_jax.params import Params
 from llorch_jax.sampling.masking import only_allowed
+from llorch_jax.sharding import placed
 from llorch_jax.tracing import whole
 
 _MOST_BEAMS = 4096  # rows of one batch per prompt; more is probably a mistake, and would run out of memory
@@ -151,7 +152,7 @@ def beam_search(
     """
     whole("max_new_tokens", max_new_tokens, CapacityError)
     check_beams(num_beams, num_return, num_beam_groups, length_penalty, diversity_penalty, early_stopping)
-    request = prepare(config, prompt_tokens, max_new_tokens, cache, lengths, eos_id=eos_id)
+    request = prepare(config, prompt_tokens, max_new_tokens, cache, lengths, eos_id=eos_id, mesh=params.mesh)
     check_untraced(request)
     rules = _Rules(
         jnp.float32(length_penalty),
@@ -163,11 +164,11 @@ def beam_search(
         None if allowed is None else jax.device_put(np.asarray(allowed, np.int32)),
     )
     logits, cache = first_logits(params, config, request)
-    state = _start(request, num_beams, num_beam_groups, cache.fork(num_beams))
+    state = _start(request, num_beams, num_beam_groups, placed(params.mesh, cache.fork(num_beams)))
     state = _first(rules, state, jnp.repeat(logits, num_beams, axis=0))
     check_numbers(state.groups[0].scores)
     while int(state.count) < max_new_tokens and any(np.any(group.open) for group in state.groups):
-        state = dataclasses.replace(state, cache=state.cache.reserve(1))
+        state = dataclasses.replace(state, cache=placed(params.mesh, state.cache.reserve(1)))
         until = min(max_new_tokens, int(state.count) + span(state.cache))
         state = _loop(params, config, rules, state, jnp.int32(until))
         check_numbers(state.groups[0].scores)

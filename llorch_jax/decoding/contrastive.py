@@ -20,6 +20,7 @@ from llorch_jax.linear import EXACT
 from llorch_jax.model import run
 from llorch_jax.params import Params
 from llorch_jax.sampling.masking import only_allowed
+from llorch_jax.sharding import placed
 from llorch_jax.tracing import whole
 
 
@@ -95,13 +96,13 @@ def contrastive_search(
     whole("max_new_tokens", max_new_tokens, CapacityError, most=2**30)
     whole("top_k", top_k, SearchError, most=config.vocab_size)
     check_real("penalty_alpha", penalty_alpha, least=0.0, most=1.0)
-    request = prepare(config, prompt_tokens, max_new_tokens + 1, cache, lengths, eos_id=eos_id)
+    request = prepare(config, prompt_tokens, max_new_tokens + 1, cache, lengths, eos_id=eos_id, mesh=params.mesh)
     check_untraced(request)
     known = None if allowed is None else jax.device_put(np.asarray(allowed, np.int32))
     state = _start(params, config, request, top_k, max_new_tokens, known)
     check_numbers(state.probabilities)
     while int(state.count) < max_new_tokens and not np.all(state.finished):
-        state = dataclasses.replace(state, cache=state.cache.reserve(1))
+        state = dataclasses.replace(state, cache=placed(params.mesh, state.cache.reserve(1)))
         until = min(max_new_tokens, int(state.count) + span(state.cache))
         state = _loop(params, config, request.decoding, jnp.float32(penalty_alpha), state, jnp.int32(until))
         check_numbers(state.probabilities)

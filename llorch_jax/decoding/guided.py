@@ -18,6 +18,7 @@ from llorch_jax.decoding.request import Request, following
 from llorch_jax.decoding.streaming import Step
 from llorch_jax.params import Params
 from llorch_jax.sampling.masking import Masked
+from llorch_jax.sharding import placed
 
 
 class Guide(Protocol):
@@ -120,6 +121,7 @@ class _Segment:
         if self._room == 0:
             cache = cache.reserve(going.astype(np.int32))
             self._room = cache.room(going)
+            cache = placed(self._params.mesh, cache)
         self._room -= 1
         return steps.feed_active(self._params, self._config, self.state.token, cache, going)
 

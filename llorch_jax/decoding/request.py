@@ -17,6 +17,7 @@ from llorch_jax.decoding.overflow import Reencode, check_overflow, context_of, p
 from llorch_jax.decoding.params import DecodingParams, EosIds, decoding_params
 from llorch_jax.errors import CapacityError
 from llorch_jax.sampling import History, Sampler
+from llorch_jax.sharding import new_cache, placed
 from llorch_jax.tracing import is_concrete, whole
 
 _NEXT_PART = np.int32(2**31 - 1)  # no position: what keys are folded with after a re-encoding
@@ -76,10 +77,12 @@ def prepare(
     *,
     top_logprobs: int = 0,
     room: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Request:
     """Checks the arguments of `generate_tokens` on the host; see there.
 
     `top_logprobs` alternatives are recorded at every step; the history has room for `room` tokens where that is more.
+    `mesh` is that of the parameters.
     """
     tokens = check_tokens(config, prompt_tokens)
     batch = tokens.shape[0]
@@ -102,19 +105,19 @@ def prepare(
     tokens, cache = check_append(config, tokens, cache, lengths, later=np.minimum(remaining, now) - 1)
     if cache is None:
         slots = bucket(tokens.shape[1] + now - 1, config.n_positions)
-        cache = StaticCache.init(config, batch_size=batch, capacity=slots)
+        cache = new_cache(mesh, StaticCache.init, config, batch_size=batch, capacity=slots)
     padded_tokens = pad_to_bucket(tokens, config)
     return Request(
         padded_tokens,
         lengths,
-        cache,
-        decoding,
+        placed(mesh, cache),
+        placed(mesh, decoding),
         now,
         remaining,
         finished=np.zeros(batch, bool),
         reencode=reencode,
-        history=History.of(padded_tokens, lengths, capacity) if capacity else None,
-        sampler_state=decoding.sampler.init(batch),
+        history=placed(mesh, History.of(padded_tokens, lengths, capacity)) if capacity else None,
+        sampler_state=placed(mesh, decoding.sampler.init(batch)),
     )
 
 

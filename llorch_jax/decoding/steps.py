@@ -20,6 +20,7 @@ from llorch_jax.decoding.request import Request
 from llorch_jax.errors import NonFiniteError, SamplerError
 from llorch_jax.model import run
 from llorch_jax.params import Params
+from llorch_jax.sharding import placed
 
 Cache = TypeVar("Cache", bound=KVCache)
 
@@ -204,7 +205,7 @@ def start(params: Params, config: GPT2Config, request: Request) -> DecodeState:
 
 def first_logits(params: Params, config: GPT2Config, request: Request) -> tuple[jax.Array, KVCache]:
     """The prefill of a prepared request: logits float32 [B, V] of each row's last token, and the cache."""
-    cache = request.cache
+    cache = placed(params.mesh, request.cache)
     return prefill_step(params, config, request.tokens, request.lengths, cache, fresh=cache.is_empty())
 
 
@@ -221,7 +222,7 @@ def begin(request: Request, logits: jax.Array, cache: KVCache) -> DecodeState:
     )
 
 
-def with_room(state: DecodeState) -> tuple[DecodeState, int]:
+def with_room(params: Params, state: DecodeState) -> tuple[DecodeState, int]:
     """The state, its cache with room for more tokens in the rows that are not done, and the number of steps it allows.
 
     Rows that are done need no room: their context may be full.
@@ -230,7 +231,7 @@ def with_room(state: DecodeState) -> tuple[DecodeState, int]:
     if not active.any():
         return state, 1
     cache = state.cache.reserve(active.astype(np.int32))
-    return dataclasses.replace(state, cache=cache), cache.room(active)
+    return dataclasses.replace(state, cache=placed(params.mesh, cache)), cache.room(active)
 
 
 def done_on_host(state: DecodeState) -> np.ndarray:

@@ -124,7 +124,7 @@ class Segment:
     def _dispatch(self) -> None:
         """Puts the next block in the queue."""
         if self._room == 0:
-            self.state, self._room = steps.with_room(self.state)
+            self.state, self._room = steps.with_room(self._params, self.state)
         count = min(self._size, self._left, self._room)
         out = self._spare.pop() if self._spare else steps.filler(self._decoding, LONGEST)
         span = jnp.asarray([0, count], jnp.int32)

@@ -16,6 +16,7 @@ from llorch_jax.decoding.scoring import check_finite
 from llorch_jax.errors import CacheError, TokenError
 from llorch_jax.evaluation.perplexity import exp_of_loss
 from llorch_jax.params import Params
+from llorch_jax.sharding import new_cache
 from llorch_jax.tracing import whole
 
 
@@ -65,7 +66,7 @@ def fidelity(params: Params, config: GPT2Config, tokens: Any, prompt: int, cache
     check_context(config, np.zeros(batch, np.int32), length - 1)
     if not cache.is_empty():
         raise CacheError(f"cache: expected an empty one, got rows of {np.asarray(cache.lengths).tolist()} tokens")
-    exact: KVCache = StaticCache.init(config, batch_size=batch, capacity=length - 1)
+    exact: KVCache = new_cache(params.mesh, StaticCache.init, config, batch_size=batch, capacity=length - 1)
     exact, cache = (prefill(params, config, ids[:, :prompt], each)[1] for each in (exact, cache))
     sums = np.zeros(4)
     for step in range(prompt, length - 1):

@@ -22,6 +22,7 @@ from llorch_jax.loading.checkpoint import Model
 from llorch_jax.model import run
 from llorch_jax.params import Params
 from llorch_jax.sampling.masking import only_allowed
+from llorch_jax.sharding import new_cache
 from llorch_jax.text.vocabulary import known_ids, tokenizer_of
 from llorch_jax.tokenizer import Tokenizer
 
@@ -185,7 +186,7 @@ def _score_chunk(
     tokens, lengths = padded([*prefixes, *[prefixes[0]] * spare])
     longest = max(map(len, continuations)) - 1
     capacity = bucket(tokens.shape[1] + longest, config.n_positions)
-    cache = StaticCache.init(config, batch_size=tokens.shape[0], capacity=capacity)
+    cache = new_cache(params.mesh, StaticCache.init, config, batch_size=tokens.shape[0], capacity=capacity)
     logits, cache = prefill(params, config, tokens, cache, lengths)
     heads, likeliest = jax.device_get(_first_tokens(logits, allowed))
     logprobs = [[heads[row][ids[0]]] for row, ids in zip(rows, continuations, strict=True)]

@@ -27,6 +27,7 @@ from llorch_jax.files import exists, read_bytes, read_json, shown
 from llorch_jax.model import run
 from llorch_jax.params import Params
 from llorch_jax.sampling import Sampling, apply_temperature
+from llorch_jax.sharding import new_cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +151,7 @@ def _first_block(params: Params, config: GPT2Config, tokens: jax.Array) -> dict[
 def _decoded(params: Params, config: GPT2Config, tokens: jax.Array, new_tokens: int) -> dict[str, jax.Array]:
     """Points 3 and 12, by prefill and decode steps."""
     batch, count = tokens.shape
-    cache = StaticCache.init(config, batch_size=batch, capacity=count + new_tokens - 1)
+    cache = new_cache(params.mesh, StaticCache.init, config, batch_size=batch, capacity=count + new_tokens - 1)
     if count > 1:
         _, cache = prefill(params, config, tokens[:, :-1], cache)
     logits, cache = decode_step(params, config, tokens[:, -1], cache)

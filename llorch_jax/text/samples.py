@@ -13,6 +13,7 @@ from llorch_jax.decoding.request import Request
 from llorch_jax.decoding.steps import begin, first_logits
 from llorch_jax.errors import OptionError
 from llorch_jax.loading.checkpoint import Model
+from llorch_jax.sharding import placed
 from llorch_jax.text.collecting import collect, steps_of
 from llorch_jax.text.options import GenerationOptions
 from llorch_jax.text.prompts import make_batch, prompt_list
@@ -97,7 +98,7 @@ def _draw(model: Model, prompts: list[str], options: GenerationOptions, copies: 
     logits, after = first_logits(model.params, model.config, _without_copies(batch.request, copies))
     jax.block_until_ready(logits)
     prefill_seconds = watch.lap()
-    state = begin(batch.request, jnp.repeat(logits, copies, axis=0), after.fork(copies))
+    state = begin(batch.request, jnp.repeat(logits, copies, axis=0), placed(model.params.mesh, after.fork(copies)))
     generated, _ = generate_from(model.params, model.config, batch.request, state)
     return collect(steps_of(generated, batch.eos_ids), batch.rows, watch, prefill_seconds)
 

@@ -17,6 +17,7 @@ from llorch_jax.decoding.steps import DecodeState, choose, prefill_step
 from llorch_jax.errors import DraftError
 from llorch_jax.model import run
 from llorch_jax.params import Params
+from llorch_jax.sharding import new_cache
 from llorch_jax.tracing import whole
 
 _DRAWING = 0  # folded into a position's key for the draw of a draft; `verification` has the other numbers
@@ -166,7 +167,9 @@ class DraftModel:
         check_context(self.config, lengths, new_tokens - 1)
         limit = self.config.n_positions
         capacity = bucket(tokens.shape[1] + int(np.max(new_tokens)), limit)
-        cache = StaticCache.init(self.config, batch_size=tokens.shape[0], capacity=capacity)
+        cache = new_cache(
+            self.params.mesh, StaticCache.init, self.config, batch_size=tokens.shape[0], capacity=capacity
+        )
         _, cache = prefill_step(self.params, self.config, tokens[:, :limit], lengths, cache, fresh=True)
         return cache.crop(lengths - 1)
 

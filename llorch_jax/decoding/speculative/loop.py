@@ -29,6 +29,7 @@ from llorch_jax.errors import CacheError, DraftError
 from llorch_jax.model import run
 from llorch_jax.params import Params
 from llorch_jax.sampling import History, KnowsProbabilities, Sampler
+from llorch_jax.sharding import placed
 from llorch_jax.tracing import is_concrete
 
 
@@ -127,7 +128,7 @@ def speculate_tokens(
         DraftError: the draft does not fit the model, or one of its settings is invalid.
     """
     draft = PromptLookup() if draft is None else draft
-    request = prepare(config, prompt_tokens, max_new_tokens, cache, lengths, sampler, key, eos_id)
+    request = prepare(config, prompt_tokens, max_new_tokens, cache, lengths, sampler, key, eos_id, mesh=params.mesh)
     state = begin(params, config, request, draft)
     generated, cache_after, speculation = finish(params, config, request, draft, state)
     return generated.tokens, cache_after, speculation
@@ -140,6 +141,7 @@ def begin(params: Params, config: GPT2Config, request: Request, draft: Draft) ->
         CacheError, DraftError: as `speculate_tokens`.
     """
     _check(request, draft)
+    draft = placed(params.mesh, draft)
     batch, columns = request.tokens.shape
     draft_state = draft.init(config, request.tokens, request.lengths, request.remaining)
     history = request.history
@@ -164,11 +166,13 @@ def finish(
 ) -> tuple[Generated, KVCache, Speculation]:
     """Tokens and log-probabilities [B, N] of a request begun, the cache, and how useful the guesses were."""
     decoding = dataclasses.replace(request.decoding, top_logprobs=0)
+    draft = placed(params.mesh, draft)
     while not (done := done_on_host(state.decode)).all():
         wanted = np.minimum(draft.length + 1, np.asarray(state.decode.remaining))
         cache = state.decode.cache.reserve(np.where(done, 0, wanted))
         room = cache.room(~done)
         limits = jnp.asarray(np.asarray(cache.lengths) + room, jnp.int32)
+        cache = placed(params.mesh, cache)
         state = dataclasses.replace(state, decode=dataclasses.replace(state.decode, cache=cache))
         state = _loop(params, config, decoding, draft, state, limits)
     return _generated(request, state), state.decode.cache, _speculation(request, state)
