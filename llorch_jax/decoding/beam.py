@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import Mesh
 
 from llorch_jax.buckets import bucket
 from llorch_jax.cache.base import KVCache
@@ -24,7 +25,7 @@ from llorch_jax.decoding.steps import first_logits
 from llorch_jax.errors import CapacityError, SearchError
 from llorch_jax.params import Params
 from llorch_jax.sampling.masking import only_allowed
-from llorch_jax.sharding import placed
+from llorch_jax.sharding import pinned, placed
 from llorch_jax.tracing import whole
 
 _MOST_BEAMS = 4096  # rows of one batch per prompt; more is probably a mistake, and would run out of memory
@@ -165,7 +166,7 @@ def beam_search(
     )
     logits, cache = first_logits(params, config, request)
     state = _start(request, num_beams, num_beam_groups, placed(params.mesh, cache.fork(num_beams)))
-    state = _first(rules, state, jnp.repeat(logits, num_beams, axis=0))
+    state = _first(rules, state, jnp.repeat(logits, num_beams, axis=0), params.mesh)
     check_numbers(state.groups[0].scores)
     while int(state.count) < max_new_tokens and any(np.any(group.open) for group in state.groups):
         state = dataclasses.replace(state, cache=placed(params.mesh, state.cache.reserve(1)))
@@ -214,9 +215,9 @@ def _start(request: Request, num_beams: int, num_beam_groups: int, cache: KVCach
     return _State(tuple(group() for _ in range(num_beam_groups)), jnp.int32(0), cache)
 
 
-@partial(jax.jit, donate_argnames="state")
-def _first(rules: _Rules, state: _State, logits: jax.Array) -> _State:
-    return _choose(rules, state, logits, state.cache)
+@partial(jax.jit, static_argnames="mesh", donate_argnames="state")
+def _first(rules: _Rules, state: _State, logits: jax.Array, mesh: Mesh | None) -> _State:
+    return pinned(mesh, _choose(rules, state, logits, state.cache))
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="state")
@@ -232,7 +233,7 @@ def _loop(params: Params, config: GPT2Config, rules: _Rules, state: _State, unti
         logits, _, cache = feed(params, config, last.reshape(-1), state.cache)
         return _choose(rules, state, logits, cache)
 
-    return jax.lax.while_loop(unfinished, step, state)
+    return pinned(params.mesh, jax.lax.while_loop(unfinished, step, state))
 
 
 def _choose(rules: _Rules, state: _State, logits: jax.Array, cache: KVCache) -> _State:

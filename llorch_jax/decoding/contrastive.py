@@ -20,7 +20,7 @@ from llorch_jax.linear import EXACT
 from llorch_jax.model import run
 from llorch_jax.params import Params
 from llorch_jax.sampling.masking import only_allowed
-from llorch_jax.sharding import placed
+from llorch_jax.sharding import pinned, placed
 from llorch_jax.tracing import whole
 
 
@@ -145,7 +145,8 @@ def _prefill(
 ) -> tuple[jax.Array, jax.Array, jax.Array, KVCache]:
     """The first candidates' probabilities and ids [B, C], the tokens' hidden states [B, T, D], and the cache."""
     out = run(params, config, tokens, cache, lengths, last=True)
-    return *_candidates(out.logits, top_k, allowed), _unit(out.hidden), out.cache
+    found = *_candidates(out.logits, top_k, allowed), _unit(out.hidden), out.cache
+    return pinned(params.mesh, found)
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="state")
@@ -157,7 +158,8 @@ def _loop(
     def unfinished(state: _State) -> jax.Array:
         return (state.count < until) & ~jnp.all(state.finished)
 
-    return jax.lax.while_loop(unfinished, partial(_step, params, config, decoding, alpha), state)
+    after = jax.lax.while_loop(unfinished, partial(_step, params, config, decoding, alpha), state)
+    return pinned(params.mesh, after)
 
 
 def _step(params: Params, config: GPT2Config, decoding: DecodingParams, alpha: jax.Array, state: _State) -> _State:

@@ -119,9 +119,8 @@ class _Segment:
         """The logits after the newest token of the rows that are not done, and the cache with it."""
         cache = self.state.cache
         if self._room == 0:
-            cache = cache.reserve(going.astype(np.int32))
+            cache = placed(self._params.mesh, cache.reserve(going.astype(np.int32)))
             self._room = cache.room(going)
-            cache = placed(self._params.mesh, cache)
         self._room -= 1
         return steps.feed_active(self._params, self._config, self.state.token, cache, going)
 

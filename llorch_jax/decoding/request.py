@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from llorch_jax.buckets import bucket
 from llorch_jax.cache.base import KVCache
@@ -40,6 +41,7 @@ class Request:
         reencode: what is kept when the context is full; None where it cannot overflow.
         history: `History` of the prompt with room for all new tokens; None if the sampler does not use it.
         sampler_state: of the sampler before the first token.
+        mesh: of the parameters.
     """
 
     tokens: Any
@@ -52,6 +54,7 @@ class Request:
     reencode: Reencode | None = None
     history: History | None = None
     sampler_state: Any = None
+    mesh: Mesh | None = None
 
     @property
     def batch_size(self) -> int:
@@ -77,7 +80,7 @@ def prepare(
     *,
     top_logprobs: int = 0,
     room: int | None = None,
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: Mesh | None = None,
 ) -> Request:
     """Checks the arguments of `generate_tokens` on the host; see there.
 
@@ -118,6 +121,7 @@ def prepare(
         reencode=reencode,
         history=placed(mesh, History.of(padded_tokens, lengths, capacity)) if capacity else None,
         sampler_state=placed(mesh, decoding.sampler.init(batch)),
+        mesh=mesh,
     )
 
 

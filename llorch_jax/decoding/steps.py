@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import Mesh
 
 from llorch_jax.cache.base import KVCache
 from llorch_jax.config import GPT2Config
@@ -20,7 +21,7 @@ from llorch_jax.decoding.request import Request
 from llorch_jax.errors import NonFiniteError, SamplerError
 from llorch_jax.model import run
 from llorch_jax.params import Params
-from llorch_jax.sharding import placed
+from llorch_jax.sharding import pinned, placed
 
 Cache = TypeVar("Cache", bound=KVCache)
 
@@ -163,7 +164,7 @@ def next_state(params: Params, config: GPT2Config, decoding: DecodingParams, sta
     return choose(decoding, logits, dataclasses.replace(state, cache=cache), cache.lengths)
 
 
-@partial(jax.jit, donate_argnames="cache")
+@partial(jax.jit, static_argnames="mesh", donate_argnames="cache")
 def first_state(
     decoding: DecodingParams,
     logits: jax.Array,
@@ -172,10 +173,12 @@ def first_state(
     cache: Cache,
     history: Any = None,
     sampler_state: Any = None,
+    *,
+    mesh: Mesh | None = None,
 ) -> DecodeState:
     """The state after sampling from logits [B, V] that a pass outside the loop has computed."""
     before = DecodeState(None, None, finished, remaining, cache, history, sampler_state)
-    return choose(decoding, logits, before, cache.lengths)
+    return pinned(mesh, choose(decoding, logits, before, cache.lengths))
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames=("out", "state"))
@@ -195,7 +198,7 @@ def loop(
         return count + 1, put(out, state, shown, count), state
 
     _, out, state = jax.lax.while_loop(unfinished, step, (span[0], out, state))
-    return out, state
+    return pinned(params.mesh, (out, state))
 
 
 def start(params: Params, config: GPT2Config, request: Request) -> DecodeState:
@@ -219,6 +222,7 @@ def begin(request: Request, logits: jax.Array, cache: KVCache) -> DecodeState:
         cache,
         request.history,
         request.sampler_state,
+        mesh=request.mesh,
     )
 
 
@@ -230,8 +234,8 @@ def with_room(params: Params, state: DecodeState) -> tuple[DecodeState, int]:
     active = ~done_on_host(state)
     if not active.any():
         return state, 1
-    cache = state.cache.reserve(active.astype(np.int32))
-    return dataclasses.replace(state, cache=placed(params.mesh, cache)), cache.room(active)
+    cache = placed(params.mesh, state.cache.reserve(active.astype(np.int32)))
+    return dataclasses.replace(state, cache=cache), cache.room(active)
 
 
 def done_on_host(state: DecodeState) -> np.ndarray:

@@ -13,6 +13,7 @@ from llorch_jax.engine import slots as programs
 from llorch_jax.engine.scheduler import Limits
 from llorch_jax.engine.sequences import Sequence
 from llorch_jax.engine.settings import SlotSettings
+from llorch_jax.errors import MeshError
 from llorch_jax.kernels.attention import MAX_TOKENS
 from llorch_jax.kernels.library import available
 from llorch_jax.params import Params
@@ -51,6 +52,8 @@ class Device:
         """
         limits = plot.limits
         self._mesh = params.mesh
+        if self._mesh is not None and self._mesh.is_multi_process:  # whose schedules would differ
+            raise MeshError("engine: expected a mesh of one process, got one of several; run an engine in each")
         cache = new_cache(
             self._mesh,
             PagedCache.init,

@@ -29,7 +29,7 @@ from llorch_jax.errors import CacheError, DraftError
 from llorch_jax.model import run
 from llorch_jax.params import Params
 from llorch_jax.sampling import History, KnowsProbabilities, Sampler
-from llorch_jax.sharding import placed
+from llorch_jax.sharding import pinned, placed
 from llorch_jax.tracing import is_concrete
 
 
@@ -169,10 +169,9 @@ def finish(
     draft = placed(params.mesh, draft)
     while not (done := done_on_host(state.decode)).all():
         wanted = np.minimum(draft.length + 1, np.asarray(state.decode.remaining))
-        cache = state.decode.cache.reserve(np.where(done, 0, wanted))
+        cache = placed(params.mesh, state.decode.cache.reserve(np.where(done, 0, wanted)))
         room = cache.room(~done)
         limits = jnp.asarray(np.asarray(cache.lengths) + room, jnp.int32)
-        cache = placed(params.mesh, cache)
         state = dataclasses.replace(state, decode=dataclasses.replace(state.decode, cache=cache))
         state = _loop(params, config, decoding, draft, state, limits)
     return _generated(request, state), state.decode.cache, _speculation(request, state)
@@ -220,7 +219,8 @@ def _loop(
         fits = jnp.all(state.decode.cache.lengths + _needed(draft, state.decode) <= limits)
         return ~jnp.all(state.decode.done) & (fits | (state.steps == first))
 
-    return jax.lax.while_loop(unfinished, partial(_verify_step, params, config, decoding, draft), state)
+    after = jax.lax.while_loop(unfinished, partial(_verify_step, params, config, decoding, draft), state)
+    return pinned(params.mesh, after)
 
 
 def _verify_step(
