@@ -274,10 +274,11 @@ def _put(mesh: Mesh, leaf: Any, spec: PartitionSpec) -> jax.Array:
 def _with_enough_heads(config: GPT2Config, params: Params, devices: int) -> tuple[GPT2Config, Params]:
     """A model whose key/value heads can be divided among devices: where there are too few, repeated ones."""
     heads = config.kv_heads
-    if config.n_head % devices or (heads % devices and devices % heads):
+    if config.n_head % devices:
+        raise MeshError(f"mesh: expected a divisor of n_head={config.n_head}, got {HEADS}={devices}")
+    if heads % devices and devices % heads:
         raise MeshError(
-            f"{HEADS}: expected a number that divides n_head={config.n_head} and divides or is a multiple of the "
-            f"{heads} key/value heads, got {HEADS}={devices}"
+            f"mesh: expected a divisor or a multiple of the number of key/value heads, {heads}, got {HEADS}={devices}"
         )
     if heads % devices == 0:
         return config, params
@@ -300,7 +301,7 @@ def _with_enough_heads(config: GPT2Config, params: Params, devices: int) -> tupl
 
 def _check_divisible(config: GPT2Config, params: Params, devices: int) -> None:
     if config.inner_dim % devices:
-        raise MeshError(f"{HEADS}: expected a divisor of the inner width {config.inner_dim}, got {HEADS}={devices}")
+        raise MeshError(f"mesh: expected a divisor of the inner width {config.inner_dim}, got {HEADS}={devices}")
     for number, block in enumerate(params.blocks):
         for name in ("attn_proj", "mlp_proj"):
             _check_columns(f"block {number}, {name}", getattr(block, name).weight, devices)
@@ -313,6 +314,6 @@ def _check_columns(name: str, weight: Matrix, devices: int) -> None:
     groups = weight.scales.shape[1]
     if weight.padding or (weight.group_size is not None and groups % devices):
         raise MeshError(
-            f"{name}: expected columns in whole groups of {weight.group_size} for each of {HEADS}={devices} devices, "
+            f"mesh: {name}: expected columns in whole groups of {weight.group_size} for each of {HEADS}={devices} devices, "
             f"got {weight.shape[1]} columns in {groups} groups; choose another group_size"
         )

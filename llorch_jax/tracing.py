@@ -22,6 +22,15 @@ def on_host(array: Any) -> np.ndarray:
     return np.asarray(array)
 
 
+def from_first_process(number: int) -> int:
+    """A whole number that process 0 has found, in all processes that compute together; then all must call this."""
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
 def is_whole(value: Any) -> bool:
     """Whether a value is a whole number: an int or a NumPy integer, but not a bool."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)

@@ -69,6 +69,15 @@ def prepare() -> None:
     sys.stderr = _wrapped(sys.stderr, 2, _Messages)
 
 
+def apart(shown: bool) -> IO[str]:
+    """Standard output on a descriptor of its own, as libraries write on theirs, or nowhere at all."""
+    sys.stdout.flush()
+    old = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    return _wrapped(sys.stdout, old if shown else nowhere, _Output)
+
+
 def _wrapped(stream: IO[Any] | None, descriptor: int, kind: type[io.TextIOWrapper]) -> io.TextIOWrapper:
     encoding = getattr(stream, "encoding", None) or "utf-8"
     interactive = os.isatty(descriptor)
