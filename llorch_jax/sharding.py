@@ -314,6 +314,6 @@ def _check_columns(name: str, weight: Matrix, devices: int) -> None:
     groups = weight.scales.shape[1]
     if weight.padding or (weight.group_size is not None and groups % devices):
         raise MeshError(
-            f"mesh: {name}: expected columns in whole groups of {weight.group_size} for each of {HEADS}={devices} devices, "
-            f"got {weight.shape[1]} columns in {groups} groups; choose another group_size"
+            f"mesh: {name}: expected columns in whole groups of {weight.group_size} for each of {HEADS}={devices} "
+            f"devices, got {weight.shape[1]} columns in {groups} groups; choose another group_size"
         )
