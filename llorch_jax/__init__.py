@@ -55,11 +55,12 @@ if TYPE_CHECKING:
     from llorch_jax.evaluation.perplexity import Score, score
     from llorch_jax.evaluation.validation import intermediates
     from llorch_jax.loading.checkpoint import Model, convert, load, quantize_model, save_model, save_quantized
+    from llorch_jax.meshes import make_mesh
     from llorch_jax.model import forward
     from llorch_jax.params import BlockParams, Params, count_params, init_params, param_shapes
     from llorch_jax.quantization import quantize
     from llorch_jax.sampling import Greedy, History, Mirostat, Sampler, Sampling
-    from llorch_jax.sharding import make_mesh, shard
+    from llorch_jax.sharding import shard
     from llorch_jax.text.asynchronous import astream
     from llorch_jax.text.constrained.constraint import Constraint
     from llorch_jax.text.engine import Engine, EngineStats
@@ -147,7 +148,7 @@ _HOMES = {
     "load_cache": "cache",
     "load_session": "decoding.session",
     "make_cache": "cache",
-    "make_mesh": "sharding",
+    "make_mesh": "meshes",
     "param_shapes": "params",
     "plan_memory": "cache",
     "prefill": "decoding.loop",

@@ -13,11 +13,13 @@ import jax.numpy as jnp
 
 from llorch_jax.attention import DenseView, KVView, Queries
 from llorch_jax.cache.base import KVCache
+from llorch_jax.cache.placement import placed
 from llorch_jax.checks import check_append
 from llorch_jax.config import GPT2Config
 from llorch_jax.linear import dense, layer_norm, matmul, take_rows
+from llorch_jax.meshes import HEADS, axis_of
 from llorch_jax.params import BlockParams, Params
-from llorch_jax.sharding import HEADS, axis_of, check_no_probe, over_mesh, placed
+from llorch_jax.sharding import check_no_probe, over_mesh
 
 Cache = TypeVar("Cache", bound=KVCache)
 MaybeCache = TypeVar("MaybeCache", bound=KVCache | None)

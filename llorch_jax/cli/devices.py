@@ -14,11 +14,11 @@ from jax.sharding import Mesh
 
 from llorch_jax.cli import streams
 from llorch_jax.errors import MeshError
-from llorch_jax.sharding import ROWS, make_mesh
+from llorch_jax.meshes import ROWS, make_mesh
 from llorch_jax.tracing import whole
 
 MEETING = 60  # seconds in which all processes must have come
-SILENCE = 10  # seconds after which a process that does not answer is given up
+SILENCE = 20  # seconds after which a process that does not answer is given up
 _FLAG = "xla_force_host_platform_device_count"
 
 

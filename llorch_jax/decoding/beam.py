@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from llorch_jax.buckets import bucket
 from llorch_jax.cache.base import KVCache
+from llorch_jax.cache.placement import pinned, placed
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.branching import check_numbers, check_real, check_untraced, feed, span
 from llorch_jax.decoding.params import EosIds
@@ -25,7 +26,6 @@ from llorch_jax.decoding.steps import first_logits
 from llorch_jax.errors import CapacityError, SearchError
 from llorch_jax.params import Params
 from llorch_jax.sampling.masking import only_allowed
-from llorch_jax.sharding import pinned, placed
 from llorch_jax.tracing import whole
 
 _MOST_BEAMS = 4096  # rows of one batch per prompt; more is probably a mistake, and would run out of memory

@@ -11,6 +11,7 @@ from flax import struct
 
 from llorch_jax.buckets import bucket
 from llorch_jax.cache.base import KVCache
+from llorch_jax.cache.placement import pinned, placed
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.branching import check_numbers, check_real, check_untraced, feed, span
 from llorch_jax.decoding.params import DecodingParams, EosIds
@@ -20,7 +21,6 @@ from llorch_jax.linear import EXACT
 from llorch_jax.model import run
 from llorch_jax.params import Params
 from llorch_jax.sampling.masking import only_allowed
-from llorch_jax.sharding import pinned, placed
 from llorch_jax.tracing import whole
 
 

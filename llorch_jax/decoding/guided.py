@@ -12,13 +12,13 @@ import jax
 import numpy as np
 
 from llorch_jax.cache.base import KVCache
+from llorch_jax.cache.placement import placed
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding import steps
 from llorch_jax.decoding.request import Request, following
 from llorch_jax.decoding.streaming import Step
 from llorch_jax.params import Params
 from llorch_jax.sampling.masking import Masked
-from llorch_jax.sharding import placed
 
 
 class Guide(Protocol):

@@ -16,6 +16,7 @@ import numpy as np
 
 from llorch_jax.buckets import bucket
 from llorch_jax.cache.base import KVCache
+from llorch_jax.cache.placement import placed
 from llorch_jax.checks import check_append, check_lengths, check_tokens
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding import steps
@@ -26,7 +27,6 @@ from llorch_jax.decoding.streaming import Step, stream_steps
 from llorch_jax.errors import TokenError
 from llorch_jax.params import Params
 from llorch_jax.sampling import Sampler
-from llorch_jax.sharding import placed
 from llorch_jax.tracing import is_concrete
 
 Cache = TypeVar("Cache", bound=KVCache)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from llorch_jax.buckets import bucket
 from llorch_jax.cache.base import KVCache
+from llorch_jax.cache.placement import new_cache, placed
 from llorch_jax.cache.static import StaticCache
 from llorch_jax.checks import check_append, check_lengths, check_tokens
 from llorch_jax.config import GPT2Config
@@ -18,7 +19,6 @@ from llorch_jax.decoding.overflow import Reencode, check_overflow, context_of, p
 from llorch_jax.decoding.params import DecodingParams, EosIds, decoding_params
 from llorch_jax.errors import CapacityError
 from llorch_jax.sampling import History, Sampler
-from llorch_jax.sharding import new_cache, placed
 from llorch_jax.tracing import is_concrete, whole
 
 _NEXT_PART = np.int32(2**31 - 1)  # no position: what keys are folded with after a re-encoding

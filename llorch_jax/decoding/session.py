@@ -13,6 +13,7 @@ from llorch_jax.archive import Kind, read_archive, write_archive
 from llorch_jax.cache.base import KVCache
 from llorch_jax.cache.dynamic import DynamicCache
 from llorch_jax.cache.files import CACHE_CLASSES, check_savable
+from llorch_jax.cache.placement import new_cache, placed
 from llorch_jax.checks import check_cache, check_context, check_tokens
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding import steps
@@ -22,7 +23,6 @@ from llorch_jax.decoding.request import new_token_counts, prepare
 from llorch_jax.errors import CacheError, SessionError
 from llorch_jax.params import Params
 from llorch_jax.sampling import Greedy, History, Mirostat, Sampler, Sampling, check_sampler
-from llorch_jax.sharding import new_cache, placed
 
 
 @struct.dataclass

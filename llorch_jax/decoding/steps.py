@@ -15,13 +15,13 @@ from flax import struct
 from jax.sharding import Mesh
 
 from llorch_jax.cache.base import KVCache
+from llorch_jax.cache.placement import pinned, placed
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.params import DecodingParams
 from llorch_jax.decoding.request import Request
 from llorch_jax.errors import NonFiniteError, SamplerError
 from llorch_jax.model import run
 from llorch_jax.params import Params
-from llorch_jax.sharding import pinned, placed
 
 Cache = TypeVar("Cache", bound=KVCache)
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from llorch_jax.buckets import SMALLEST, bucket, power_of_two
 from llorch_jax.cache.paged import PagedCache
+from llorch_jax.cache.placement import new_cache, placed
 from llorch_jax.config import GPT2Config
 from llorch_jax.engine import slots as programs
 from llorch_jax.engine.scheduler import Limits
@@ -17,7 +18,6 @@ from llorch_jax.errors import MeshError
 from llorch_jax.kernels.attention import MAX_TOKENS
 from llorch_jax.kernels.library import available
 from llorch_jax.params import Params
-from llorch_jax.sharding import new_cache, placed
 
 TOP_LOGPROBS = 20  # alternatives that a step records if any of its requests asks for some
 _FEWEST_PAGES = 8  # columns of the narrowest table for which a program is compiled

@@ -13,6 +13,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from llorch_jax.cache.paged import PagedCache
+from llorch_jax.cache.placement import pinned
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.params import DecodingParams
 from llorch_jax.decoding.steps import Alternatives, DecodeState, choose
@@ -20,7 +21,6 @@ from llorch_jax.model import run
 from llorch_jax.params import Params
 from llorch_jax.sampling import History, Sampling
 from llorch_jax.sampling.masking import Masked
-from llorch_jax.sharding import pinned
 
 
 @struct.dataclass

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llorch_jax.cache.base import KVCache
+from llorch_jax.cache.placement import new_cache
 from llorch_jax.cache.static import StaticCache
 from llorch_jax.checks import check_context, check_tokens
 from llorch_jax.config import GPT2Config
@@ -16,7 +17,6 @@ from llorch_jax.decoding.scoring import check_finite
 from llorch_jax.errors import CacheError, TokenError
 from llorch_jax.evaluation.perplexity import exp_of_loss
 from llorch_jax.params import Params
-from llorch_jax.sharding import new_cache
 from llorch_jax.tracing import whole
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from llorch_jax.buckets import bucket, power_of_two
 from llorch_jax.cache.base import KVCache
+from llorch_jax.cache.placement import new_cache
 from llorch_jax.cache.static import StaticCache
 from llorch_jax.checks import check_context, check_tokens
 from llorch_jax.config import GPT2Config
@@ -22,7 +23,6 @@ from llorch_jax.loading.checkpoint import Model
 from llorch_jax.model import run
 from llorch_jax.params import Params
 from llorch_jax.sampling.masking import only_allowed
-from llorch_jax.sharding import new_cache
 from llorch_jax.text.vocabulary import known_ids, tokenizer_of
 from llorch_jax.tokenizer import Tokenizer
 

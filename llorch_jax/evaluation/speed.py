@@ -7,12 +7,12 @@ import jax
 import numpy as np
 
 from llorch_jax.cache.layouts import fit_cache
+from llorch_jax.cache.placement import new_cache
 from llorch_jax.decoding.loop import generate_from
 from llorch_jax.decoding.request import prepare
 from llorch_jax.decoding.steps import start
 from llorch_jax.errors import CapacityError, OptionError
 from llorch_jax.loading.checkpoint import Model
-from llorch_jax.sharding import new_cache
 from llorch_jax.text.timing import Stopwatch
 from llorch_jax.tracing import whole
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llorch_jax.attention import MASKED, DenseView, allowed_slots, attention_scores
+from llorch_jax.cache.placement import new_cache
 from llorch_jax.cache.static import StaticCache
 from llorch_jax.checks import check_append
 from llorch_jax.config import GPT2Config
@@ -27,7 +28,6 @@ from llorch_jax.files import exists, read_bytes, read_json, shown
 from llorch_jax.model import run
 from llorch_jax.params import Params
 from llorch_jax.sampling import Sampling, apply_temperature
-from llorch_jax.sharding import new_cache
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from llorch_jax.cache.base import KVCache
 from llorch_jax.cache.layouts import fit_cache
+from llorch_jax.cache.placement import new_cache
 from llorch_jax.checks import check_cache
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.beam import check_beams
@@ -19,7 +20,6 @@ from llorch_jax.loading.checkpoint import Model
 from llorch_jax.sampling import Sampler, check_sampler, make_sampler
 from llorch_jax.sampling.masking import Masked
 from llorch_jax.sampling.settings import SETTINGS
-from llorch_jax.sharding import new_cache
 from llorch_jax.text.constrained.constraint import Constraints, take_constraint
 from llorch_jax.text.names import nearest
 from llorch_jax.text.stopping import check_stops

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llorch_jax.cache.placement import placed
 from llorch_jax.decoding.loop import generate_from
 from llorch_jax.decoding.request import Request
 from llorch_jax.decoding.steps import begin, first_logits
 from llorch_jax.errors import OptionError
 from llorch_jax.loading.checkpoint import Model
-from llorch_jax.sharding import placed
 from llorch_jax.text.collecting import collect, steps_of
 from llorch_jax.text.options import GenerationOptions
 from llorch_jax.text.prompts import make_batch, prompt_list

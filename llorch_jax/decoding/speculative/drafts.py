@@ -9,6 +9,7 @@ import numpy as np
 from flax import struct
 
 from llorch_jax.buckets import bucket
+from llorch_jax.cache.placement import new_cache
 from llorch_jax.cache.static import StaticCache
 from llorch_jax.checks import check_context
 from llorch_jax.config import GPT2Config
@@ -17,7 +18,6 @@ from llorch_jax.decoding.steps import DecodeState, choose, prefill_step
 from llorch_jax.errors import DraftError
 from llorch_jax.model import run
 from llorch_jax.params import Params
-from llorch_jax.sharding import new_cache
 from llorch_jax.tracing import whole
 
 _DRAWING = 0  # folded into a position's key for the draw of a draft; `verification` has the other numbers

@@ -19,6 +19,7 @@ from flax import struct
 
 from llorch_jax.buckets import bucket
 from llorch_jax.cache.base import KVCache
+from llorch_jax.cache.placement import pinned, placed
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.params import DecodingParams, EosIds
 from llorch_jax.decoding.request import Request, prepare
@@ -29,7 +30,6 @@ from llorch_jax.errors import CacheError, DraftError
 from llorch_jax.model import run
 from llorch_jax.params import Params
 from llorch_jax.sampling import History, KnowsProbabilities, Sampler
-from llorch_jax.sharding import pinned, placed
 from llorch_jax.tracing import is_concrete
 
 
