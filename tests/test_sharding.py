@@ -99,7 +99,7 @@ def session(m):
     return [first.tolist(), made.generate(m.params, m.config, 8)[0].tolist()]
 
 def engine(m):
-    with lj.Engine(m, slots=2, page_size=8) as running:
+    with lj.Engine(m, slots=2, page_size=16) as running:
         handles = [running.submit(text, 6, temperature=0.8, seed=i) for i, text in enumerate(ROWS[:3])]
         return [handle.result().text for handle in handles]
 
@@ -122,8 +122,8 @@ CALLS = {
     "beams": lambda m: lj.generate(m, PROMPT, 8, num_beams=4).text,
     "contrastive": lambda m: lj.generate(m, PROMPT, 8, penalty_alpha=0.6).text,
     "score": lambda m: round(lj.score(m, PROMPT).bits_per_byte, 4),
-    "choices": lambda m: [round(sum(each.logprobs.tolist()), 3) for each in lj.choices(m, PROMPT, ["a", "bb"])],
-    "lookup": lambda m: lj.generate_speculative(m, PROMPT, 12).__getitem__(0).text,
+    "choices": lambda m: [round(float(np.sum(each.logprobs)), 3) for each in lj.choices(m, PROMPT, ["a", "bb"])],
+    "lookup": lambda m: lj.generate_speculative(m, PROMPT, 12)[0].text,
     "draft": lambda m: lj.generate_speculative(m, PROMPT, 12, draft=draft)[0].text,
     "regex": lambda m: lj.generate(m, PROMPT, 12, regex="[a-f]{8,12}").text,
     "evicting": lambda m: [out.text for out in lj.generate(m, ROWS, 44, cache="h2o:9")],
@@ -206,7 +206,9 @@ def models():
 
 
 def test_quantized_weights_are_cut_by_rows_and_by_whole_groups(models):
-    assert [error < 1e-4 for error, _, _ in models["weights"]] == [True] * 4  # native kernels round activations
+    floats, *codes = (error for error, _, _ in models["weights"])
+    assert floats < 1e-5
+    assert max(codes) < 5e-4  # native kernels, which serve on the mesh only, round activations to 16 bits
 
 
 def test_heads_that_are_too_few_are_repeated_with_a_warning(models):

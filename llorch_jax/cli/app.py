@@ -80,13 +80,13 @@ def _code_of(arguments: Sequence[str] | None) -> int:
 
 def _of_runtime(error: RuntimeError) -> str:
     """What a RuntimeError means to users; raises it again if that is unknown."""
-    from llorch_jax.cli.devices import is_lost
+    from llorch_jax.cli.devices import LOST, is_lost
 
     reason = str(error).partition("\n")[0]
     if "RESOURCE_EXHAUSTED" in reason:
         return f"out of memory ({reason})"
     if is_lost(error):
-        return f"another process of this run has ended, or does not answer ({reason:.200})"
+        return f"{LOST} ({reason:.200})"
     raise error
 
 

@@ -4,9 +4,10 @@ Both have to be settled before JAX looks for devices, which is when a model is l
 """
 
 import contextlib
+import ctypes
 import os
 import re
-import sys
+import signal
 from typing import Any
 
 import jax
@@ -19,7 +20,9 @@ from llorch_jax.tracing import whole
 
 MEETING = 60  # seconds in which all processes must have come
 SILENCE = 20  # seconds after which a process that does not answer is given up
+LOST = "another process of this run has ended, or does not answer"
 _FLAG = "xla_force_host_platform_device_count"
+_HANDLERS: list[Any] = []  # which must outlive their registration
 
 
 def take_mesh(settings: dict[str, Any]) -> Mesh | None:
@@ -78,6 +81,21 @@ def is_lost(error: Exception) -> bool:
     return together() and any(sign in str(error).lower() for sign in signs)
 
 
+def _say_when_aborted(descriptor: int) -> None:
+    """One line on standard error when JAX aborts this process, as it does when another one has stopped to answer.
+
+    It does so from a thread of its own, with a page of text, while Python waits for the device.
+    """
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)  # type: ignore[untyped-decorator]
+    def handler(number: int) -> None:
+        os.write(descriptor, f"error: {LOST} (for {SILENCE} seconds)\n".encode())
+        os._exit(1)
+
+    _HANDLERS.append(handler)
+    ctypes.CDLL(None).signal(int(signal.SIGABRT), handler)
+
+
 def _processes(given: dict[str, Any]) -> int:
     named = [name for name in ("coordinator", "processes", "process") if given[name] is not None]
     if not named:
@@ -92,8 +110,8 @@ def _processes(given: dict[str, Any]) -> int:
 
 
 def _meet(coordinator: str, processes: int, process: int) -> None:
-    """Waits for the others; only process 0 writes on standard output from now on, and gloo nowhere."""
-    sys.stdout = streams.apart(process == 0)
+    """Waits for the others; only process 0 writes on standard output from now on, and XLA and gloo nowhere."""
+    _say_when_aborted(streams.set_apart(process == 0))
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(

@@ -69,13 +69,24 @@ def prepare() -> None:
     sys.stderr = _wrapped(sys.stderr, 2, _Messages)
 
 
-def apart(shown: bool) -> IO[str]:
-    """Standard output on a descriptor of its own, as libraries write on theirs, or nowhere at all."""
+def set_apart(shown: bool) -> int:
+    """Moves the streams to descriptors of their own, away from what libraries written in C++ print on 1 and 2.
+
+    Args:
+        shown: whether standard output goes anywhere at all.
+
+    Returns:
+        The descriptor of standard error.
+    """
     sys.stdout.flush()
-    old = os.dup(1)
+    sys.stderr.flush()
+    out, err = os.dup(1), os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
-    return _wrapped(sys.stdout, old if shown else nowhere, _Output)
+    os.dup2(nowhere, 2)
+    sys.stdout = _wrapped(sys.stdout, out if shown else nowhere, _Output)
+    sys.stderr = _wrapped(sys.stderr, err, _Messages)
+    return err
 
 
 def _wrapped(stream: IO[Any] | None, descriptor: int, kind: type[io.TextIOWrapper]) -> io.TextIOWrapper:
