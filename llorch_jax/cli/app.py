@@ -315,7 +315,7 @@ def quantize_command(
 
 
 @app.command(name="bench")
-@with_settings("Model", "Devices", "Cache")
+@with_settings("Model", "Cache")
 def bench_command(
     settings: dict[str, Any],
     model: ModelArgument = "demo",
