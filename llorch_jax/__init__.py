@@ -4,6 +4,8 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
+from llorch_jax.cores import allow_threads, devices_asked_for
+
 if TYPE_CHECKING:
     from llorch_jax.cache import (
         CachePool,
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
         EngineError,
         ExportError,
         LlorchError,
+        MeshError,
         ModelError,
         NonFiniteError,
         OptionError,
@@ -54,10 +57,12 @@ if TYPE_CHECKING:
     from llorch_jax.evaluation.perplexity import Score, score
     from llorch_jax.evaluation.validation import intermediates
     from llorch_jax.loading.checkpoint import Model, convert, load, quantize_model, save_model, save_quantized
+    from llorch_jax.meshes import make_mesh
     from llorch_jax.model import forward
     from llorch_jax.params import BlockParams, Params, count_params, init_params, param_shapes
     from llorch_jax.quantization import quantize
     from llorch_jax.sampling import Greedy, History, Mirostat, Sampler, Sampling
+    from llorch_jax.sharding import shard
     from llorch_jax.text.asynchronous import astream
     from llorch_jax.text.constrained.constraint import Constraint
     from llorch_jax.text.engine import Engine, EngineStats
@@ -99,6 +104,7 @@ _HOMES = {
     "KVCache": "cache",
     "LlorchError": "errors",
     "MemoryPlan": "cache",
+    "MeshError": "errors",
     "Mirostat": "sampling",
     "Model": "loading.checkpoint",
     "ModelError": "errors",
@@ -144,6 +150,7 @@ _HOMES = {
     "load_cache": "cache",
     "load_session": "decoding.session",
     "make_cache": "cache",
+    "make_mesh": "meshes",
     "param_shapes": "params",
     "plan_memory": "cache",
     "prefill": "decoding.loop",
@@ -155,12 +162,16 @@ _HOMES = {
     "save_quantized": "loading.checkpoint",
     "save_session": "decoding.session",
     "score": "evaluation.perplexity",
+    "shard": "sharding",
     "speculate_tokens": "decoding.speculative.loop",
     "stream": "text.generation",
     "stream_tokens": "decoding.loop",
 }
 
 __version__ = "0.1.0"
+
+
+allow_threads(devices_asked_for())
 
 
 def __getattr__(name: str) -> Any:
@@ -205,6 +216,7 @@ __all__ = [
     "KVCache",
     "LlorchError",
     "MemoryPlan",
+    "MeshError",
     "Mirostat",
     "Model",
     "ModelError",
@@ -250,6 +262,7 @@ __all__ = [
     "load_cache",
     "load_session",
     "make_cache",
+    "make_mesh",
     "param_shapes",
     "plan_memory",
     "prefill",
@@ -261,6 +274,7 @@ __all__ = [
     "save_quantized",
     "save_session",
     "score",
+    "shard",
     "speculate_tokens",
     "stream",
     "stream_tokens",

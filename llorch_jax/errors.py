@@ -69,6 +69,10 @@ class SessionError(LlorchError):
     """A session's file is missing, damaged or of another model, or a session cannot be saved."""
 
 
+class MeshError(LlorchError):
+    """A mesh of devices cannot be made, or does not fit the model or the call."""
+
+
 class NonFiniteError(LlorchError):
     """The model computed NaN or infinite logits, so that no token can be chosen."""
 

@@ -159,9 +159,16 @@ def take_rows(weight: Matrix, ids: jax.Array) -> jax.Array:
 
 
 @jax.named_scope("dense")
-def dense(params: Dense, x: jax.Array) -> jax.Array:
-    """`weight @ x + bias` on x [in, M]: float32 [out, M]."""
-    return matmul(params.weight, x) + params.bias.astype(jnp.float32)[:, None]
+def dense(params: Dense, x: jax.Array, over: str | None = None) -> jax.Array:
+    """`weight @ x + bias` on x [in, M]: float32 [out, M].
+
+    With `over`, the name of a mesh axis inside `shard_map`, each device has some columns of the weight and the rows of
+    x that belong to them, and the products are added up over the devices.
+    """
+    product = matmul(params.weight, x)
+    if over is not None:
+        product = jax.lax.psum(product, over)
+    return product + params.bias.astype(jnp.float32)[:, None]
 
 
 @jax.named_scope("norm")

@@ -13,10 +13,13 @@ import jax.numpy as jnp
 
 from llorch_jax.attention import DenseView, KVView, Queries
 from llorch_jax.cache.base import KVCache
+from llorch_jax.cache.placement import placed
 from llorch_jax.checks import check_append
 from llorch_jax.config import GPT2Config
 from llorch_jax.linear import dense, layer_norm, matmul, take_rows
+from llorch_jax.meshes import HEADS, axis_of
 from llorch_jax.params import BlockParams, Params
+from llorch_jax.sharding import check_no_probe, over_mesh
 
 Cache = TypeVar("Cache", bound=KVCache)
 MaybeCache = TypeVar("MaybeCache", bound=KVCache | None)
@@ -73,6 +76,7 @@ def forward(params: Params, config: GPT2Config, tokens: Any, cache: KVCache | No
         CapacityError: they do not fit the context or the cache.
     """
     tokens, cache = check_append(config, tokens, cache)
+    cache = placed(params.mesh, cache)
     logits, cache_after = _forward(params, config, tokens, cache)
     return logits if cache is None else (logits, cache_after)
 
@@ -109,7 +113,30 @@ def run(
     Returns:
         Logits, hidden states, and the cache with `count` more tokens per row.
     """
-    x, cache = _hidden_states(params, config, tokens, cache, count, probe, fresh)
+    if params.mesh is None:
+        return _pass(params, config, tokens, cache, count, last=last, fresh=fresh, probe=probe)
+    check_no_probe(probe is not ignore)
+    local = partial(_pass, config=config, last=last, fresh=fresh, over=axis_of(params.mesh, HEADS))
+    return Output(*over_mesh(config, local, params, tokens, cache, count))
+
+
+def _pass(
+    params: Params,
+    config: GPT2Config,
+    tokens: jax.Array,
+    cache: MaybeCache,
+    count: jax.Array | None,
+    *,
+    last: bool,
+    fresh: bool,
+    probe: Probe = ignore,
+    over: str | None = None,
+) -> Output[MaybeCache]:
+    """`run` on one device, or on one of a mesh: with its rows of tokens and cache, and its part of the parameters.
+
+    `over` is the mesh axis over which heads and dense layers are spread, if they are.
+    """
+    x, cache = _hidden_states(params, config, tokens, cache, count, probe, fresh, over)
     if cache is not None:
         cache = cache.advance(tokens.shape[1] if count is None else count)
     chosen, shape = x, tokens.shape
@@ -136,6 +163,7 @@ def _hidden_states(
     count: jax.Array | None,
     probe: Probe,
     fresh: bool,
+    over: str | None,
 ) -> tuple[jax.Array, MaybeCache]:
     """float32 [D, B * T], normed; and the cache with these tokens written but not yet counted by `advance`."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
@@ -148,7 +176,7 @@ def _hidden_states(
     views: dict[int, KVView] = {}
     for layer, block in enumerate(params.blocks):
         with jax.named_scope(f"block_{layer}"):
-            x, cache = _block(block, config, layer, x, cache, views, queries, fresh, probe)
+            x, cache = _block(block, config, layer, x, cache, views, queries, fresh, probe, over)
     return layer_norm(params.ln_f, x, config.layer_norm_epsilon), cache
 
 
@@ -180,6 +208,7 @@ def _block(
     queries: Queries,
     fresh: bool,
     probe: Probe,
+    over: str | None,
 ) -> tuple[jax.Array, MaybeCache]:
     """One pre-norm block on x [D, M]; `views` holds the views of earlier cache layers, for blocks that share them."""
     shape = queries.positions.shape
@@ -193,11 +222,11 @@ def _block(
     for name, value in (("q", q), ("k", k), ("v", v)):
         probe(name, block, value)
     out, cache = _attention(config, block, q, k, v, cache, views, queries, fresh)
-    attended = dense(params.attn_proj, out.transpose(2, 3, 0, 1).reshape(config.n_embd, -1))
+    attended = dense(params.attn_proj, out.transpose(2, 3, 0, 1).reshape(-1, x.shape[1]), over)
     show("attn_out", attended)
     x = x + attended
     hidden = dense(params.fc, layer_norm(params.ln_2, x, config.layer_norm_epsilon))
-    fed = dense(params.mlp_proj, _ACTIVATIONS[config.activation_function](hidden))
+    fed = dense(params.mlp_proj, _ACTIVATIONS[config.activation_function](hidden), over)
     show("mlp_out", fed)
     x = x + fed
     show("block_out", x)
@@ -230,10 +259,13 @@ def _attention(
 
 
 def _by_kind(qkv: jax.Array, config: GPT2Config, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries [B, T, N, H], keys and values [B, T, K, H] of the projection's output [(N + 2K) * H, B * T]."""
+    """Queries [B, T, N, H], keys and values [B, T, K, H] of the projection's output [(N + 2K) * H, B * T].
+
+    On a mesh these are the heads of one device.
+    """
     queries = config.n_head // config.kv_heads
-    by_group = qkv.reshape(config.kv_heads, queries + 2, config.head_dim, *shape)
-    q = by_group[:, :queries].reshape(config.n_head, config.head_dim, *shape)
+    by_group = qkv.reshape(-1, queries + 2, config.head_dim, *shape)
+    q = by_group[:, :queries].reshape(-1, config.head_dim, *shape)
     k = by_group[:, queries]
     v = by_group[:, queries + 1]
     return q.transpose(2, 3, 0, 1), k.transpose(2, 3, 0, 1), v.transpose(2, 3, 0, 1)

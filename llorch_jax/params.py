@@ -49,6 +49,8 @@ class Params:
         blocks: L blocks.
         ln_f: final norm.
         lm_head: output projection [V, D]; None if it is tied to `wte`.
+        mesh: the devices over which `sharding.shard` has spread the arrays; None on one device. Static, so that every
+            compiled program knows it.
     """
 
     wte: Matrix
@@ -56,6 +58,7 @@ class Params:
     blocks: tuple[BlockParams, ...]
     ln_f: Norm
     lm_head: Matrix | None = None
+    mesh: jax.sharding.Mesh | None = struct.field(pytree_node=False, default=None)
 
     @property
     def output_projection(self) -> Matrix:

@@ -101,6 +101,8 @@ def quantize(params: Params, weights: str, group_size: int | None = None) -> Par
     """
     form = WeightFormat.of(weights, group_size)
     check_float(params, "quantize the model's float weights")
+    if params.mesh is not None:
+        raise QuantizationError("params: expected those of one device, got some on a mesh; quantize first, then shard")
 
     def stored(path: tuple[Any, ...], leaf: jax.Array) -> Any:
         storage = form.storage(path, leaf)

@@ -13,6 +13,24 @@ def is_concrete(*values: Any) -> bool:
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
 
 
+def on_host(array: Any) -> np.ndarray:
+    """The values of an array, of which other processes may hold parts; then all of them must call this."""
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
+
+
+def from_first_process(number: int) -> int:
+    """A whole number that process 0 has found, in all processes that compute together; then all must call this."""
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
 def is_whole(value: Any) -> bool:
     """Whether a value is a whole number: an int or a NumPy integer, but not a bool."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)

@@ -6,9 +6,12 @@ from functools import partial
 from typing import Any, TypeVar
 
 import jax
+from jax.sharding import Mesh
 
 from llorch_jax.cache.base import KVCache
 from llorch_jax.cache.layouts import new_cache
+from llorch_jax.cache.placement import mesh_of
+from llorch_jax.cache.placement import new_cache as made_on
 from llorch_jax.config import GPT2Config
 from llorch_jax.errors import CacheError
 from llorch_jax.tracing import is_concrete
@@ -40,23 +43,24 @@ class CachePool:
         self._free: dict[Hashable, list[KVCache]] = {}
         self._kinds: dict[Hashable, Hashable] = {}  # from arguments to the `allocation` of the new cache
 
-    def acquire(self, cls: type[Cache], config: GPT2Config, **settings: Any) -> Cache:
+    def acquire(self, cls: type[Cache], config: GPT2Config, *, mesh: Mesh | None = None, **settings: Any) -> Cache:
         """An empty cache as `cls.init(config, **settings)` makes it, in released buffers if suitable ones exist.
 
-        The buffers of a layout that grows may be larger than those of a new cache.
+        The buffers of a layout that grows may be larger than those of a new cache. For a model on a mesh, name it:
+        `mesh=model.params.mesh`.
 
         Raises:
             CacheError, CapacityError: as `init`.
         """
         make = partial(new_cache, cls, config, **settings)
-        arguments = (cls, config, tuple(sorted((name, str(value)) for name, value in settings.items())))
+        arguments = (cls, config, mesh, tuple(sorted((name, str(value)) for name, value in settings.items())))
         with self._lock:
             if arguments not in self._kinds:
-                self._kinds[arguments] = jax.eval_shape(make).allocation()
+                self._kinds[arguments] = (mesh, jax.eval_shape(make).allocation())
             free = self._free.get(self._kinds[arguments])
             if free:
                 return free.pop()  # type: ignore[return-value]  # the class is part of the kind
-        return make()  # type: ignore[return-value]  # likewise
+        return made_on(mesh, new_cache, cls, config, **settings)
 
     def release(self, cache: KVCache) -> None:
         """Returns a cache to the pool; neither it nor any cache that shares its buffers can be used afterwards.
@@ -75,7 +79,7 @@ class CachePool:
             if self._max_bytes is not None and self._usage() + cache.memory_usage() > self._max_bytes:
                 return
             mine = _take_over(cache.clear())
-            self._free.setdefault(mine.allocation(), []).append(mine)
+            self._free.setdefault((mesh_of(mine), mine.allocation()), []).append(mine)
 
     def drop(self) -> None:
         """Frees all kept buffers."""

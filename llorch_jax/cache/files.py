@@ -21,7 +21,7 @@ from llorch_jax.cache.static import StaticCache
 from llorch_jax.config import GPT2Config
 from llorch_jax.errors import CacheError
 from llorch_jax.params import Params
-from llorch_jax.tracing import is_concrete
+from llorch_jax.tracing import is_concrete, on_host
 
 LAYOUTS: tuple[type, ...] = (StaticCache, DynamicCache, RotatingCache, PagedCache, QuantizedCache, EvictingCache)
 _PARTS = (FloatCodec, IntegerCodec, Quantized, Recent, AttentionSinks, HeavyHitters, RecencyWindow, SnapKV)
@@ -35,7 +35,7 @@ def fingerprint(params: Params, config: GPT2Config) -> str:
     """A SHA-256 hash (hex) of a model's weights and configuration, which ties a saved cache to the model."""
     digest = hashlib.sha256(repr(config).encode())
     for leaf in jax.tree.leaves(params):
-        array = np.asarray(leaf)
+        array = on_host(leaf)
         digest.update(f"{array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
@@ -78,5 +78,7 @@ def check_savable(cache: KVCache) -> None:
         raise CacheError(f"cache: expected one of {names} outside jit, got {cache!r:.80}")
     if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(cache)):
         raise CacheError("cache: expected JAX arrays, got others; use the cache from before device_get")
+    if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(cache)):
+        raise CacheError("cache: expected one on this process's devices, got parts of one that processes share")
     if any(leaf.is_deleted() for leaf in jax.tree.leaves(cache)):
         raise CacheError("cache: expected one that owns its buffers, got one that was donated to a later step")

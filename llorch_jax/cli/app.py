@@ -51,11 +51,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line, by default that of the process, and returns the exit code."""
     try:
         try:
-            app(arguments, prog_name="llorch-jax")
+            code = _code_of(arguments)
         finally:
             sys.stdout.flush()
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 0
+        if code == 0 and "llorch_jax.cli.devices" in sys.modules:
+            sys.modules["llorch_jax.cli.devices"].leave()
+        return code
     except OutputError as error:
         if not error.is_broken_pipe:
             note(f"error: {error}", style="red")
@@ -65,10 +66,28 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except MemoryError:
         note("error: out of memory", style="red")
     except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        note(f"error: out of memory ({str(error).splitlines()[0]})", style="red")
+        note(f"error: {_of_runtime(error)}", style="red")
     return 1
+
+
+def _code_of(arguments: Sequence[str] | None) -> int:
+    try:
+        app(arguments, prog_name="llorch-jax")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
+    return 0
+
+
+def _of_runtime(error: RuntimeError) -> str:
+    """What a RuntimeError means to users; raises it again if that is unknown."""
+    from llorch_jax.cli.devices import LOST, is_lost
+
+    reason = str(error).partition("\n")[0]
+    if "RESOURCE_EXHAUSTED" in reason:
+        return f"out of memory ({reason})"
+    if is_lost(error):
+        return f"{LOST} ({reason:.200})"
+    raise error
 
 
 def _show_version(wanted: bool) -> None:
@@ -87,7 +106,17 @@ def main(
 
 
 @app.command(name="generate")
-@with_settings("Model", "Cache", "Sampling", "Penalties", "Length and ending", "Constraints", "Search and speculation")
+@with_settings(
+    "Model",
+    "Devices",
+    "Processes",
+    "Cache",
+    "Sampling",
+    "Penalties",
+    "Length and ending",
+    "Constraints",
+    "Search and speculation",
+)
 def generate_command(
     settings: dict[str, Any],
     prompt: Annotated[
@@ -197,7 +226,7 @@ def generate_command(
 
 
 @app.command(name="chat")
-@with_settings("Model", "Cache", "Sampling", "Penalties", "Length and ending")
+@with_settings("Model", "Devices", "Cache", "Sampling", "Penalties", "Length and ending")
 def chat_command(
     settings: dict[str, Any],
     model: ModelOption = "demo",
@@ -232,7 +261,7 @@ def chat_command(
 
 
 @app.command(name="score")
-@with_settings("Model")
+@with_settings("Model", "Devices")
 def score_command(
     settings: dict[str, Any],
     text: TextArgument,
@@ -334,7 +363,7 @@ def bench_command(
 
 
 @app.command(name="serve")
-@with_settings("Model")
+@with_settings("Model", "Devices")
 def serve_command(
     settings: dict[str, Any],
     model: ModelArgument = "demo",

@@ -3,15 +3,23 @@
 import time
 from typing import Any
 
+from llorch_jax.cli.devices import take_mesh
 from llorch_jax.cli.terminal import enable_compilation_cache, waiting
 from llorch_jax.loading.checkpoint import Model, load
+from llorch_jax.sharding import shard
 
 
 def load_model(source: str, settings: dict[str, Any]) -> tuple[Model, float]:
-    """The model, and how many seconds loading took; removes `weights` and `group_size` from the settings."""
+    """The model, on a mesh if one was asked for, and the seconds that loading took.
+
+    Removes `weights`, `group_size`, `mesh` and what describes processes from the settings.
+    """
     stored = {name: settings.pop(name) for name in ("weights", "group_size") if name in settings}
     enable_compilation_cache()
+    mesh = take_mesh(settings)
     start = time.perf_counter()
     with waiting(f"loading {source}") as progress:
         model = load(source, **stored, progress=progress)
+        if mesh is not None:
+            model = shard(model, mesh)
     return model, time.perf_counter() - start

@@ -115,8 +115,16 @@ WEIGHTS = (
     Setting("weights", str, "FORMAT", "Storage format of the weights: float32, bfloat16, float16, int8 or int4."),
     Setting("group_size", int, "N", "Number of weights that share a scale: 32, 64 or 128 in int8, 32 or 64 in int4."),
 )
+DEVICES = (Setting("mesh", str, "AXES", "Devices, as data=N,model=N: parts of the rows and of the heads."),)
+PROCESSES = (
+    Setting("coordinator", str, "HOST:PORT", "Address at which the processes of one run meet; that of process 0."),
+    Setting("processes", int, "N", "Number of processes that compute together."),
+    Setting("process", int, "N", "Number of this process, from 0; process 0 prints and writes."),
+)
 PANELS: dict[str, tuple[Setting, ...]] = {
     "Model": WEIGHTS,
+    "Devices": DEVICES,
+    "Processes": PROCESSES,
     "Cache": CACHE,
     "Sampling": SAMPLING,
     "Penalties": PENALTIES,

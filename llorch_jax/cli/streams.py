@@ -69,6 +69,26 @@ def prepare() -> None:
     sys.stderr = _wrapped(sys.stderr, 2, _Messages)
 
 
+def set_apart(shown: bool) -> int:
+    """Moves the streams to descriptors of their own, away from what libraries written in C++ print on 1 and 2.
+
+    Args:
+        shown: whether standard output goes anywhere at all.
+
+    Returns:
+        The descriptor of standard error.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    out, err = os.dup(1), os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    sys.stdout = _wrapped(sys.stdout, out if shown else nowhere, _Output)
+    sys.stderr = _wrapped(sys.stderr, err, _Messages)
+    return err
+
+
 def _wrapped(stream: IO[Any] | None, descriptor: int, kind: type[io.TextIOWrapper]) -> io.TextIOWrapper:
     encoding = getattr(stream, "encoding", None) or "utf-8"
     interactive = os.isatty(descriptor)

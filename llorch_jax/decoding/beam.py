@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import Mesh
 
 from llorch_jax.buckets import bucket
 from llorch_jax.cache.base import KVCache
+from llorch_jax.cache.placement import pinned, placed
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.branching import check_numbers, check_real, check_untraced, feed, span
 from llorch_jax.decoding.params import EosIds
@@ -151,7 +153,7 @@ def beam_search(
     """
     whole("max_new_tokens", max_new_tokens, CapacityError)
     check_beams(num_beams, num_return, num_beam_groups, length_penalty, diversity_penalty, early_stopping)
-    request = prepare(config, prompt_tokens, max_new_tokens, cache, lengths, eos_id=eos_id)
+    request = prepare(config, prompt_tokens, max_new_tokens, cache, lengths, eos_id=eos_id, mesh=params.mesh)
     check_untraced(request)
     rules = _Rules(
         jnp.float32(length_penalty),
@@ -163,11 +165,11 @@ def beam_search(
         None if allowed is None else jax.device_put(np.asarray(allowed, np.int32)),
     )
     logits, cache = first_logits(params, config, request)
-    state = _start(request, num_beams, num_beam_groups, cache.fork(num_beams))
-    state = _first(rules, state, jnp.repeat(logits, num_beams, axis=0))
+    state = _start(request, num_beams, num_beam_groups, placed(params.mesh, cache.fork(num_beams)))
+    state = _first(rules, state, jnp.repeat(logits, num_beams, axis=0), params.mesh)
     check_numbers(state.groups[0].scores)
     while int(state.count) < max_new_tokens and any(np.any(group.open) for group in state.groups):
-        state = dataclasses.replace(state, cache=state.cache.reserve(1))
+        state = dataclasses.replace(state, cache=placed(params.mesh, state.cache.reserve(1)))
         until = min(max_new_tokens, int(state.count) + span(state.cache))
         state = _loop(params, config, rules, state, jnp.int32(until))
         check_numbers(state.groups[0].scores)
@@ -213,9 +215,9 @@ def _start(request: Request, num_beams: int, num_beam_groups: int, cache: KVCach
     return _State(tuple(group() for _ in range(num_beam_groups)), jnp.int32(0), cache)
 
 
-@partial(jax.jit, donate_argnames="state")
-def _first(rules: _Rules, state: _State, logits: jax.Array) -> _State:
-    return _choose(rules, state, logits, state.cache)
+@partial(jax.jit, static_argnames="mesh", donate_argnames="state")
+def _first(rules: _Rules, state: _State, logits: jax.Array, mesh: Mesh | None) -> _State:
+    return pinned(mesh, _choose(rules, state, logits, state.cache))
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="state")
@@ -231,7 +233,7 @@ def _loop(params: Params, config: GPT2Config, rules: _Rules, state: _State, unti
         logits, _, cache = feed(params, config, last.reshape(-1), state.cache)
         return _choose(rules, state, logits, cache)
 
-    return jax.lax.while_loop(unfinished, step, state)
+    return pinned(params.mesh, jax.lax.while_loop(unfinished, step, state))
 
 
 def _choose(rules: _Rules, state: _State, logits: jax.Array, cache: KVCache) -> _State:

@@ -11,6 +11,7 @@ from flax import struct
 
 from llorch_jax.buckets import bucket
 from llorch_jax.cache.base import KVCache
+from llorch_jax.cache.placement import pinned, placed
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.branching import check_numbers, check_real, check_untraced, feed, span
 from llorch_jax.decoding.params import DecodingParams, EosIds
@@ -95,13 +96,13 @@ def contrastive_search(
     whole("max_new_tokens", max_new_tokens, CapacityError, most=2**30)
     whole("top_k", top_k, SearchError, most=config.vocab_size)
     check_real("penalty_alpha", penalty_alpha, least=0.0, most=1.0)
-    request = prepare(config, prompt_tokens, max_new_tokens + 1, cache, lengths, eos_id=eos_id)
+    request = prepare(config, prompt_tokens, max_new_tokens + 1, cache, lengths, eos_id=eos_id, mesh=params.mesh)
     check_untraced(request)
     known = None if allowed is None else jax.device_put(np.asarray(allowed, np.int32))
     state = _start(params, config, request, top_k, max_new_tokens, known)
     check_numbers(state.probabilities)
     while int(state.count) < max_new_tokens and not np.all(state.finished):
-        state = dataclasses.replace(state, cache=state.cache.reserve(1))
+        state = dataclasses.replace(state, cache=placed(params.mesh, state.cache.reserve(1)))
         until = min(max_new_tokens, int(state.count) + span(state.cache))
         state = _loop(params, config, request.decoding, jnp.float32(penalty_alpha), state, jnp.int32(until))
         check_numbers(state.probabilities)
@@ -144,7 +145,8 @@ def _prefill(
 ) -> tuple[jax.Array, jax.Array, jax.Array, KVCache]:
     """The first candidates' probabilities and ids [B, C], the tokens' hidden states [B, T, D], and the cache."""
     out = run(params, config, tokens, cache, lengths, last=True)
-    return *_candidates(out.logits, top_k, allowed), _unit(out.hidden), out.cache
+    found = *_candidates(out.logits, top_k, allowed), _unit(out.hidden), out.cache
+    return pinned(params.mesh, found)
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="state")
@@ -156,7 +158,8 @@ def _loop(
     def unfinished(state: _State) -> jax.Array:
         return (state.count < until) & ~jnp.all(state.finished)
 
-    return jax.lax.while_loop(unfinished, partial(_step, params, config, decoding, alpha), state)
+    after = jax.lax.while_loop(unfinished, partial(_step, params, config, decoding, alpha), state)
+    return pinned(params.mesh, after)
 
 
 def _step(params: Params, config: GPT2Config, decoding: DecodingParams, alpha: jax.Array, state: _State) -> _State:

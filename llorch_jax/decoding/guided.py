@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from llorch_jax.cache.base import KVCache
+from llorch_jax.cache.placement import placed
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding import steps
 from llorch_jax.decoding.request import Request, following
@@ -118,7 +119,7 @@ class _Segment:
         """The logits after the newest token of the rows that are not done, and the cache with it."""
         cache = self.state.cache
         if self._room == 0:
-            cache = cache.reserve(going.astype(np.int32))
+            cache = placed(self._params.mesh, cache.reserve(going.astype(np.int32)))
             self._room = cache.room(going)
         self._room -= 1
         return steps.feed_active(self._params, self._config, self.state.token, cache, going)

@@ -16,6 +16,7 @@ import numpy as np
 
 from llorch_jax.buckets import bucket
 from llorch_jax.cache.base import KVCache
+from llorch_jax.cache.placement import placed
 from llorch_jax.checks import check_append, check_lengths, check_tokens
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding import steps
@@ -53,6 +54,7 @@ def prefill(
     tokens = check_tokens(config, tokens)
     lengths = check_lengths(lengths, tokens)
     tokens, cache = check_append(config, tokens, cache, lengths)
+    cache = placed(params.mesh, cache)
     return steps.prefill_step(params, config, pad_to_bucket(tokens, config), lengths, cache, fresh=cache.is_empty())
 
 
@@ -76,7 +78,7 @@ def decode_step(params: Params, config: GPT2Config, token: Any, cache: Cache) ->
     if token.ndim != 1:
         raise TokenError(f"token: expected one id per row, shape [B], got shape {list(token.shape)}")
     tokens, cache = check_append(config, token[:, None], cache)
-    return steps.decode(params, config, tokens[:, 0], cache)
+    return steps.decode(params, config, tokens[:, 0], placed(params.mesh, cache))
 
 
 def generate_tokens(
@@ -119,7 +121,9 @@ def generate_tokens(
         SamplerError: a random sampler got no key, or the settings ban every token.
         NonFiniteError: the model's logits are NaN or infinite.
     """
-    request = prepare(config, prompt_tokens, max_new_tokens, cache, lengths, sampler, key, eos_id, overflow)
+    request = prepare(
+        config, prompt_tokens, max_new_tokens, cache, lengths, sampler, key, eos_id, overflow, mesh=params.mesh
+    )
     generated, cache_after = generate_from(params, config, request, steps.start(params, config, request))
     return generated.tokens, cache_after
 
@@ -146,7 +150,9 @@ def stream_tokens(
     Returns:
         The cache, as the generator's return value.
     """
-    request = prepare(config, prompt_tokens, max_new_tokens, cache, lengths, sampler, key, eos_id, overflow)
+    request = prepare(
+        config, prompt_tokens, max_new_tokens, cache, lengths, sampler, key, eos_id, overflow, mesh=params.mesh
+    )
     return _tokens_of(stream_steps(params, config, request))
 
 
@@ -215,7 +221,7 @@ def _run_spans(
     """Fills the columns of a span of `out`, as long as rows are not done, and cuts it to the span's end."""
     done, end = span
     while done < end and not _all_done(decoding, state):
-        state, room = steps.with_room(state)
+        state, room = steps.with_room(params, state)
         until = min(end, done + room)
         out, state = steps.loop(params, config, decoding, out, state, jnp.asarray([done, until], jnp.int32))
         done = until

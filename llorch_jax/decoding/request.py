@@ -7,9 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from llorch_jax.buckets import bucket
 from llorch_jax.cache.base import KVCache
+from llorch_jax.cache.placement import new_cache, placed
 from llorch_jax.cache.static import StaticCache
 from llorch_jax.checks import check_append, check_lengths, check_tokens
 from llorch_jax.config import GPT2Config
@@ -39,6 +41,7 @@ class Request:
         reencode: what is kept when the context is full; None where it cannot overflow.
         history: `History` of the prompt with room for all new tokens; None if the sampler does not use it.
         sampler_state: of the sampler before the first token.
+        mesh: of the parameters.
     """
 
     tokens: Any
@@ -51,6 +54,7 @@ class Request:
     reencode: Reencode | None = None
     history: History | None = None
     sampler_state: Any = None
+    mesh: Mesh | None = None
 
     @property
     def batch_size(self) -> int:
@@ -76,10 +80,12 @@ def prepare(
     *,
     top_logprobs: int = 0,
     room: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Request:
     """Checks the arguments of `generate_tokens` on the host; see there.
 
     `top_logprobs` alternatives are recorded at every step; the history has room for `room` tokens where that is more.
+    `mesh` is that of the parameters.
     """
     tokens = check_tokens(config, prompt_tokens)
     batch = tokens.shape[0]
@@ -102,19 +108,20 @@ def prepare(
     tokens, cache = check_append(config, tokens, cache, lengths, later=np.minimum(remaining, now) - 1)
     if cache is None:
         slots = bucket(tokens.shape[1] + now - 1, config.n_positions)
-        cache = StaticCache.init(config, batch_size=batch, capacity=slots)
+        cache = new_cache(mesh, StaticCache.init, config, batch_size=batch, capacity=slots)
     padded_tokens = pad_to_bucket(tokens, config)
     return Request(
         padded_tokens,
         lengths,
-        cache,
-        decoding,
+        placed(mesh, cache),
+        placed(mesh, decoding),
         now,
         remaining,
         finished=np.zeros(batch, bool),
         reencode=reencode,
-        history=History.of(padded_tokens, lengths, capacity) if capacity else None,
-        sampler_state=decoding.sampler.init(batch),
+        history=placed(mesh, History.of(padded_tokens, lengths, capacity)) if capacity else None,
+        sampler_state=placed(mesh, decoding.sampler.init(batch)),
+        mesh=mesh,
     )
 
 

@@ -13,6 +13,7 @@ from llorch_jax.archive import Kind, read_archive, write_archive
 from llorch_jax.cache.base import KVCache
 from llorch_jax.cache.dynamic import DynamicCache
 from llorch_jax.cache.files import CACHE_CLASSES, check_savable
+from llorch_jax.cache.placement import new_cache, placed
 from llorch_jax.checks import check_cache, check_context, check_tokens
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding import steps
@@ -60,8 +61,9 @@ class Session:
         """
         prompt = check_tokens(config, prompt_tokens)
         if cache is None:
-            cache = DynamicCache.init(config, batch_size=prompt.shape[0])
-        request = prepare(config, prompt, 1, cache, lengths, sampler, key, eos_id, room=config.n_positions + 1)
+            cache = new_cache(params.mesh, DynamicCache.init, config, batch_size=prompt.shape[0])
+        room = config.n_positions + 1
+        request = prepare(config, prompt, 1, cache, lengths, sampler, key, eos_id, room=room, mesh=params.mesh)
         state = steps.start(params, config, request)
         steps.check_chosen(np.array(state.token)[:, None], np.array(state.logprob)[:, None])
         tokens, lengths = jax.device_put((prompt, request.lengths))
@@ -99,9 +101,9 @@ class Session:
         needed = np.where(finished, 0, counts)
         check_context(config, self.state.cache.lengths, needed)
         self.state.cache.check_room(needed)
-        new, state = np.array(self.state.token)[:, None][:, : self.pending], self.state
+        new, state = np.array(self.state.token)[:, None][:, : self.pending], placed(params.mesh, self.state)
         if counts.any():
-            generated, state = run_steps(params, config, self.decoding, state, counts)
+            generated, state = run_steps(params, config, placed(params.mesh, self.decoding), state, counts)
             new = np.concatenate([new, np.asarray(generated.tokens)], axis=1)
         # A pending token belongs to the text even where it has ended its row.
         got = self.pending + np.where(finished, 0, counts - np.asarray(state.remaining)) * bool(counts.any())

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import Mesh
 
 from llorch_jax.cache.base import KVCache
+from llorch_jax.cache.placement import pinned, placed
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.params import DecodingParams
 from llorch_jax.decoding.request import Request
@@ -162,7 +164,7 @@ def next_state(params: Params, config: GPT2Config, decoding: DecodingParams, sta
     return choose(decoding, logits, dataclasses.replace(state, cache=cache), cache.lengths)
 
 
-@partial(jax.jit, donate_argnames="cache")
+@partial(jax.jit, static_argnames="mesh", donate_argnames="cache")
 def first_state(
     decoding: DecodingParams,
     logits: jax.Array,
@@ -171,10 +173,12 @@ def first_state(
     cache: Cache,
     history: Any = None,
     sampler_state: Any = None,
+    *,
+    mesh: Mesh | None = None,
 ) -> DecodeState:
     """The state after sampling from logits [B, V] that a pass outside the loop has computed."""
     before = DecodeState(None, None, finished, remaining, cache, history, sampler_state)
-    return choose(decoding, logits, before, cache.lengths)
+    return pinned(mesh, choose(decoding, logits, before, cache.lengths))
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames=("out", "state"))
@@ -194,7 +198,7 @@ def loop(
         return count + 1, put(out, state, shown, count), state
 
     _, out, state = jax.lax.while_loop(unfinished, step, (span[0], out, state))
-    return out, state
+    return pinned(params.mesh, (out, state))
 
 
 def start(params: Params, config: GPT2Config, request: Request) -> DecodeState:
@@ -204,7 +208,7 @@ def start(params: Params, config: GPT2Config, request: Request) -> DecodeState:
 
 def first_logits(params: Params, config: GPT2Config, request: Request) -> tuple[jax.Array, KVCache]:
     """The prefill of a prepared request: logits float32 [B, V] of each row's last token, and the cache."""
-    cache = request.cache
+    cache = placed(params.mesh, request.cache)
     return prefill_step(params, config, request.tokens, request.lengths, cache, fresh=cache.is_empty())
 
 
@@ -218,10 +222,11 @@ def begin(request: Request, logits: jax.Array, cache: KVCache) -> DecodeState:
         cache,
         request.history,
         request.sampler_state,
+        mesh=request.mesh,
     )
 
 
-def with_room(state: DecodeState) -> tuple[DecodeState, int]:
+def with_room(params: Params, state: DecodeState) -> tuple[DecodeState, int]:
     """The state, its cache with room for more tokens in the rows that are not done, and the number of steps it allows.
 
     Rows that are done need no room: their context may be full.
@@ -229,7 +234,7 @@ def with_room(state: DecodeState) -> tuple[DecodeState, int]:
     active = ~done_on_host(state)
     if not active.any():
         return state, 1
-    cache = state.cache.reserve(active.astype(np.int32))
+    cache = placed(params.mesh, state.cache.reserve(active.astype(np.int32)))
     return dataclasses.replace(state, cache=cache), cache.room(active)
 
 

@@ -74,6 +74,7 @@ class Segment:
 
     def __init__(self, params: Params, config: GPT2Config, request: Request) -> None:
         self._params = params
+        self._together = params.mesh is not None and params.mesh.is_multi_process
         self._config = config
         self._decoding = request.decoding
         self._left = request.max_new_tokens - 1  # steps not yet in the queue
@@ -117,14 +118,15 @@ class Segment:
         out, count = self._under_way.popleft()
         block = jax.tree.map(np.array, out)  # copies: the buffers are used again
         self._spare.append(out)
-        if time.perf_counter() - start < SHORT:
+        # Several processes must queue the same blocks, and may not go by their clocks.
+        if self._together or time.perf_counter() - start < SHORT:
             self._size = min(2 * self._size, LONGEST)
         return [jax.tree.map(lambda array, column=column: array[:, column], block) for column in range(count)]
 
     def _dispatch(self) -> None:
         """Puts the next block in the queue."""
         if self._room == 0:
-            self.state, self._room = steps.with_room(self.state)
+            self.state, self._room = steps.with_room(self._params, self.state)
         count = min(self._size, self._left, self._room)
         out = self._spare.pop() if self._spare else steps.filler(self._decoding, LONGEST)
         span = jnp.asarray([0, count], jnp.int32)

@@ -8,11 +8,13 @@ import numpy as np
 
 from llorch_jax.buckets import SMALLEST, bucket, power_of_two
 from llorch_jax.cache.paged import PagedCache
+from llorch_jax.cache.placement import new_cache, placed
 from llorch_jax.config import GPT2Config
 from llorch_jax.engine import slots as programs
 from llorch_jax.engine.scheduler import Limits
 from llorch_jax.engine.sequences import Sequence
 from llorch_jax.engine.settings import SlotSettings
+from llorch_jax.errors import MeshError
 from llorch_jax.kernels.library import available
 from llorch_jax.params import Params
 
@@ -48,7 +50,12 @@ class Device:
             known: bits of the ids that may be drawn, see `Settings`; None for all.
         """
         limits = plot.limits
-        cache = PagedCache.init(
+        self._mesh = params.mesh
+        if self._mesh is not None and self._mesh.is_multi_process:  # whose schedules would differ
+            raise MeshError("engine: expected a mesh of one process, got one of several; run an engine in each")
+        cache = new_cache(
+            self._mesh,
+            PagedCache.init,
             config,
             batch_size=limits.slots,
             page_size=limits.page_size,
@@ -59,7 +66,7 @@ class Device:
         self._params = params
         self._config = config
         self._limits = limits
-        self._slots = programs.Slots.empty(cache, bucket(config.n_positions + 1))
+        self._slots = placed(self._mesh, programs.Slots.empty(cache, bucket(config.n_positions + 1)))
         self._settings = SlotSettings(limits.slots, None if known is None else jax.device_put(known))
         self._columns = -(-config.n_positions // limits.page_size)
 
@@ -83,7 +90,7 @@ class Device:
             prompt=np.int32(len(request.tokens)),
             remaining=np.int32(request.max_new_tokens - sequence.new),
         )
-        chosen, self._slots = programs.enter(self._slots, self._settings.on_device(), logits, entrant)
+        chosen, self._slots = programs.enter(self._slots, self._settings.on_device(), logits, entrant, mesh=self._mesh)
         return self._results([sequence], chosen)
 
     def decode(self, sequences: list[Sequence]) -> Any:
@@ -112,7 +119,7 @@ class Device:
         history = np.zeros(self._slots.history.tokens.shape[1], np.int32)
         nobody, one = np.int32(self._limits.slots), np.int32(1)
         entrant = programs.Entrant(nobody, history, one, one, np.int32(0))
-        _, self._slots = programs.enter(self._slots, self._settings.on_device(), logits, entrant)
+        _, self._slots = programs.enter(self._slots, self._settings.on_device(), logits, entrant, mesh=self._mesh)
         for size in sorted({min(power_of_two(n), self._limits.slots) for n in range(1, self._limits.slots + 1)}):
             for columns in sorted({self._width(count) for count in range(1, self._columns + 1)}):
                 chosen = self._decode(np.full(size, nobody), np.full((size, columns), -1, np.int32))

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Mesh
 
 from llorch_jax.cache.paged import PagedCache
+from llorch_jax.cache.placement import pinned
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.params import DecodingParams
 from llorch_jax.decoding.steps import Alternatives, DecodeState, choose
@@ -135,11 +137,13 @@ def prefill(
         lambda hidden: jnp.zeros((1, config.vocab_size), jnp.float32),
         last,
     )
-    return logits, slots.replace(cache=cache)  # type: ignore[attr-defined]
+    return logits, pinned(params.mesh, slots.replace(cache=cache))  # type: ignore[attr-defined]
 
 
-@partial(jax.jit, donate_argnames="slots")
-def enter(slots: Slots, settings: Settings, logits: jax.Array, entrant: Entrant) -> tuple[Chosen, Slots]:
+@partial(jax.jit, static_argnames="mesh", donate_argnames="slots")
+def enter(
+    slots: Slots, settings: Settings, logits: jax.Array, entrant: Entrant, *, mesh: Mesh | None = None
+) -> tuple[Chosen, Slots]:
     """The first token of a request, which now gets a slot, given the logits [1, V] after its prompt."""
     row = jnp.asarray(entrant.slot)[None]
     length = jnp.asarray(entrant.length)[None]
@@ -152,7 +156,7 @@ def enter(slots: Slots, settings: Settings, logits: jax.Array, entrant: Entrant)
         history=History(jnp.asarray(entrant.tokens)[None], length, jnp.asarray(entrant.prompt)[None]),
     )
     state = choose(settings.rows(row), logits, before, length)
-    return Chosen(state.token, state.logprob, logits), _put(slots, row, state, length)
+    return Chosen(state.token, state.logprob, logits), pinned(mesh, _put(slots, row, state, length))
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="slots")
@@ -183,7 +187,7 @@ def decode(
     state = choose(settings.rows(there), out.logits, before, out.cache.lengths)
     cache = slots.cache.replace(keys=out.cache.keys, values=out.cache.values)
     slots = _put(slots.replace(cache=cache), rows, state, out.cache.lengths)  # type: ignore[attr-defined]
-    return Chosen(state.token, state.logprob, out.logits), slots
+    return Chosen(state.token, state.logprob, out.logits), pinned(params.mesh, slots)
 
 
 @partial(jax.jit, static_argnames="count")

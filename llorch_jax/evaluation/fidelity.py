@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llorch_jax.cache.base import KVCache
+from llorch_jax.cache.placement import new_cache
 from llorch_jax.cache.static import StaticCache
 from llorch_jax.checks import check_context, check_tokens
 from llorch_jax.config import GPT2Config
@@ -65,7 +66,7 @@ def fidelity(params: Params, config: GPT2Config, tokens: Any, prompt: int, cache
     check_context(config, np.zeros(batch, np.int32), length - 1)
     if not cache.is_empty():
         raise CacheError(f"cache: expected an empty one, got rows of {np.asarray(cache.lengths).tolist()} tokens")
-    exact: KVCache = StaticCache.init(config, batch_size=batch, capacity=length - 1)
+    exact: KVCache = new_cache(params.mesh, StaticCache.init, config, batch_size=batch, capacity=length - 1)
     exact, cache = (prefill(params, config, ids[:, :prompt], each)[1] for each in (exact, cache))
     sums = np.zeros(4)
     for step in range(prompt, length - 1):

@@ -11,6 +11,7 @@ import numpy as np
 
 from llorch_jax.buckets import bucket, power_of_two
 from llorch_jax.cache.base import KVCache
+from llorch_jax.cache.placement import new_cache
 from llorch_jax.cache.static import StaticCache
 from llorch_jax.checks import check_context, check_tokens
 from llorch_jax.config import GPT2Config
@@ -185,7 +186,7 @@ def _score_chunk(
     tokens, lengths = padded([*prefixes, *[prefixes[0]] * spare])
     longest = max(map(len, continuations)) - 1
     capacity = bucket(tokens.shape[1] + longest, config.n_positions)
-    cache = StaticCache.init(config, batch_size=tokens.shape[0], capacity=capacity)
+    cache = new_cache(params.mesh, StaticCache.init, config, batch_size=tokens.shape[0], capacity=capacity)
     logits, cache = prefill(params, config, tokens, cache, lengths)
     heads, likeliest = jax.device_get(_first_tokens(logits, allowed))
     logprobs = [[heads[row][ids[0]]] for row, ids in zip(rows, continuations, strict=True)]

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from llorch_jax.cache.layouts import fit_cache
+from llorch_jax.cache.placement import new_cache
 from llorch_jax.decoding.loop import generate_from
 from llorch_jax.decoding.request import prepare
 from llorch_jax.decoding.steps import start
@@ -76,7 +77,7 @@ def measure_speed(
     for name, value, least in (("batch", batch, 1), ("prompt_tokens", prompt_tokens, 1), ("new_tokens", new_tokens, 2)):
         whole(name, value, OptionError, least=least, most=2**30)
     whole("repeats", repeats, OptionError)
-    config = model.config
+    config, mesh = model.config, model.params.mesh
     total = prompt_tokens + new_tokens - 1
     if total > config.n_positions:
         raise CapacityError(f"tokens: expected at most n_positions={config.n_positions} per row, got {total}")
@@ -85,8 +86,8 @@ def measure_speed(
     prefill: list[float] = []
     step: list[float] = []
     for _ in range(repeats + 1):
-        empty = fit_cache(config, cache, batch, total, codec=codec, residual=residual)
-        request = prepare(config, ids, new_tokens, empty, eos_id=None)
+        empty = new_cache(mesh, fit_cache, config, cache, batch, total, codec=codec, residual=residual)
+        request = prepare(config, ids, new_tokens, empty, eos_id=None, mesh=mesh)
         watch.lap()
         state = jax.block_until_ready(start(model.params, config, request))
         prefill.append(watch.lap())

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llorch_jax.attention import MASKED, DenseView, allowed_slots, attention_scores
+from llorch_jax.cache.placement import new_cache
 from llorch_jax.cache.static import StaticCache
 from llorch_jax.checks import check_append
 from llorch_jax.config import GPT2Config
@@ -150,7 +151,7 @@ def _first_block(params: Params, config: GPT2Config, tokens: jax.Array) -> dict[
 def _decoded(params: Params, config: GPT2Config, tokens: jax.Array, new_tokens: int) -> dict[str, jax.Array]:
     """Points 3 and 12, by prefill and decode steps."""
     batch, count = tokens.shape
-    cache = StaticCache.init(config, batch_size=batch, capacity=count + new_tokens - 1)
+    cache = new_cache(params.mesh, StaticCache.init, config, batch_size=batch, capacity=count + new_tokens - 1)
     if count > 1:
         _, cache = prefill(params, config, tokens[:, :-1], cache)
     logits, cache = decode_step(params, config, tokens[:, -1], cache)

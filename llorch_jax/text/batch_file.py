@@ -14,13 +14,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from llorch_jax.cache.files import fingerprint
 from llorch_jax.errors import BatchFileError
 from llorch_jax.loading.checkpoint import Model
 from llorch_jax.text.generation import continue_texts
 from llorch_jax.text.jobs import Job, JobReader
 from llorch_jax.text.results import Generation
-from llorch_jax.tracing import whole
+from llorch_jax.tracing import from_first_process, whole
 
 
 def generate_file(
@@ -46,6 +48,8 @@ def generate_file(
         progress: called with the number of prompts done and in total.
         options: options of `generate`, which lines may override.
 
+    Of several processes that compute together, the first reads and writes the target.
+
     Returns:
         The number of prompts continued by this call.
 
@@ -57,14 +61,18 @@ def generate_file(
     """
     whole("batch_size", batch_size, BatchFileError)
     jobs = JobReader(model, options).read(source)
-    _check_target(source, target)
+    first = jax.process_index() == 0
+    if first:
+        _check_target(source, target)
     weights = fingerprint(model.params, model.config)
     heads = [head_of(job, weights) for job in jobs]
-    there = 0 if overwrite or not target.exists() else _results_kept(target, heads)
+    kept = first and not overwrite and target.exists()
+    there = from_first_process(_results_kept(target, heads) if kept else 0)
+    written = target if first else Path(os.devnull)
     done = there
     progress(done, len(jobs))
     try:
-        with target.open("ab" if there else "wb") as file:
+        with written.open("ab" if there else "wb") as file:
             for batch in batches_of(jobs, batch_size):
                 if batch[-1].line <= there:
                     continue
@@ -73,7 +81,8 @@ def generate_file(
                     if job.line > there:
                         file.write(result_line(heads[job.line - 1], out))
                 file.flush()
-                os.fsync(file.fileno())
+                if first:
+                    os.fsync(file.fileno())
                 done = batch[-1].line
                 progress(done, len(jobs))
     except OSError as error:

@@ -117,7 +117,7 @@ class Chat:
         self.cache = self._empty()
 
     def _empty(self) -> KVCache:
-        return self.options.fitted_cache(self.model.config, 1, self.model.config.n_positions)
+        return self.options.fitted_cache(self.model.config, 1, self.model.config.n_positions, self.model.params.mesh)
 
     @property
     def context(self) -> int:
@@ -245,7 +245,15 @@ class Chat:
         turn.prefilled = missing.shape[1]
         eos_ids = self._ending(limit).ids
         request = prepare(
-            self.model.config, missing, limit, self.cache, None, self._sampler, key_of_seed(seed), eos_ids
+            self.model.config,
+            missing,
+            limit,
+            self.cache,
+            None,
+            self._sampler,
+            key_of_seed(seed),
+            eos_ids,
+            mesh=self.model.params.mesh,
         )
         if request.history is not None:  # of the whole text, not of this turn only
             text = np.array([self.tokens], np.int32)

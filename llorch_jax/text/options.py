@@ -5,9 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+from jax.sharding import Mesh
 
 from llorch_jax.cache.base import KVCache
 from llorch_jax.cache.layouts import fit_cache
+from llorch_jax.cache.placement import new_cache
 from llorch_jax.checks import check_cache
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.beam import check_beams
@@ -220,15 +222,16 @@ class GenerationOptions:
         else:
             self._check_sampler()
 
-    def fitted_cache(self, config: GPT2Config, rows: int, tokens: int) -> KVCache:
-        """The cache object, or a new cache for `rows` rows of `tokens` tokens.
+    def fitted_cache(self, config: GPT2Config, rows: int, tokens: int, mesh: Mesh | None = None) -> KVCache:
+        """The cache object, or a new cache for `rows` rows of `tokens` tokens, on the mesh of the parameters.
 
         Raises:
             CacheError: the layout or the codec is invalid.
         """
         if isinstance(self.cache, KVCache):
             return self.cache
-        return fit_cache(config, self.cache, rows, tokens, codec=self.codec, residual=self.residual)
+        settings = {"codec": self.codec, "residual": self.residual}
+        return new_cache(mesh, fit_cache, config, self.cache, rows, tokens, **settings)
 
     def sampling_for(self, model: Model) -> dict[str, Any]:
         """The sampling settings, with the ids of a model's tokens at which repetitions end."""

@@ -82,8 +82,9 @@ def make_batch(
     endings = [Ending.of(model, options, limit) for limit in limits]
     tokens, lengths = padded(ids)
     keys = row_keys(options.seed, len(prompts), copies)
+    mesh = model.params.mesh
     longest = max(len(row) + limit - 1 for row, limit in zip(ids, limits, strict=True))
-    cache = options.fitted_cache(model.config, len(ids), min(longest, model.config.n_positions))
+    cache = options.fitted_cache(model.config, len(ids), min(longest, model.config.n_positions), mesh)
     request = prepare(
         model.config,
         tokens,
@@ -95,6 +96,7 @@ def make_batch(
         endings[0].ids,
         options.overflow,
         top_logprobs=options.top_logprobs,
+        mesh=mesh,
     )
     rows = [Growing(tokenizer_of(model), ending, row) for row, ending in zip(ids, endings, strict=True)]
     return Batch(endings[0].ids, request, rows)

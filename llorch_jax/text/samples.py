@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llorch_jax.cache.placement import placed
 from llorch_jax.decoding.loop import generate_from
 from llorch_jax.decoding.request import Request
 from llorch_jax.decoding.steps import begin, first_logits
@@ -97,7 +98,7 @@ def _draw(model: Model, prompts: list[str], options: GenerationOptions, copies: 
     logits, after = first_logits(model.params, model.config, _without_copies(batch.request, copies))
     jax.block_until_ready(logits)
     prefill_seconds = watch.lap()
-    state = begin(batch.request, jnp.repeat(logits, copies, axis=0), after.fork(copies))
+    state = begin(batch.request, jnp.repeat(logits, copies, axis=0), placed(model.params.mesh, after.fork(copies)))
     generated, _ = generate_from(model.params, model.config, batch.request, state)
     return collect(steps_of(generated, batch.eos_ids), batch.rows, watch, prefill_seconds)
 

@@ -89,7 +89,7 @@ def _contrastive(model: Model, prompts: Sequence[Prompt], options: GenerationOpt
 def _cache(model: Model, options: GenerationOptions, ids: list[list[int]], width: int, new: int) -> KVCache:
     """A cache of a row per prompt; a paged one has pages for all branches, so it is made for these first."""
     needed = min(max(map(len, ids)) + new, model.config.n_positions)
-    whole_cache = options.fitted_cache(model.config, len(ids) * width, needed)
+    whole_cache = options.fitted_cache(model.config, len(ids) * width, needed, model.params.mesh)
     return whole_cache.select(np.arange(len(ids), dtype=np.int32))
 
 

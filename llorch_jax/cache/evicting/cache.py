@@ -22,7 +22,7 @@ from llorch_jax.cache.static import empty_slots, slots_of, write_slots
 from llorch_jax.cache.views import SlotView
 from llorch_jax.config import GPT2Config
 from llorch_jax.errors import CacheError
-from llorch_jax.tracing import is_concrete
+from llorch_jax.tracing import is_concrete, on_host
 
 SLACK = 32
 
@@ -275,7 +275,7 @@ class EvictingCache(KVCache):
         """
         chosen = _choose(self)
         if full.any():
-            _check_chosen(np.asarray(chosen), np.asarray(self.held)[full], full)
+            _check_chosen(on_host(chosen), np.asarray(self.held)[full], full)
         return _compact(self, chosen, jnp.asarray(full), min(self.full_slots, self.slots))
 
     def _with_slots(self, slots: int) -> Self:

@@ -59,6 +59,14 @@ def gather_pages(pool: jax.Array, pages: jax.Array) -> jax.Array:
     return found.reshape(*found.shape[:2], -1, found.shape[4])
 
 
+def of_all_rows(*arrays: jax.Array) -> list[jax.Array]:
+    """Arrays [B, ...] of all rows, where these are divided among devices (see `sharding`) that all hold every page."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if "data" not in mesh.manual_axes or mesh.shape["data"] == 1:
+        return list(arrays)
+    return [lax.all_gather(array, "data", tiled=True) for array in arrays]
+
+
 def put_pages(pools: Pools, pages: np.ndarray, source: Pools, taken: np.ndarray) -> Pools:
     """The pools with pages `pages` int [M] replaced by pages `taken` int [M] of the source."""
 

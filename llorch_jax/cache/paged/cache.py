@@ -12,7 +12,7 @@ from llorch_jax.cache.axes import array, setting
 from llorch_jax.cache.base import KVCache, replace_item
 from llorch_jax.cache.codecs import Codec, Stored, make_codec, residual_of
 from llorch_jax.cache.paged.allocator import PageAllocator, PageStats, blocks
-from llorch_jax.cache.paged.arrays import copy_pages, write_pages
+from llorch_jax.cache.paged.arrays import copy_pages, of_all_rows, write_pages
 from llorch_jax.cache.paged.checks import check_intact, check_pages, check_written
 from llorch_jax.cache.paged.rows import insert_rows, join_rows
 from llorch_jax.cache.paged.view import PagedView
@@ -188,12 +188,12 @@ class PagedCache(KVCache):
         return self.allocator().stats()
 
     def _write(self, layer: int, k: jax.Array, v: jax.Array, count: Any) -> Self:
-        counts = self._counts(k, count)
-        last = self._last_pages()
+        rows = (self.tables, self.lengths, self._counts(k, count), self.sources[layer], self._last_pages())
+        tables, lengths, counts, sources, last = of_all_rows(*rows)
 
         def write(pool: jax.Array, tokens: jax.Array) -> jax.Array:
-            pool = copy_pages(pool, self.sources[layer], last)
-            return write_pages(pool, tokens, self.tables, self.lengths, counts)
+            pool = copy_pages(pool, sources, last)
+            return write_pages(pool, of_all_rows(tokens)[0], tables, lengths, counts)
 
         keys = jax.tree.map(write, self.keys[layer], self.codec.encode(k))
         values = jax.tree.map(write, self.values[layer], self.codec.encode(v))

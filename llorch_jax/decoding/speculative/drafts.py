@@ -9,6 +9,7 @@ import numpy as np
 from flax import struct
 
 from llorch_jax.buckets import bucket
+from llorch_jax.cache.placement import new_cache
 from llorch_jax.cache.static import StaticCache
 from llorch_jax.checks import check_context
 from llorch_jax.config import GPT2Config
@@ -166,7 +167,9 @@ class DraftModel:
         check_context(self.config, lengths, new_tokens - 1)
         limit = self.config.n_positions
         capacity = bucket(tokens.shape[1] + int(np.max(new_tokens)), limit)
-        cache = StaticCache.init(self.config, batch_size=tokens.shape[0], capacity=capacity)
+        cache = new_cache(
+            self.params.mesh, StaticCache.init, self.config, batch_size=tokens.shape[0], capacity=capacity
+        )
         _, cache = prefill_step(self.params, self.config, tokens[:, :limit], lengths, cache, fresh=True)
         return cache.crop(lengths - 1)
 

@@ -19,6 +19,7 @@ from flax import struct
 
 from llorch_jax.buckets import bucket
 from llorch_jax.cache.base import KVCache
+from llorch_jax.cache.placement import pinned, placed
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.params import DecodingParams, EosIds
 from llorch_jax.decoding.request import Request, prepare
@@ -127,7 +128,7 @@ def speculate_tokens(
         DraftError: the draft does not fit the model, or one of its settings is invalid.
     """
     draft = PromptLookup() if draft is None else draft
-    request = prepare(config, prompt_tokens, max_new_tokens, cache, lengths, sampler, key, eos_id)
+    request = prepare(config, prompt_tokens, max_new_tokens, cache, lengths, sampler, key, eos_id, mesh=params.mesh)
     state = begin(params, config, request, draft)
     generated, cache_after, speculation = finish(params, config, request, draft, state)
     return generated.tokens, cache_after, speculation
@@ -140,6 +141,7 @@ def begin(params: Params, config: GPT2Config, request: Request, draft: Draft) ->
         CacheError, DraftError: as `speculate_tokens`.
     """
     _check(request, draft)
+    draft = placed(params.mesh, draft)
     batch, columns = request.tokens.shape
     draft_state = draft.init(config, request.tokens, request.lengths, request.remaining)
     history = request.history
@@ -164,9 +166,10 @@ def finish(
 ) -> tuple[Generated, KVCache, Speculation]:
     """Tokens and log-probabilities [B, N] of a request begun, the cache, and how useful the guesses were."""
     decoding = dataclasses.replace(request.decoding, top_logprobs=0)
+    draft = placed(params.mesh, draft)
     while not (done := done_on_host(state.decode)).all():
         wanted = np.minimum(draft.length + 1, np.asarray(state.decode.remaining))
-        cache = state.decode.cache.reserve(np.where(done, 0, wanted))
+        cache = placed(params.mesh, state.decode.cache.reserve(np.where(done, 0, wanted)))
         room = cache.room(~done)
         limits = jnp.asarray(np.asarray(cache.lengths) + room, jnp.int32)
         state = dataclasses.replace(state, decode=dataclasses.replace(state.decode, cache=cache))
@@ -216,7 +219,8 @@ def _loop(
         fits = jnp.all(state.decode.cache.lengths + _needed(draft, state.decode) <= limits)
         return ~jnp.all(state.decode.done) & (fits | (state.steps == first))
 
-    return jax.lax.while_loop(unfinished, partial(_verify_step, params, config, decoding, draft), state)
+    after = jax.lax.while_loop(unfinished, partial(_verify_step, params, config, decoding, draft), state)
+    return pinned(params.mesh, after)
 
 
 def _verify_step(

@@ -1,0 +1,119 @@
+"""Commands on several devices, and by several processes."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+import tiny
+from devices import environment
+
+import llorch_jax as lj
+from llorch_jax.cli.devices import LOST, parse_mesh, take_mesh
+
+COMMAND = [sys.executable, "-m", "llorch_jax", "generate"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    made = tiny.random_model(num_kv_heads=4)
+    lj.save_model(path, made.config, made.params, made.tokenizer, overwrite=True)
+    return ["--model", str(path)]
+
+
+def start(*arguments, **settings):
+    env = {**environment(), "PYTHONWARNINGS": ""}
+    return subprocess.Popen(
+        [*COMMAND, *arguments], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings
+    )
+
+
+def start_two(*arguments):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    together = ["--coordinator", address, "--processes", "2"]
+    return [start(*arguments, *together, "--process", str(number)) for number in range(2)]
+
+
+def test_a_mesh_is_described_by_its_axes():
+    assert parse_mesh("data=2,model=4") == {"data": 2, "model": 4}
+    assert parse_mesh(" model = 3 ") == {"model": 3}
+    for wrong in ("", "2", "data=0", "data=2,data=2", "rows=2", "data=2;model=2", "data=-1", "data=1.5"):
+        with pytest.raises(lj.MeshError, match=r"data=N,model=N"):
+            parse_mesh(wrong)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"coordinator": "localhost:1"}, "with the numbers processes and process"),
+        ({"coordinator": "localhost", "processes": 2, "process": 0}, "HOST:PORT, got 'localhost'"),
+        ({"coordinator": "localhost:1", "processes": 2, "process": 2}, "process: expected"),
+        ({"coordinator": "localhost:1", "processes": 2, "process": 0, "mesh": "model=3"}, "2 processes, got 3"),
+        ({"mesh": "data=1000"}, "at least 1000 devices"),
+    ],
+)
+def test_refusals_name_what_was_expected(given, message):
+    jax.devices()  # otherwise it would make a thousand
+    with pytest.raises(lj.MeshError, match=message):
+        take_mesh(given)
+
+
+def test_a_command_on_a_mesh_prints_what_it_prints_on_one_device(model):
+    one, two = (start(*model, "The old woman", "-n", "12", *mesh) for mesh in ((), ("--mesh", "data=1,model=2")))
+    expected, got = (process.communicate(timeout=120) for process in (one, two))
+    assert got == expected
+    assert one.returncode == two.returncode == 0
+
+
+def test_devices_that_wait_for_each_other_leave_threads_to_compute_on(tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "Once upon a time there was fox number {n}, who"}}\n' for n in range(8)))
+    outs = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
+    for out, mesh in zip(outs, ((), ("--mesh", "model=2")), strict=True):
+        running = start("--file", str(prompts), "-n", "20", "--out", str(out), *mesh)
+        assert running.communicate(timeout=100)[0] == ""
+        assert running.returncode == 0
+    assert [json.loads(line)["text"] for line in outs[0].open()] == [
+        json.loads(line)["text"] for line in outs[1].open()
+    ]
+
+
+def test_two_processes_write_what_one_writes(model, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "{text}", "seed": {len(text)}}}\n' for text in ("a b", "fox", "x", "y z")))
+    alone, both = tmp_path / "alone.jsonl", tmp_path / "both.jsonl"
+    options = [*model, "--file", str(prompts), "-n", "12", "--temperature", "0.8", "--mesh", "data=2,model=2"]
+    first = start(*options, "--out", str(alone))
+    assert first.communicate(timeout=120)[0] == ""
+    running = start_two(*options, "--out", str(both))
+    said = [process.communicate(timeout=120) for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    assert both.read_bytes() == alone.read_bytes()
+    assert both.read_text().count("\n") == 4
+    assert "Gloo" not in str(said)
+
+
+@pytest.mark.parametrize(("victim", "number"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)])
+def test_a_process_ends_with_one_line_when_another_is_killed_or_stopped(model, victim, number):
+    running = start_two(*model, "The old woman", "-n", "1000000", "--overflow", "reencode", "--mesh", "model=2")
+    try:
+        assert running[0].stdout.read(200)  # both generate
+        os.kill(running[victim].pid, number)
+        killed = time.monotonic()
+        other = running[1 - victim]
+        message = other.communicate(timeout=60)[1].strip()
+        assert time.monotonic() - killed < 45
+        assert other.returncode == 1
+        assert message.startswith(f"error: {LOST}")
+        assert "\n" not in message
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate()
