@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from llorch_jax.cores import allow_threads, devices_asked_for
+from llorch_jax.cores import take_enough_threads
 
 if TYPE_CHECKING:
     from llorch_jax.cache import (
@@ -171,7 +171,7 @@ _HOMES = {
 __version__ = "0.1.0"
 
 
-allow_threads(devices_asked_for())
+take_enough_threads()  # before JAX starts
 
 
 def __getattr__(name: str) -> Any:

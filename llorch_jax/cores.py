@@ -1,7 +1,9 @@
 """The cores of this machine that the process may use."""
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 
 
 def usable_cores() -> int:
@@ -15,11 +17,29 @@ def devices_asked_for() -> int:
     return int(numbers[-1]) if numbers else 1
 
 
-def allow_threads(devices: int) -> None:
-    """Makes XLA's pool of threads large enough for several devices of one CPU, unless JAX has started already.
+def take_enough_threads() -> None:
+    """`enough_threads` for the rest of the process, if XLA_FLAGS asks for several devices."""
+    devices = devices_asked_for()
+    if devices > 1:
+        os.environ.setdefault("NPROC", _threads(devices))
+
+
+@contextlib.contextmanager
+def enough_threads(devices: int) -> Iterator[None]:
+    """Makes XLA's pool of threads large enough for several devices of one CPU, if JAX starts meanwhile.
 
     Devices of one process wait for each other inside this pool. With a thread per core, which is XLA's default, all
     threads may be waiting while the device that they wait for has none left to compute its next operation on.
     """
-    if devices > 1:
-        os.environ.setdefault("NPROC", str(usable_cores() + 2 * devices))
+    if devices < 2 or "NPROC" in os.environ:
+        yield
+        return
+    os.environ["NPROC"] = _threads(devices)
+    try:
+        yield
+    finally:
+        del os.environ["NPROC"]
+
+
+def _threads(devices: int) -> str:
+    return str(usable_cores() + 2 * min(devices, 64))

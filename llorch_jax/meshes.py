@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from llorch_jax.config import GPT2Config
-from llorch_jax.cores import allow_threads
+from llorch_jax.cores import enough_threads
 from llorch_jax.errors import MeshError
 from llorch_jax.linear import Dense, Matrix, QuantizedMatrix
 from llorch_jax.params import BlockParams, Params
@@ -32,8 +32,8 @@ def make_mesh(data: int = 1, model: int = 1) -> Mesh:
     """
     sizes = whole(ROWS, data, MeshError), whole(HEADS, model, MeshError)
     wanted = sizes[0] * sizes[1]
-    allow_threads(wanted)
-    devices = jax.devices()
+    with enough_threads(wanted):
+        devices = jax.devices()
     if wanted > len(devices):
         advice = (
             f"; a CPU has more of them if the environment has XLA_FLAGS=--xla_force_host_platform_device_count={wanted}"

@@ -14,7 +14,6 @@ import jax
 from jax.sharding import Mesh
 
 from llorch_jax.cli import streams
-from llorch_jax.cores import allow_threads
 from llorch_jax.errors import MeshError
 from llorch_jax.meshes import ROWS, make_mesh
 from llorch_jax.tracing import whole
@@ -41,7 +40,6 @@ def take_mesh(settings: dict[str, Any]) -> Mesh | None:
     wanted = sizes.get("data", 1) * sizes.get("model", 1)
     if wanted % processes:
         raise MeshError(f"mesh: expected as many devices for each of {processes} processes, got {wanted} devices")
-    allow_threads(wanted // processes)
     if _FLAG not in os.environ.get("XLA_FLAGS", ""):
         # Refused if there are devices already, whose number `make_mesh` then checks.
         with contextlib.suppress(RuntimeError):
