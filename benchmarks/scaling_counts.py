@@ -146,8 +146,12 @@ def _compile(case: Case) -> str:
     import jax.numpy as jnp
 
     import llorch_jax as lj
+    from llorch_jax import linear
     from llorch_jax.decoding import steps
 
+    # `linear` cuts products into parts by cores and by blocks of rows. Where these do not end where the devices' parts
+    # do, XLA would gather whole weights; inside `shard_map` each device cuts only what it has.
+    linear._CORES, linear._BLOCK = 1, 2**62
     config, mesh = with_enough_heads(case.config, case.devices), mesh_of(case.devices)
     params = lj.param_shapes(config, jnp.dtype(case.dtype))
     cache = jax.eval_shape(lambda: lj.StaticCache.init(config, batch_size=case.batch, capacity=case.capacity))
@@ -162,10 +166,6 @@ def _compile(case: Case) -> str:
 
 
 def main() -> None:
-    if hasattr(os, "sched_setaffinity"):
-        # With one core, `linear` does not cut products into parts, whose boundaries may not be those of the devices:
-        # XLA would then gather whole weights. Inside `shard_map` each device cuts only what it has.
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     found = []
     for each in json.load(sys.stdin):
         config = {key: tuple(value) if isinstance(value, list) else value for key, value in each.pop("config").items()}
