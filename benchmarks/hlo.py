@@ -1,9 +1,10 @@
-"""Finds the named scopes to which the operations of a compiled program belong, from the program's text."""
+"""Reads the text of a compiled program: the named scopes of its operations, its arguments, its collectives."""
 
 import dataclasses
 import math
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 CONTAINERS = {"while", "conditional", "call"}  # the operations inside them are timed as well
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "broadcast", "iota", "reshape"}
@@ -11,6 +12,8 @@ FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "broad
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?[\]})]) ([\w\-]+)\(([^)]*)\)(.*)$")
 _SHAPE = re.compile(r"\w+\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b([a-z]+)(\d+)?(?:e\d+m\d+\w*)?\[([\d,]*)\]")
+_COLLECTIVE = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ((?:all|collective|reduce-scatter)[\w\-]*)\(")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +27,18 @@ class Operation:
 
     shares: dict[str, float]
     container: bool
+
+
+class Collective(NamedTuple):
+    """An operation for which devices exchange data.
+
+    Attributes:
+        kind: such as all-reduce.
+        bytes: size of its result on one device.
+    """
+
+    kind: str
+    bytes: int
 
 
 @dataclasses.dataclass
@@ -67,6 +82,21 @@ def module_name(text: str) -> str:
     return text.split(maxsplit=2)[1].rstrip(",")
 
 
+def argument_bytes(text: str) -> int:
+    """Bytes of a program's arguments; of one device's part of them if it runs on several."""
+    return _array_bytes(text.partition("entry_computation_layout={(")[2].partition(")->")[0])
+
+
+def collectives(text: str) -> list[Collective]:
+    """The collectives of a program in the order of its text; one in a loop counts once."""
+    found = [match for line in text.splitlines() if (match := _COLLECTIVE.match(line))]
+    return [
+        Collective(match[2].removesuffix("-start"), _array_bytes(match[1]))
+        for match in found
+        if not match[2].endswith("-done")
+    ]
+
+
 def operations(text: str, scopes: Sequence[str]) -> dict[str, Operation]:
     """Every operation of a program by its name.
 
@@ -108,6 +138,14 @@ def _dimensions(result: str) -> tuple[int, ...]:
     """The shape of the first array in a type such as f32[2,768]{1,0}."""
     match = _SHAPE.search(result)
     return tuple(int(size) for size in match[1].split(",") if size) if match else ()
+
+
+def _array_bytes(types: str) -> int:
+    """Bytes of all arrays in a type such as (f32[2,768]{1,0}, pred[2])."""
+    total = 0
+    for _, bits, sizes in _ARRAY.findall(types):
+        total += math.prod(int(size) for size in sizes.split(",") if size) * int(bits or 8) // 8
+    return total
 
 
 class _Owners:
