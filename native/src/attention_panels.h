@@ -88,6 +88,18 @@ LLORCH_INLINE Sight sight_of(const Attention& a, const Block& block, const Panel
   return {some, all};
 }
 
+// Marks the slots that some query of the panel may see. The others' values count as zero: they may be left over from
+// another request, and even a weight of zero would let a NaN through.
+LLORCH_INLINE void mark_seen(const Attention& a, const PanelState& panel, Block& block) {
+  for (size_t i = 0; i < kSlots; ++i) {
+    const int32_t slot = block.positions[i];
+    bool seen = slot >= 0 && slot <= panel.most_position;
+    if (a.window > 0) seen &= slot > panel.least_position - a.window;
+    if (a.view_window > 0) seen &= slot > panel.least_position - a.view_window || slot < a.sinks;
+    block.seen[i] = seen;
+  }
+}
+
 LLORCH_INLINE Ints queries_that_see(const Attention& a, int32_t slot, Ints positions) {
   if (slot < 0) return Ints{};
   Ints seen = slot <= positions;
@@ -192,7 +204,11 @@ void attend_panel_as(const Attention& a, size_t row, size_t head, size_t first, 
     }
     Floats by[kQueryVectors];
     for (int v = 0; v < kQueryVectors; ++v) by[v] = weigh_panel(a, block, sight.all, v, panel);
+    mark_seen(a, panel, block);
     decode<Stored>(a, a.values, block.values, block.exact_values, block, width, panel.vectors);
+    for (size_t i = 0; i < kSlots; ++i) {
+      for (size_t v = 0; block.seen[i] == 0 && v < width; v += kLanes) store(panel.vectors + i * width + v, Floats{});
+    }
     for (size_t element = 0; element < width; element += kProductRows) {
       Floats sums[kProductRows][kQueryVectors] = {};
       add_products(panel.vectors + element, 1, width, panel.weights, kSlots, sums);

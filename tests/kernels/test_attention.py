@@ -225,6 +225,23 @@ def test_what_is_not_a_number_stays_not_a_number(tokens):
     assert np.isfinite(np.delete(got, 1, axis=1)).all()
 
 
+@pytest.mark.parametrize("codec", ["float32", "int8"])
+def test_slots_that_no_query_sees_may_hold_what_is_not_a_number(codec):
+    rng = np.random.default_rng(0)
+    view = slot_view(codec, rng, 1, 2, 130, 16)
+    q, queries = normal(rng, 1, 40, 2, 16), Queries(jnp.arange(30, 70, dtype=jnp.int32)[None], window=20)
+    expected = native(q, view, queries)
+
+    def spoil(stored):
+        def last(leaf):
+            return leaf.at[:, :, 70:].set(jnp.nan).at[:, :, :10].set(jnp.nan) if leaf.dtype == jnp.float32 else leaf
+
+        return jax.tree.map(last, stored)
+
+    spoilt = view.replace(keys=spoil(view.keys), values=spoil(view.values))
+    np.testing.assert_array_equal(native(q, spoilt, queries), expected)
+
+
 @examples(10)
 @given(
     seed=st.integers(0, 2**16),
