@@ -32,6 +32,7 @@ from llorch_jax.cores import usable_cores
 from llorch_jax.kernels import matmul as kernels
 
 EXACT = jax.lax.Precision.HIGHEST  # float32 products in full precision on every backend
+_MOST_SUMS_AS_PRODUCTS = 128  # columns
 _BLOCK = 2**18  # elements of a block of rows that is converted at once: 1 MB of float32
 _CORES = usable_cores()
 
@@ -184,10 +185,10 @@ def layer_norm(params: Norm, x: jax.Array, epsilon: float) -> jax.Array:
 def _column_means(x: jax.Array) -> jax.Array:
     """Means [1, M] of the columns of x [D, M]; with few columns, their bits do not depend on M.
 
-    XLA adds up in another order from six columns on, the native kernel does not. With many columns, XLA's product takes
-    up to a third of a forward pass.
+    XLA adds up in another order from six columns on, the native kernel does not. With hundreds of columns a product
+    with ones takes longer than the means.
     """
-    if x.shape[1] > kernels.MAX_COLUMNS:
+    if x.shape[1] > _MOST_SUMS_AS_PRODUCTS:
         return jnp.mean(x, axis=0, keepdims=True)
     return matmul(jnp.ones((1, x.shape[0])), x) / x.shape[0]
 
