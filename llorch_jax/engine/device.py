@@ -162,7 +162,7 @@ class Device:
         The kernels skip pages without tokens. Where they are not used, pages are gathered: no more than twice as many
         as needed.
         """
-        if available("llorch_attention"):
+        if available():
             return self._columns
         return min(self._columns, max(power_of_two(pages), _FEWEST_PAGES))
 

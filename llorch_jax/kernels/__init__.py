@@ -21,6 +21,6 @@ class Description(NamedTuple):
 
 def describe() -> Description:
     """Loads the library, unless it has been loaded already, and describes the outcome."""
-    isa, reason, _ = library()
+    isa, reason = library()
     formats = ("float32", "bfloat16", "float16", "int8", "int8 in groups", "int4 in groups")
     return Description(isa, formats if isa else (), reason)

@@ -122,7 +122,7 @@ def serves(form: Form, q: jax.Array, kv_heads: int, exact: int) -> bool:
         exact: number of sets of exact vectors.
     """
     fits = _few(form, q, kv_heads) or _padded(q.shape[3], form.bits) <= _MAX_HEAD
-    return q.size > 0 and fits and exact <= 2 and q.dtype == jnp.float32 and available("llorch_attention")
+    return q.size > 0 and fits and exact <= 2 and q.dtype == jnp.float32 and available()
 
 
 def _few(form: Form, q: jax.Array, kv_heads: int) -> bool:

@@ -15,6 +15,7 @@ import jax
 
 _NAMES = ("_native.so", "_native.dylib", "_native.dll")
 _TARGETS = ("llorch_matmul", "llorch_attention")
+_INTERFACE = 2  # to be raised, here and in dispatch.cpp, with what the custom calls take
 
 
 class Library(NamedTuple):
@@ -23,12 +24,10 @@ class Library(NamedTuple):
     Attributes:
         isa: the instruction set in use: "portable", "avx2" or "avx512"; None if the twins are used.
         reason: why the twins are used; empty if the kernels are.
-        targets: the custom calls that the library provides; one built from older sources may lack some.
     """
 
     isa: str | None
     reason: str
-    targets: frozenset[str] = frozenset()
 
 
 @cache
@@ -45,9 +44,9 @@ def library() -> Library:
         return Library(None, f"{path.name} cannot be loaded: {error}")
 
 
-def available(target: str) -> bool:
-    """Whether programs traced now may call a kernel: it was built, for a single CPU device or inside `shard_map`."""
-    if jax.default_backend() != "cpu" or library().isa is None or target not in library().targets:
+def available() -> bool:
+    """Whether programs traced now may call kernels: they were built, for a single CPU device or inside `shard_map`."""
+    if jax.default_backend() != "cpu" or library().isa is None:
         return False
     return jax.device_count() == 1 or bool(jax.sharding.get_abstract_mesh().manual_axes)
 
@@ -59,11 +58,12 @@ def _path() -> Path | None:
 
 def _load(path: Path) -> Library:
     native = ctypes.CDLL(str(path))
+    if not hasattr(native, "llorch_interface") or native.llorch_interface() != _INTERFACE:
+        return Library(None, f"{path.name} was built from other sources: install the package again")
     native.llorch_isa.restype = ctypes.c_char_p
     isa = native.llorch_isa()
     if isa is None:
         return Library(None, f"LLORCH_JAX_ISA={os.environ['LLORCH_JAX_ISA']} is not an instruction set of this machine")
-    targets = frozenset(name for name in _TARGETS if hasattr(native, name))
-    for name in targets:
+    for name in _TARGETS:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(native, name)), platform="cpu")
-    return Library(isa.decode(), "", targets)
+    return Library(isa.decode(), "")

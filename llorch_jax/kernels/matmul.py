@@ -56,7 +56,7 @@ def serves(form: Form, weight: jax.Array, x: jax.Array) -> bool:
     few = 1 <= columns <= MAX_COLUMNS and rows > 0
     many = columns > MAX_COLUMNS and rows >= _MIN_ROWS and form.bits < 32
     fits = (few or many) and depth > 0 and x.dtype == jnp.float32
-    return fits and _has_kernel(form, weight) and available("llorch_matmul")
+    return fits and _has_kernel(form, weight) and available()
 
 
 def _has_kernel(form: Form, weight: jax.Array) -> bool:

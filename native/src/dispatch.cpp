@@ -46,3 +46,6 @@ extern "C" __attribute__((visibility("default"))) const char* llorch_isa() {
   const llorch::Kernels* kernels = llorch::kernels();
   return kernels == nullptr ? nullptr : kernels->name;
 }
+
+// For Python: the number in library.py at the time when this was built.
+extern "C" __attribute__((visibility("default"))) int llorch_interface() { return 2; }

@@ -1,5 +1,6 @@
 """The library in processes of their own: other instruction sets, one core, no kernels, sanitizers."""
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -54,6 +55,15 @@ def test_without_kernels_the_twins_serve_and_the_reason_is_told():
 @needs_kernels
 def test_an_unknown_instruction_set_is_named():
     assert probe(LLORCH_JAX_ISA="mmx") == "None | LLORCH_JAX_ISA=mmx is not an instruction set of this machine"
+
+
+@needs_kernels
+def test_a_library_built_from_other_sources_is_left_alone(monkeypatch):
+    library = importlib.import_module("llorch_jax.kernels.library")  # a function has the same name
+    monkeypatch.setattr(library, "_INTERFACE", 10_000)
+    isa, reason = library._load(library._path())
+    assert isa is None
+    assert reason.endswith("was built from other sources: install the package again")
 
 
 @needs_kernels
