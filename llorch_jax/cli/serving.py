@@ -7,6 +7,7 @@ from llorch_jax.cli import interrupts
 from llorch_jax.cli.loading import load_model
 from llorch_jax.cli.terminal import note, waiting
 from llorch_jax.errors import EngineError
+from llorch_jax.files import exists
 from llorch_jax.text.engine import Engine
 from llorch_jax.tracing import whole
 
@@ -41,12 +42,22 @@ def start(
         raise EngineError("api_key: expected a key that is not empty")
     if not 0 < drain_seconds < 1e6:
         raise EngineError(f"drain_seconds: expected seconds above 0, got {drain_seconds}")
+    saved = prefixes is not None and exists(prefixes, EngineError)
     model, _ = load_model(source, settings)
     running = Engine(model, **engine)
-    if prefixes is not None and prefixes.exists():
-        note(f"loaded {running.load_prefixes(prefixes)} pages of cached prefixes from {prefixes}", style="")
+    if prefixes is not None and saved:
+        _load_prefixes(running, prefixes)
     if warm_up:
         with waiting("compiling"):
             running.warm_up()
     interrupts.give_back()
     serve(running, Settings(**{**limits, "name": limits["name"] or model.name}), host, port, drain_seconds, prefixes)
+
+
+def _load_prefixes(engine: Engine, path: Path) -> None:
+    try:
+        count = engine.load_prefixes(path)
+    except BaseException:
+        engine.close(drain=False)
+        raise
+    note(f"loaded {count} {'page' if count == 1 else 'pages'} of cached prefixes from {path}", style="")

@@ -102,6 +102,7 @@ def test_a_second_signal_ends_it_at_once(folder):
         (["--api-key", ""], "--api-key: expected a key that is not empty"),
         (["--max-body", "0"], "--max-body: expected a whole number"),
         (["--drain-seconds", "0"], "--drain-seconds: expected seconds above 0"),
+        (["--prefix-cache", "a" * 300], "cannot be read (File name too long)"),
     ],
 )
 def test_bad_settings_are_told_in_one_line(folder, capfd, monkeypatch, options, message):
