@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llorch_jax.config import GPT2Config
 from llorch_jax.cores import enough_threads
@@ -96,6 +96,14 @@ def param_specs(params: Params, mesh: Mesh) -> Any:
         )
 
     return dataclasses.replace(everywhere(params), blocks=tuple(block(each) for each in params.blocks))
+
+
+def specs_of(params: Params, mesh: Mesh | None) -> list[NamedSharding | None]:
+    """Where each leaf of a tree like `Params` belongs on a mesh, in order; None for each without one."""
+    if mesh is None:
+        return [None] * len(jax.tree.leaves(params))
+    places = jax.tree.map(lambda _, spec: NamedSharding(mesh, spec), params, param_specs(params, mesh))
+    return jax.tree.leaves(places)
 
 
 def with_enough_heads(config: GPT2Config, params: Params, devices: int) -> tuple[GPT2Config, Params]:

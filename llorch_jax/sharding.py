@@ -50,14 +50,19 @@ def shard(model: AnyModel, mesh: Mesh) -> AnyModel:
         MeshError: the mesh has other axes, or its axis "model" does not divide the model's heads, its inner width, or
             the groups of columns of quantized weights; or the model has been spread already.
     """
-    if not isinstance(mesh, Mesh) or mesh.axis_names != (ROWS, HEADS):
-        raise MeshError(f"mesh: expected one of make_mesh, with the axes {ROWS} and {HEADS}, got {mesh!r:.80}")
+    check_mesh(mesh)
     if model.params.mesh is not None:
         raise MeshError("model: expected one on a single device, got one that has been spread over a mesh already")
     config, params = with_enough_heads(model.config, model.params, mesh.shape[HEADS])
     check_divisible(config, params, mesh.shape[HEADS])
     spread = jax.tree.map(partial(put_on, mesh), params, param_specs(params, mesh))
     return dataclasses.replace(model, config=config, params=dataclasses.replace(spread, mesh=mesh))
+
+
+def check_mesh(mesh: Any) -> None:
+    """Raises MeshError unless this is a mesh of `make_mesh`."""
+    if not isinstance(mesh, Mesh) or mesh.axis_names != (ROWS, HEADS):
+        raise MeshError(f"mesh: expected one of make_mesh, with the axes {ROWS} and {HEADS}, got {mesh!r:.80}")
 
 
 def over_mesh(

@@ -239,3 +239,35 @@ def test_refusals_say_what_was_expected_and_what_was_given(models):
     }.items():
         assert expected in said[name], name
         assert got in said[name], name
+
+
+PARTS = """
+import json, sys
+import jax, numpy as np
+import llorch_jax as lj
+import tiny
+
+directory, made = sys.argv[1], tiny.random_model(num_kv_heads=4)
+lj.save_model(directory + "/float", made.config, made.params)
+lj.quantize_model(directory + "/float", directory + "/int8", "int8")
+for mesh in (lj.make_mesh(2, 2), lj.make_mesh(1, 4), lj.make_mesh(2, 1)):
+    for name, weights in (("float", None), ("float", "bfloat16"), ("float", "int8"), ("int8", None)):
+        source = f"{directory}/{name}"
+        expected, got = lj.shard(lj.load(source, weights=weights), mesh), lj.load(source, weights=weights, mesh=mesh)
+        assert jax.tree.structure(got.params) == jax.tree.structure(expected.params), (name, weights)
+        for one, other in zip(jax.tree.leaves(got.params), jax.tree.leaves(expected.params), strict=True):
+            assert one.sharding.is_equivalent_to(other.sharding, one.ndim), (name, weights)
+            np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+few = tiny.random_model(num_kv_heads=1)
+lj.save_model(directory + "/few", few.config, few.params)
+import warnings
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    assert lj.load(directory + "/few", mesh=lj.make_mesh(1, 2)).config.kv_heads == 2
+assert "repeated" in str(said[0].message)
+print(json.dumps("done"))
+"""
+
+
+def test_a_model_loaded_onto_a_mesh_is_the_one_that_is_spread_later(tmp_path):
+    assert answer(PARTS, 4, str(tmp_path)) == "done"

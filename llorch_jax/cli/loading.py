@@ -6,7 +6,6 @@ from typing import Any
 from llorch_jax.cli.devices import take_mesh
 from llorch_jax.cli.terminal import enable_compilation_cache, waiting
 from llorch_jax.loading.checkpoint import Model, load
-from llorch_jax.sharding import shard
 
 
 def load_model(source: str, settings: dict[str, Any]) -> tuple[Model, float]:
@@ -19,7 +18,5 @@ def load_model(source: str, settings: dict[str, Any]) -> tuple[Model, float]:
     mesh = take_mesh(settings)
     start = time.perf_counter()
     with waiting(f"loading {source}") as progress:
-        model = load(source, **stored, progress=progress)
-        if mesh is not None:
-            model = shard(model, mesh)
+        model = load(source, **stored, progress=progress, mesh=mesh)
     return model, time.perf_counter() - start

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from llorch_jax import files
 from llorch_jax.config import GPT2Config
@@ -23,7 +24,7 @@ from llorch_jax.loading.hf_format import (
     stored_tensors,
 )
 from llorch_jax.loading.quantized_files import write_quantized
-from llorch_jax.loading.reading import Progress, load_config, load_params
+from llorch_jax.loading.reading import Progress, in_parts, load_config, load_params
 from llorch_jax.loading.safetensors_files import (
     CONFIG,
     GENERATION_CONFIG,
@@ -35,6 +36,7 @@ from llorch_jax.loading.safetensors_files import (
 )
 from llorch_jax.params import Params
 from llorch_jax.quantization import DTYPES, WeightFormat, check_float
+from llorch_jax.sharding import check_mesh, shard
 from llorch_jax.tokenizer import Tokenizer
 
 DEMO = "demo"
@@ -68,6 +70,7 @@ def load(
     group_size: int | None = None,
     revision: str | None = None,
     progress: Progress | None = None,
+    mesh: Mesh | None = None,
 ) -> Model:
     """Loads a model.
 
@@ -81,22 +84,31 @@ def load(
         group_size: number of columns that share a scale, for int8 and int4; None for the format's default.
         revision: branch, tag or commit of a hub repository.
         progress: called repeatedly with the number of bytes read so far and in total.
+        mesh: from `make_mesh`, to spread the model over as `shard` does. Where the weights are stored in the format
+            asked for, and there are as many key/value heads as devices at least, each process reads only what its
+            devices need; otherwise all, and spreads it then.
 
     Raises:
         CheckpointError: there is no such model, or its files are missing, corrupt or inconsistent.
         ConfigError: `config.json` describes an unsupported model.
+        MeshError: as for `shard`.
         QuantizationError: there is no such weight format, or the weights do not fit it or are stored in another one.
     """
+    if mesh is not None:
+        check_mesh(mesh)
     if weights is not None:
         WeightFormat.of(weights, group_size)  # before a possible download
     name, directory = locate(source, revision)
     if directory.suffix == SUFFIX and not directory.is_dir():
         file, config, params = load_gguf(directory, weights, group_size, progress)
-        return Model(config, params, tokenizer_in(file), name)
+        model = Model(config, params, tokenizer_in(file), name)
+        return model if mesh is None else shard(model, mesh)
     config = load_config(directory)
     tokenizer = Tokenizer.from_directory(directory)
-    params = load_params(directory, config, weights, group_size, progress=progress)
-    return Model(config, params, tokenizer, name, directory)
+    parts = mesh if mesh is not None and in_parts(directory, config, weights, group_size, mesh) else None
+    params = load_params(directory, config, weights, group_size, progress=progress, mesh=parts)
+    model = Model(config, params, tokenizer, name, directory)
+    return model if mesh is None or mesh is parts else shard(model, mesh)
 
 
 def save_model(

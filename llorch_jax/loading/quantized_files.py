@@ -4,12 +4,14 @@
 named after the parameters, such as `blocks.0.qkv.weight.codes`. A tied embedding is stored once.
 """
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from llorch_jax.config import GPT2Config
 from llorch_jax.errors import CheckpointError, QuantizationError
@@ -27,6 +29,7 @@ from llorch_jax.loading.safetensors_files import (
     read_tensor,
     write_tensors,
 )
+from llorch_jax.meshes import specs_of
 from llorch_jax.params import Params
 from llorch_jax.quantization import DTYPES, WeightFormat, quantized_shapes
 
@@ -88,8 +91,12 @@ def write_quantized(folder: Path, config: GPT2Config, params: Params) -> dict[st
     return {**hf_fields(config, "llorch_gpt2", "float32"), FIELD: {"format": form.name, "group_size": form.group_size}}
 
 
-def load_quantized(directory: Path, config: GPT2Config, form: WeightFormat, progress: Progress | None) -> Params:
+def load_quantized(
+    directory: Path, config: GPT2Config, form: WeightFormat, progress: Progress | None, mesh: Mesh | None = None
+) -> Params:
     """The parameters in a directory of this format; each array is copied once, out of the mapped file.
+
+    On a mesh, every device's part of it is.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected or misshapen, has another dtype, or is not finite.
@@ -108,19 +115,26 @@ def load_quantized(directory: Path, config: GPT2Config, form: WeightFormat, prog
             )
     done, total = 0, sum(entries[name].stored for name in expected)
     loaded: dict[str, jax.Array] = {}
+    specs = dict(zip(expected, specs_of(shapes, mesh), strict=True))
     for name in sorted(expected, key=lambda name: entries[name].stored, reverse=True):
-        loaded[name] = _load(name, entries[name])
+        loaded[name] = _load(name, entries[name], specs[name])
         done += entries[name].stored
         if progress is not None:
             progress(done, total)
-    return jax.tree.unflatten(jax.tree.structure(shapes), [loaded[name] for name in expected])
+    params: Params = jax.tree.unflatten(jax.tree.structure(shapes), [loaded[name] for name in expected])
+    return dataclasses.replace(params, mesh=mesh)
 
 
-def _load(name: str, entry: Entry) -> jax.Array:
-    array = read_tensor(entry)
-    if array.dtype.name in DTYPES:
-        array = cast(array, array.dtype, f"{name} in {entry.path.name}")  # checks that all values are finite
-    return jax.device_put(array).block_until_ready()
+def _load(name: str, entry: Entry, place: NamedSharding | None) -> jax.Array:
+    def read(part: tuple[slice, ...] | None) -> np.ndarray:
+        array = read_tensor(entry, part or ())
+        if array.dtype.name not in DTYPES:
+            return array
+        return cast(array, array.dtype, f"{name} in {entry.path.name}")  # checks that all values are finite
+
+    if place is None:
+        return jax.device_put(read(None)).block_until_ready()
+    return jax.make_array_from_callback(entry.shape, place, read).block_until_ready()
 
 
 def _named(params: Params) -> dict[str, Any]:

@@ -1,12 +1,15 @@
 """Reading a model directory in Hugging Face format: its configuration, and its weights in any format."""
 
+import dataclasses
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from llorch_jax import files
 from llorch_jax.config import GPT2Config
@@ -28,8 +31,9 @@ from llorch_jax.loading.safetensors_files import (
     read_json,
     read_tensor,
 )
-from llorch_jax.params import Params
-from llorch_jax.quantization import DTYPES, Storage, WeightFormat, quantize, quantize_by_rows
+from llorch_jax.meshes import HEADS, check_divisible, specs_of
+from llorch_jax.params import Params, param_shapes
+from llorch_jax.quantization import DTYPES, Storage, WeightFormat, quantize, quantize_by_rows, quantized_shapes
 
 PathLike = str | os.PathLike[str]
 Progress = Callable[[int, int], Any]  # called with (bytes read so far, bytes in total)
@@ -108,6 +112,7 @@ def load_params(
     group_size: int | None = None,
     *,
     progress: Progress | None = None,
+    mesh: Mesh | None = None,
 ) -> Params:
     """The parameters in a directory's safetensors files, which are named as its `config.json` implies.
 
@@ -120,6 +125,8 @@ def load_params(
         weights: the format of the weights in memory, as for `load`; None means as they are stored.
         group_size: as for `load`.
         progress: called repeatedly with the number of bytes read so far and in total.
+        mesh: put each parameter on this mesh as it is read, of which a process then holds only what its devices need;
+            `in_parts` tells whether that is possible.
 
     Raises:
         CheckpointError: a file or tensor is missing, unexpected, misshapen, corrupt, not in floating point, or contains
@@ -130,7 +137,7 @@ def load_params(
     stored_as = format_in(directory)
     form = format_for(stored_as, weights, group_size)
     if stored_as is not None:
-        as_stored = load_quantized(directory, config, stored_as, progress)
+        as_stored = load_quantized(directory, config, stored_as, progress, mesh)
         return as_stored if form == stored_as else quantize(as_stored, form.name)
     family = _read_family(directory)
     entries = find_tensors(directory)
@@ -142,15 +149,35 @@ def load_params(
     if head is not None:
         check_tied(head, entries[EMBEDDING])
     params: dict[str, Matrix] = {}
+    specs = dict(zip((tensor.name for _, tensor in stored), specs_of(tree, mesh), strict=True))
     done = 0
     total = sum(entry.nbytes for entry in entries.values())
     for path, tensor in sorted(stored, key=lambda each: entries[each[1].name].nbytes, reverse=True):
         entry = entries[tensor.name]
-        params[tensor.name] = _load_param(tensor, entry, form.storage(path, tensor))
+        params[tensor.name] = _load_param(tensor, entry, form.storage(path, tensor), specs[tensor.name])
         done += entry.nbytes
         if progress is not None:
             progress(done, total)
-    return jax.tree.map(lambda tensor: params[tensor.name], tree)
+    return dataclasses.replace(jax.tree.map(lambda tensor: params[tensor.name], tree), mesh=mesh)
+
+
+def in_parts(directory: PathLike, config: GPT2Config, weights: Any, group_size: int | None, mesh: Mesh) -> bool:
+    """Whether `load_params` can put each parameter on this mesh as it is read.
+
+    Raises:
+        MeshError: the mesh does not divide the model.
+        QuantizationError: as `load_params`.
+    """
+    stored = format_in(directory)
+    form = format_for(stored, weights, group_size)
+    as_stored = form == stored if stored is not None else form.name in DTYPES
+    if not as_stored:
+        return False
+    if config.n_head % mesh.shape[HEADS] or config.kv_heads % mesh.shape[HEADS]:
+        return False
+    shapes = param_shapes(config) if stored is None else quantized_shapes(config, *stored)
+    check_divisible(config, shapes, mesh.shape[HEADS])
+    return True
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -167,13 +194,26 @@ def _read_family(directory: Path) -> str:
     return family
 
 
-def _load_param(tensor: StoredTensor, entry: Entry, storage: Storage | None) -> Matrix:
+def _load_param(tensor: StoredTensor, entry: Entry, storage: Storage | None, place: NamedSharding | None) -> Matrix:
     where = f"{tensor.name} in {entry.path.name}"
     if isinstance(storage, tuple):
         return quantize_by_rows(tensor.param_shape, _rows(tensor, entry, where), *storage, name=where)
+    if place is not None:
+        dtype = storage or _FLOAT32
+        read = partial(_read_part, tensor, entry, dtype, where)
+        return jax.make_array_from_callback(tensor.param_shape, place, read).block_until_ready()
     array = cast(read_tensor(entry), storage or _FLOAT32, where)
     # XLA copies a transposed view faster than NumPy does. Waiting bounds memory to one tensor in flight.
     return jax.device_put(tensor.to_param(array)).block_until_ready()
+
+
+def _read_part(tensor: StoredTensor, entry: Entry, dtype: np.dtype, where: str, part: tuple[slice, ...]) -> np.ndarray:
+    """A part of a parameter; reads only this from the file, unless heads are in another order there."""
+    if tensor.heads:
+        array = tensor.to_param(read_tensor(entry))[part]
+    else:
+        array = tensor.to_param(read_tensor(entry, part[::-1] if tensor.transposed else part))
+    return cast(np.ascontiguousarray(array), dtype, where)
 
 
 def _rows(tensor: StoredTensor, entry: Entry, where: str) -> Callable[[int, int], np.ndarray]:
@@ -182,5 +222,5 @@ def _rows(tensor: StoredTensor, entry: Entry, where: str) -> Callable[[int, int]
         param = tensor.to_param(cast(read_tensor(entry), _FLOAT32, where))
         return lambda start, stop: param[start:stop]
     return lambda start, stop: cast(
-        read_tensor(entry, slice(start, stop)), _FLOAT32, f"{where}, in the rows from {start}"
+        read_tensor(entry, (slice(start, stop),)), _FLOAT32, f"{where}, in the rows from {start}"
     )

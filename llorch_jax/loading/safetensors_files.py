@@ -150,20 +150,20 @@ def check_tied(head: Entry, embedding: Entry) -> None:
     )
 
 
-def read_tensor(entry: Entry, rows: slice = slice(None)) -> np.ndarray:
+def read_tensor(entry: Entry, part: tuple[slice, ...] = ()) -> np.ndarray:
     """A tensor's values, copied out of the mapped file.
 
     The file is mapped again for each call: pages of a mapping count as the process's memory until it is unmapped.
 
     Args:
         entry: where the tensor is stored.
-        rows: the part of its first axis to read.
+        part: the part of each axis to read; all of the tensor by default.
 
     Raises:
         CheckpointError: the file can no longer be read.
     """
     with _opened(entry.path) as file:
-        return file.get_tensor(entry.key) if rows == slice(None) else file.get_slice(entry.key)[rows]
+        return file.get_slice(entry.key)[part] if part else file.get_tensor(entry.key)
 
 
 def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
