@@ -209,6 +209,9 @@ def generate_command(
         raise typer.BadParameter("--actors, --cpus: expected --ray with them")
     if ray is not None and file is None:
         raise typer.BadParameter("--ray: expected --file and --out with it")
+    together = [name for name in ("mesh", "coordinator", "processes", "process") if settings.get(name) is not None]
+    if ray is not None and together:
+        raise typer.BadParameter(f"--ray: expected no --{together[0]} with it: each copy of the model has one device")
     from llorch_jax.cli import generating
 
     given = {**settings, "cache": cache, "max_new_tokens": max_new_tokens}

@@ -15,6 +15,7 @@ from devices import environment
 from profiles import THOROUGH
 
 import llorch_jax as lj
+from llorch_jax.cli import app
 from llorch_jax.cli.devices import LOST, parse_mesh, take_mesh
 
 STOPS = [(1, signal.SIGSTOP)] if THOROUGH else []  # noticed after 20 seconds
@@ -119,3 +120,12 @@ def test_a_process_ends_with_one_line_when_another_is_killed_or_stopped(model, v
         for process in running:
             process.kill()
             process.communicate()
+
+
+@pytest.mark.parametrize("given", [["--mesh", "model=2"], ["--coordinator", "localhost:1"], ["--process", "0"]])
+def test_ray_and_a_mesh_are_not_combined(given, tmp_path, capfd):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    prompts.write_text('{"prompt": "a"}\n')
+    assert app.run(["generate", "--file", str(prompts), "--out", str(out), "--ray", "local", *given]) == 2
+    assert f"expected no {given[0]} with it" in " ".join(capfd.readouterr().err.split())
+    assert not out.exists()
