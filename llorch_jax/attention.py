@@ -6,7 +6,7 @@ any view into plain arrays, on which the functions here work.
 
 import abc
 import dataclasses
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -82,14 +82,41 @@ class DenseView(KVView):
         fits = self.k.dtype == jnp.float32 and self.v.dtype == jnp.float32
         if not fits or not kernels.serves(form, q, self.k.shape[1], 0):
             return super().attend(q, queries, scale)
-        arrays, structure = jax.tree.flatten((q, self, queries))
-        with jax.named_scope("attention"):
-            return kernels.attend(form, _DenseAttention(structure, scale), *arrays)
+        return attend_natively(form, q, self, queries, scale)
+
+    def operands(self, q: jax.Array, queries: Queries) -> kernels.Operands:
+        none = jnp.zeros(0, jnp.float32)
+        return kernels.Operands(
+            q=q,
+            query_positions=queries.positions,
+            keys=kernels.Vectors(self.k, none, none),
+            values=kernels.Vectors(self.v, none, none),
+            positions=self.positions[:, None] if self.positions.ndim == 2 else self.positions,
+            tables=jnp.zeros((0, 0), jnp.int32),
+            exact=(),
+        )
+
+
+class NativeView(Protocol):
+    """A view that the native kernels can read."""
+
+    def dense(self) -> DenseView: ...
+
+    def operands(self, q: jax.Array, queries: Queries) -> kernels.Operands:
+        """What the kernels read, for queries q [B, T, N, H]."""
+        ...
+
+
+def attend_natively(form: kernels.Form, q: jax.Array, view: NativeView, queries: Queries, scale: float) -> jax.Array:
+    """`KVView.attend` by a native kernel; `kernels.serves` must have accepted the queries."""
+    arrays, structure = jax.tree.flatten((q, view, queries))
+    with jax.named_scope("attention"):
+        return kernels.attend(form, _Attention(structure, scale), *arrays)
 
 
 @dataclasses.dataclass(frozen=True)
-class _DenseAttention:
-    """How to attend to a `DenseView`, given its arrays; a `kernels.Call`.
+class _Attention:
+    """How to attend to a view, given its arrays; a `kernels.Call`.
 
     Attributes:
         structure: structure of the tuple of the queries' vectors, the view and the `Queries`.
@@ -101,20 +128,12 @@ class _DenseAttention:
 
     def operands(self, *arrays: jax.Array) -> kernels.Operands:
         q, view, queries = jax.tree.unflatten(self.structure, arrays)
-        none = jnp.zeros(0, jnp.float32)
-        return kernels.Operands(
-            q=q,
-            query_positions=queries.positions,
-            keys=kernels.Vectors(view.k, none, none),
-            values=kernels.Vectors(view.v, none, none),
-            positions=view.positions[:, None] if view.positions.ndim == 2 else view.positions,
-            tables=jnp.zeros((0, 0), jnp.int32),
-            exact=(),
-        )
+        operands: kernels.Operands = view.operands(q, queries)
+        return operands
 
     def plain(self, *arrays: jax.Array) -> jax.Array:
         q, view, queries = jax.tree.unflatten(self.structure, arrays)
-        return attend(q, view, queries, self.scale)
+        return attend(q, view.dense(), queries, self.scale)
 
 
 def allowed_slots(positions: jax.Array, view: DenseView, window: int | None) -> jax.Array:

@@ -1,14 +1,12 @@
 """The vectors that queries may attend to: stored ones, overlaid with the exact vectors of some tokens."""
 
 import abc
-import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from llorch_jax.attention import DenseView, KVView, Queries, attend
+from llorch_jax.attention import DenseView, KVView, Queries, attend_natively
 from llorch_jax.cache.codecs import Codec, FloatCodec, IntegerCodec, Quantized, Stored
 from llorch_jax.kernels import attention as kernels
 
@@ -102,29 +100,9 @@ class StoredView(KVView):
         heads = jax.tree.leaves(self.keys)[0].shape[1]
         if not kernels.serves(form, q, heads, len(self.exact)):
             return super().attend(q, queries, scale)
-        arrays, structure = jax.tree.flatten((q, self, queries))
-        with jax.named_scope("attention"):
-            return kernels.attend(form, _Attention(structure, scale), *arrays)
+        return attend_natively(form, q, self, queries, scale)
 
-    def block_tables(self) -> jax.Array:
-        """int32 [B, N], the page of each block of slots; [0, 0] if there are no pages."""
-        return jnp.zeros((0, 0), jnp.int32)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Attention:
-    """Attention over a view, given its arrays; a `kernels.Call`.
-
-    Attributes:
-        structure: tree structure of the queries' vectors, the view and the `Queries`.
-        scale: factor of the scores.
-    """
-
-    structure: Any
-    scale: float
-
-    def operands(self, *arrays: jax.Array) -> kernels.Operands:
-        q, view, queries = jax.tree.unflatten(self.structure, arrays)
+    def operands(self, q: jax.Array, queries: Queries) -> kernels.Operands:
         exact = (
             kernels.Exact(
                 each.keys.astype(jnp.float32),
@@ -132,21 +110,21 @@ class _Attention:
                 each.positions,
                 jnp.zeros(q.shape[0], jnp.int32) if each.start is None else each.start,
             )
-            for each in view.exact
+            for each in self.exact
         )
         return kernels.Operands(
             q=q,
             query_positions=queries.positions,
-            keys=_vectors(view.keys),
-            values=_vectors(view.values),
-            positions=view.positions[:, None] if view.positions.ndim == 2 else view.positions,
-            tables=view.block_tables(),
+            keys=_vectors(self.keys),
+            values=_vectors(self.values),
+            positions=self.positions[:, None] if self.positions.ndim == 2 else self.positions,
+            tables=self.block_tables(),
             exact=tuple(exact),
         )
 
-    def plain(self, *arrays: jax.Array) -> jax.Array:
-        q, view, queries = jax.tree.unflatten(self.structure, arrays)
-        return attend(q, view.dense(), queries, self.scale)
+    def block_tables(self) -> jax.Array:
+        """int32 [B, N], the page of each block of slots; [0, 0] if there are no pages."""
+        return jnp.zeros((0, 0), jnp.int32)
 
 
 def _vectors(stored: Stored) -> kernels.Vectors:
