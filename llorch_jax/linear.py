@@ -30,9 +30,10 @@ from flax import struct
 
 from llorch_jax.cores import usable_cores
 from llorch_jax.kernels import matmul as kernels
+from llorch_jax.kernels import norms
+from llorch_jax.kernels.calls import Function
 
 EXACT = jax.lax.Precision.HIGHEST  # float32 products in full precision on every backend
-_MOST_SUMS_AS_PRODUCTS = 128  # columns
 _BLOCK = 2**18  # elements of a block of rows that is converted at once: 1 MB of float32
 _CORES = usable_cores()
 
@@ -127,7 +128,7 @@ def plain_matmul(weight: Matrix, x: jax.Array) -> jax.Array:
 
 
 @cache
-def _plain_product(form: kernels.Form) -> kernels.Product:
+def _plain_product(form: kernels.Form) -> Function:
     """`plain_matmul` of the arrays that a matrix of this form consists of."""
 
     def product(codes: jax.Array, scales: jax.Array, x: jax.Array) -> jax.Array:
@@ -175,22 +176,23 @@ def dense(params: Dense, x: jax.Array, over: str | None = None) -> jax.Array:
 @jax.named_scope("norm")
 def layer_norm(params: Norm, x: jax.Array, epsilon: float) -> jax.Array:
     """Layer norm (Ba et al. 2016) of each column of x [D, M], with the biased variance."""
-    centred = x - _column_means(x)
-    variance = _column_means(jnp.square(centred))
-    weight = params.weight.astype(jnp.float32)[:, None]
-    bias = params.bias.astype(jnp.float32)[:, None]
-    return centred * jax.lax.rsqrt(variance + epsilon) * weight + bias
+    weight = params.weight.astype(jnp.float32)
+    bias = params.bias.astype(jnp.float32)
+    if norms.serves(x):
+        return norms.layer_norm(weight, bias, x, epsilon, _plain_layer_norm(epsilon))
+    return _plain_layer_norm(epsilon)(weight, bias, x)
 
 
-def _column_means(x: jax.Array) -> jax.Array:
-    """Means [1, M] of the columns of x [D, M]; with few columns, their bits do not depend on M.
+@cache
+def _plain_layer_norm(epsilon: float) -> Function:
+    """`layer_norm` without a native kernel, of weight [D], bias [D] and x [D, M]."""
 
-    XLA adds up in another order from six columns on, the native kernel does not. With hundreds of columns a product
-    with ones takes longer than the means.
-    """
-    if x.shape[1] > _MOST_SUMS_AS_PRODUCTS:
-        return jnp.mean(x, axis=0, keepdims=True)
-    return matmul(jnp.ones((1, x.shape[0])), x) / x.shape[0]
+    def norm(weight: jax.Array, bias: jax.Array, x: jax.Array) -> jax.Array:
+        centred = x - jnp.mean(x, axis=0, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=0, keepdims=True)
+        return centred * jax.lax.rsqrt(variance + epsilon) * weight[:, None] + bias[:, None]
+
+    return norm
 
 
 def _product(weight: jax.Array, x: jax.Array) -> jax.Array:

@@ -1,10 +1,14 @@
 """Writing tokens into arrays of slots, in place if these are donated: rows in order, and rings."""
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from llorch_jax.kernels.writes import write
 
 
 def write_rows(buffer: jax.Array, new: jax.Array, starts: jax.Array) -> jax.Array:
@@ -17,6 +21,24 @@ def write_rows(buffer: jax.Array, new: jax.Array, starts: jax.Array) -> jax.Arra
         new: [B, T, K, X], of the buffer's dtype.
         starts: int32 [B].
     """
+    return write(_row_places, _write_rows, buffer, new, starts)
+
+
+def token_positions(new: jax.Array, starts: jax.Array) -> jax.Array:
+    """int32 [B, T], the positions of new tokens [B, T, ...] from `starts` [B] on."""
+    return starts[:, None] + jnp.arange(new.shape[1], dtype=jnp.int32)[None]
+
+
+def own_rows(new: jax.Array) -> jax.Array:
+    """int32 [B, T], the row of each of the new tokens [B, T, ...]."""
+    return lax.broadcasted_iota(jnp.int32, new.shape[:2], 0)
+
+
+def _row_places(new: jax.Array, starts: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return own_rows(new), token_positions(new, starts)
+
+
+def _write_rows(buffer: jax.Array, new: jax.Array, starts: jax.Array) -> jax.Array:
     new = new.transpose(0, 2, 1, 3)  # [B, K, T, X]
     if new.shape[2] > buffer.shape[2]:
         new = new[:, :, : buffer.shape[2]]
@@ -71,11 +93,28 @@ def write_ring(ring: jax.Array, new: jax.Array, starts: jax.Array, count: jax.Ar
         count: int32 [B].
         sinks: number of first slots that are not part of the ring.
     """
-    window = ring.shape[2] - sinks
-    if new.shape[1] == 1:
-        return _write_token(ring, new, ring_slots(starts, window, sinks), count)
-    steps = ring_positions(starts + count, window, sinks) - starts[:, None]
-    return _write_block(ring, new, steps)
+    return write(_ring_places(ring.shape[2] - sinks, sinks), _plain_write_ring(sinks), ring, new, starts, count)
+
+
+@cache
+def _ring_places(window: int, sinks: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    def places(new: jax.Array, starts: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+        real = jnp.arange(new.shape[1])[None] < count[:, None]
+        return own_rows(new), jnp.where(real, ring_slots(token_positions(new, starts), window, sinks), -1)
+
+    return places
+
+
+@cache
+def _plain_write_ring(sinks: int) -> Callable[..., jax.Array]:
+    def write_ring(ring: jax.Array, new: jax.Array, starts: jax.Array, count: jax.Array) -> jax.Array:
+        window = ring.shape[2] - sinks
+        if new.shape[1] == 1:
+            return _write_token(ring, new, ring_slots(starts, window, sinks), count)
+        steps = ring_positions(starts + count, window, sinks) - starts[:, None]
+        return _write_block(ring, new, steps)
+
+    return write_ring
 
 
 @jax.jit  # compiled once for calls outside jit; inside, it is inlined

@@ -9,14 +9,13 @@ another, for the many of a prompt, attends to panels of queries. See docs/kernel
 
 import dataclasses
 from functools import cache, partial
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
-from jax.interpreters import mlir
 
+from llorch_jax.kernels import calls
 from llorch_jax.kernels.library import available
 
 _MAX_TOKENS = 16  # queries T per row; more of them, or more than the next limits, are attended to in panels
@@ -143,50 +142,18 @@ def attend(form: Form, call: Call, *arrays: jax.Array) -> jax.Array:
         call: how to interpret the arrays, the first of which holds the queries.
         arrays: arrays that `serves` has accepted.
     """
-    return _attention(form, call, *arrays)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _attention(form: Form, call: Call, *arrays: jax.Array) -> jax.Array:
-    return _batchable(form, call)(*arrays)
-
-
-@_attention.defjvp
-def _attention_jvp(form: Form, call: Call, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    """The kernel's value and the twin's derivative."""
-    _, tangent = jax.jvp(call.plain, primals, tangents)
-    return _attention(form, call, *primals), tangent
+    q = arrays[0]
+    return calls.call(_native_of(form, call), _plain_of(call), q.shape, jnp.float32, *arrays)
 
 
 @cache
-def _batchable(form: Form, call: Call) -> Any:
-    """The kernel as a function that `vmap` replaces with the twin."""
-    attention = jax.custom_batching.custom_vmap(jax.jit(partial(_attention_p.bind, form=form, call=call)))
-
-    @attention.def_vmap
-    def batch(axis_size: int, in_batched: list[bool], *arrays: jax.Array) -> tuple[jax.Array, bool]:
-        axes = tuple(0 if batched else None for batched in in_batched)
-        return jax.vmap(call.plain, in_axes=axes, axis_size=axis_size)(*arrays), True
-
-    return attention
+def _native_of(form: Form, call: Call) -> calls.Function:
+    return partial(_native, form, call)
 
 
-_attention_p = jax.extend.core.Primitive("llorch_attention")
-
-
-@_attention_p.def_abstract_eval  # type: ignore[untyped-decorator]
-def _shape(q: Any, *arrays: Any, form: Form, call: Call) -> Any:
-    return jax.core.ShapedArray(q.shape, np.dtype(np.float32))
-
-
-def _lower(ctx: Any, *arrays: Any, form: Form, call: Call) -> Any:
-    """Lowers to the kernel or, in an exported program, which may run where there is no kernel, to its twin."""
-    exported = ctx.module_context.lowering_parameters.for_export
-    function = call.plain if exported else partial(_native, form, call)
-    return mlir.lower_fun(function, multiple_results=False)(ctx, *arrays)
-
-
-mlir.register_lowering(_attention_p, _lower)
+@cache
+def _plain_of(call: Call) -> calls.Function:
+    return call.plain  # a bound method would be another function every time
 
 
 def _padded(head_dim: int, bits: int) -> int:

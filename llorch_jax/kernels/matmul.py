@@ -11,25 +11,21 @@ and usually about ten times smaller. A column that contains an infinity or a NaN
 are used where the kernels are not, and for derivatives and `vmap`.
 """
 
-from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
-from jax.interpreters import mlir
 
+from llorch_jax.kernels.calls import Function, call
 from llorch_jax.kernels.library import available
 
 MAX_COLUMNS = 16
 _FLOATS = ("float32", "bfloat16", "float16")
-_STEP = 64  # the kernel's workspace is padded to a multiple of this many columns of the weights
+_STEP = 128  # the kernel's workspace is padded to a multiple of this many columns of the weights
 _PACKED = 32  # with many columns of x, it has room for a multiple of this many
 _MIN_ROWS = 48  # of the weights, if x has many columns
-
-Product = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # of codes, scales and x
 
 
 class Form(NamedTuple):
@@ -67,7 +63,7 @@ def _has_kernel(form: Form, weight: jax.Array) -> bool:
     return form.group_size == 32 or (form.group_size % 64 == 0 and form.group_size <= 1024)
 
 
-def matmul(form: Form, weight: jax.Array, scales: jax.Array, x: jax.Array, twin: Product) -> jax.Array:
+def matmul(form: Form, weight: jax.Array, scales: jax.Array, x: jax.Array, twin: Function) -> jax.Array:
     """The product of a matrix and a few columns.
 
     Args:
@@ -75,55 +71,18 @@ def matmul(form: Form, weight: jax.Array, scales: jax.Array, x: jax.Array, twin:
         weight: float32, bfloat16 or float16 [out, in]; int8 [out, width]; or uint8 [out, width / 2].
         scales: float32 [out, 1], or float16 [out, groups]; float16 [0, 0] if the matrix has none.
         x: float32 [in, M], in <= width.
-        twin: the same product in jnp, hashable; used for derivatives and `vmap`.
+        twin: the same product in jnp, of weight, scales and x; hashable.
 
     Returns:
         float32 [out, M].
     """
-    return _product(form, twin, weight, scales, x)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _product(form: Form, twin: Product, weight: jax.Array, scales: jax.Array, x: jax.Array) -> jax.Array:
-    return _batchable(form, twin)(weight, scales, x)
-
-
-@_product.defjvp
-def _product_jvp(form: Form, twin: Product, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    """The kernel's value and the twin's derivative."""
-    _, tangent = jax.jvp(twin, primals, tangents)
-    return _product(form, twin, *primals), tangent
+    shape = weight.shape[0], x.shape[1]
+    return call(_native(form), twin, shape, jnp.float32, weight, scales, x)
 
 
 @cache
-def _batchable(form: Form, twin: Product) -> Any:
-    """The kernel as a function that `vmap` replaces with the twin."""
-    product = jax.custom_batching.custom_vmap(jax.jit(partial(_matmul_p.bind, form=form, twin=twin)))
-
-    @product.def_vmap
-    def batch(axis_size: int, in_batched: list[bool], *operands: jax.Array) -> tuple[jax.Array, bool]:
-        axes = tuple(0 if batched else None for batched in in_batched)
-        return jax.vmap(twin, in_axes=axes, axis_size=axis_size)(*operands), True
-
-    return product
-
-
-_matmul_p = jax.extend.core.Primitive("llorch_matmul")
-
-
-@_matmul_p.def_abstract_eval  # type: ignore[untyped-decorator]
-def _shape(weight: Any, scales: Any, x: Any, *, form: Form, twin: Product) -> Any:
-    return jax.core.ShapedArray((weight.shape[0], x.shape[1]), np.dtype(np.float32))
-
-
-def _lower(ctx: Any, *operands: Any, form: Form, twin: Product) -> Any:
-    """Lowers to the kernel or, in an exported program, which may run where there is no kernel, to its twin."""
-    exported = ctx.module_context.lowering_parameters.for_export
-    function = twin if exported else partial(_call, form)
-    return mlir.lower_fun(function, multiple_results=False)(ctx, *operands)
-
-
-mlir.register_lowering(_matmul_p, _lower)
+def _native(form: Form) -> Function:
+    return partial(_call, form)
 
 
 def _call(form: Form, weight: jax.Array, scales: jax.Array, x: jax.Array) -> jax.Array:

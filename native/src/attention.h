@@ -9,86 +9,12 @@
 
 #include "kernels.h"
 #include "simd.h"
+#include "stored.h"
 
 namespace llorch::LLORCH_ISA {
 
 constexpr float kMasked = -3.4028234663852886e38f;
 constexpr size_t kSlots = kSlotsPerBlock;
-
-// ---- Elements of stored vectors -------------------------------------------------------------------------------------
-
-template <typename Vector>
-LLORCH_INLINE Vector load_some(const void* from, size_t bytes) {
-  if (bytes >= sizeof(Vector)) return load<Vector>(from);
-  alignas(Vector) char whole[sizeof(Vector)] = {};
-  copy(whole, static_cast<const char*>(from), bytes);
-  return load<Vector>(whole);
-}
-
-// Each `get` returns vector `index` of the padded elements of a row of head_dim stored elements, before scaling.
-struct StoredFloat32 {
-  static constexpr bool kFloats = true;
-  static constexpr bool kNibbles = false;
-  static size_t row_bytes(size_t head_dim) { return 4 * head_dim; }
-  static LLORCH_INLINE Floats get(const char* row, size_t index, size_t head_dim) {
-    const size_t first = index * kLanes;
-    return first < head_dim ? load_some<Floats>(row + 4 * first, 4 * (head_dim - first)) : Floats{};
-  }
-};
-
-template <Floats (*kConvert)(HalfWords)>
-struct StoredHalf {
-  static constexpr bool kFloats = true;
-  static constexpr bool kNibbles = false;
-  static size_t row_bytes(size_t head_dim) { return 2 * head_dim; }
-  static LLORCH_INLINE Floats get(const char* row, size_t index, size_t head_dim) {
-    const size_t first = index * kLanes;
-    return first < head_dim ? kConvert(load_some<HalfWords>(row + 2 * first, 2 * (head_dim - first))) : Floats{};
-  }
-};
-
-struct StoredInt8 {
-  static constexpr bool kFloats = false;
-  static constexpr bool kNibbles = false;
-  static size_t row_bytes(size_t head_dim) { return head_dim; }
-  static LLORCH_INLINE Floats get(const char* row, size_t index, size_t head_dim) {
-    const size_t first = index * kLanes;
-    return first < head_dim ? to_floats(load_some<QuarterBytes>(row + first, head_dim - first)) : Floats{};
-  }
-};
-
-struct StoredInt4 {
-  static constexpr bool kFloats = false;
-  static constexpr bool kNibbles = true;
-  static size_t row_bytes(size_t head_dim) { return (head_dim + 1) / 2; }
-  static LLORCH_INLINE Floats get(const char* row, size_t index, size_t head_dim) {
-    const size_t half = padded_head(head_dim, Format::kInt4) / 2 / kLanes;
-    const size_t first = index % half * kLanes;
-    const size_t bytes = row_bytes(head_dim);
-    if (first >= bytes) return Floats{};
-    const auto pairs = load_some<QuarterUnsignedBytes>(row + first, bytes - first);
-    return to_floats(index < half ? pairs & 15 : pairs >> 4);
-  }
-};
-
-// An element's place in the padded order; the inverse of what `get` does.
-template <typename Stored>
-LLORCH_INLINE size_t place_of(size_t element, size_t head_dim) {
-  if constexpr (!Stored::kNibbles) return element;
-  const size_t half = (head_dim + 1) / 2;
-  return element < half ? element : padded_head(head_dim, Format::kInt4) / 2 + element - half;
-}
-
-// Vector `index` of the padded elements of an exact row.
-template <typename Stored>
-LLORCH_INLINE Floats get_exact(const float* row, size_t index, size_t head_dim) {
-  const char* bytes = reinterpret_cast<const char*>(row);
-  if constexpr (!Stored::kNibbles) return StoredFloat32::get(bytes, index, head_dim);
-  const size_t half = (head_dim + 1) / 2;
-  const size_t vectors = padded_head(head_dim, Format::kInt4) / 2 / kLanes;
-  if (index < vectors) return StoredFloat32::get(bytes, index, half);
-  return StoredFloat32::get(bytes + 4 * half, index - vectors, head_dim - half);
-}
 
 // ---- One block of slots ---------------------------------------------------------------------------------------------
 
@@ -117,21 +43,24 @@ struct Block {
   alignas(64) float scores[kSlots];
 };
 
+LLORCH_INLINE bool any(Ints mask) {
+  int32_t found = 0;
+  for (int i = 0; i < kLanes; ++i) found |= mask[i];
+  return found != 0;
+}
+
 // Marks the slots that a query at `position` sees; returns whether there are any.
 LLORCH_INLINE bool see(const Attention& a, int32_t position, Block& block) {
-  Ints any{};
+  Ints found{};
   for (size_t i = 0; i < kSlots; i += kLanes) {
     const Ints slot = load<Ints>(block.positions + i);
     Ints seen = (slot >= 0) & (slot <= position);
     if (a.window > 0) seen &= slot > position - a.window;
     if (a.view_window > 0) seen &= (slot > position - a.view_window) | (slot < a.sinks);
     store(block.seen + i, seen);
-    any |= seen;
+    found |= seen;
   }
-  for (int i = 0; i < kLanes; ++i) {
-    if (any[i] != 0) return true;
-  }
-  return false;
+  return any(found);
 }
 
 LLORCH_INLINE size_t row_of(const Attention& a, size_t row, size_t head, size_t slot) {
@@ -205,6 +134,29 @@ LLORCH_INLINE void list_seen(const Attention& a, Block& block) {
   }
 }
 
+// Requests the values of the slots that a query sees, so that they arrive while keys are multiplied.
+template <typename Stored>
+LLORCH_INLINE void request_values(const Attention& a, const Block& block) {
+  const size_t bytes = Stored::row_bytes(a.head_dim);
+  for (size_t n = 0; n < block.stored_count; ++n) {
+    const char* row = block.values[block.stored_slots[n]];
+    for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+  }
+}
+
+// Requests the keys of a block in advance: those that the last query may see, if there is no window.
+template <typename Stored>
+LLORCH_INLINE void request_keys(const Attention& a, size_t row, size_t head, size_t first, size_t end,
+                                const int32_t* positions, int32_t last) {
+  const size_t bytes = Stored::row_bytes(a.head_dim);
+  const size_t stop = first + kSlots < end ? first + kSlots : end;
+  for (size_t slot = first; slot < stop; ++slot) {
+    if (positions[slot] < 0 || positions[slot] > last) continue;
+    const char* key = static_cast<const char*>(a.keys.rows) + row_of(a, row, head, slot) * bytes;
+    for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(key + at, 0, 2);
+  }
+}
+
 // Dot products of a query and kLanes stored vectors, starting at slot `first`.
 template <typename Stored>
 LLORCH_INLINE Floats dots(const Attention& a, const float* q, size_t width, const Block& block, size_t first) {
@@ -231,6 +183,10 @@ template <typename Stored>
 LLORCH_INLINE void score(const Attention& a, const Running& running, size_t query, size_t width, Block& block) {
   const float* q = running.q + query * width;
   for (size_t i = 0; i < kSlots; i += kLanes) {
+    if (!any(load<Ints>(block.seen + i))) {  // their keys need not be read
+      store(block.scores + i, Floats{});
+      continue;
+    }
     Floats scores = dots<Stored>(a, q, width, block, i);
     if constexpr (!Stored::kFloats) {
       Floats scales;
@@ -342,13 +298,19 @@ template <typename Stored>
 void attend_chunk(const Attention& a, size_t row, size_t head, size_t chunk, float* partial) {
   const size_t width = padded_head(a.head_dim, a.format);
   const size_t queries = a.queries * a.group;
+  const int32_t* positions = a.positions + row * a.position_row_stride + head * a.position_head_stride;
+  const size_t end = (chunk + 1) * kSlotsPerChunk < a.slots ? (chunk + 1) * kSlotsPerChunk : a.slots;
+  int32_t last = -1;
+  for (size_t token = 0; token < a.queries; ++token) {
+    const int32_t position = a.query_positions[row * a.queries + token];
+    last = position > last ? position : last;
+  }
+  request_keys<Stored>(a, row, head, chunk * kSlotsPerChunk, end, positions, last);
   Running running;
   Block block;
   begin<Stored>(a, row, head, width, running);
   Marks marks[kMaxExact];
   for (size_t e = 0; e < a.exact_count; ++e) marks[e] = marks_of(a.exact[e], row);
-  const int32_t* positions = a.positions + row * a.position_row_stride + head * a.position_head_stride;
-  const size_t end = (chunk + 1) * kSlotsPerChunk < a.slots ? (chunk + 1) * kSlotsPerChunk : a.slots;
   for (size_t first = chunk * kSlotsPerChunk; first < end; first += kSlots) {
     const size_t count = end - first < kSlots ? end - first : kSlots;
     copy(block.positions, positions + first, count);
@@ -357,8 +319,12 @@ void attend_chunk(const Attention& a, size_t row, size_t head, size_t chunk, flo
     for (size_t token = 0; token < a.queries; ++token) {
       if (!see(a, a.query_positions[row * a.queries + token], block)) continue;
       if (!found) find_rows<Stored>(a, row, head, first, count, marks, block);
-      found = true;
       list_seen(a, block);
+      if (!found) {
+        request_values<Stored>(a, block);
+        request_keys<Stored>(a, row, head, first + kSlots, end, positions, last);
+      }
+      found = true;
       for (size_t query = token * a.group; query < (token + 1) * a.group; ++query) {
         score<Stored>(a, running, query, width, block);
         weigh(running, query, width, block);

@@ -11,7 +11,7 @@ enum class Format { kFloat32, kBFloat16, kFloat16, kInt8, kInt4 };
 constexpr size_t kMaxColumns = 16;     // of `multiply`; more are left to `multiply_panels`
 constexpr size_t kPackedColumns = 16;  // per block
 constexpr size_t kWidestPanel = 32;    // columns, of any instruction set
-constexpr size_t kPadding = 64;  // columns of the weights are processed in steps that divide this
+constexpr size_t kPadding = 128;  // columns of the weights are processed in steps that divide this
 
 __attribute__((always_inline)) constexpr size_t padded(size_t width) { return (width + kPadding - 1) / kPadding * kPadding; }
 
@@ -147,6 +147,19 @@ struct ManyKernels {
   void (*attend_panel)(const Attention& attention, size_t task);
 };
 
+constexpr size_t kNormColumns = 16;  // per block
+
+// Layer norm of each column: y = (x - mean) / sqrt(variance + epsilon) * weight + bias, x and y [depth, columns].
+struct Norm {
+  const float* x;
+  const float* weight;  // [depth]
+  const float* bias;    // [depth]
+  float* y;
+  size_t depth;
+  size_t columns;
+  float epsilon;
+};
+
 struct Kernels {
   const char* name;
   void (*prepare)(const Product& product);
@@ -155,6 +168,8 @@ struct Kernels {
   void (*attend)(const Attention& attention, size_t task);
   // Combines the results of the chunks.
   void (*merge)(const Attention& attention);
+  // Normalizes a block of columns.
+  void (*normalize)(const Norm& norm, size_t block);
   const ManyKernels* many;
 };
 

@@ -6,7 +6,9 @@
 #pragma once
 
 #include "kernels.h"
+#include "nibbles.h"
 #include "simd.h"
+#include "tiles.h"
 
 namespace llorch::LLORCH_ISA {
 
@@ -16,6 +18,9 @@ constexpr int kTileRows = 4;
 constexpr int kTileColumns = LLORCH_BYTES == 64 ? 4 : 2;
 constexpr int kNarrowRows = 8;
 constexpr int kNarrow = LLORCH_BYTES == 64 ? 2 : 1;
+// Rows of bytes stay in the first-level cache, and can be read again for every pair of columns.
+constexpr int kCodeRows = LLORCH_BYTES == 64 ? 8 : 4;
+constexpr int kCodeColumns = 2;
 
 // ---- The columns: transposed, and quantized to 16 bits if the weights are codes -------------------------------------
 
@@ -38,16 +43,6 @@ void transpose(const Product& product) {
   }
 }
 
-// The place of element k among a column's codes, in the order in which 4-bit codes unpack: for each `kShorts` bytes of
-// the row, first the elements of all low nibbles, then those of all high nibbles.
-LLORCH_INLINE size_t place_of_nibble(size_t k, size_t group) {
-  const size_t half = group / 2;
-  const size_t within = k % group;
-  const size_t high = within >= half;
-  const size_t byte = k / group * half + within - high * half;
-  return byte / kShorts * 2 * kShorts + high * kShorts + byte % kShorts;
-}
-
 // The largest magnitude of each column, as bits; larger than infinity's if the column contains a NaN.
 template <int kColumns>
 LLORCH_INLINE void find_largest(const Product& product, uint32_t (&largest)[kColumns]) {
@@ -62,13 +57,17 @@ LLORCH_INLINE void find_largest(const Product& product, uint32_t (&largest)[kCol
   }
 }
 
-// Rounds each column to 16-bit codes with one scale: an element's error is at most 1/65534 of the largest magnitude.
+// The code of the largest magnitude. The high byte of a split code must be within -127 .. 127.
+LLORCH_INLINE float largest_code(const Product& product) { return product.format == Format::kInt4 ? 32639.0f : 32767.0f; }
+
+// Rounds each column to 16-bit codes with one scale: an element's error is at most 1/65278 of the largest magnitude.
 template <int kColumns>
 void quantize(const Product& product) {
   constexpr uint32_t kInfinity = 0x7f800000;
   constexpr float kSmallest = 1e-30f;       // a column whose magnitudes are all below this counts as zero
   constexpr float kRounder = 12582912.0f;   // 1.5 * 2^23: adding it rounds to an integer in the low bits
   constexpr int32_t kRounderBits = 0x4b400000;
+  const float most = largest_code(product);
   uint32_t largest[kColumns];
   float inverse[kColumns];
   find_largest<kColumns>(product, largest);
@@ -77,26 +76,33 @@ void quantize(const Product& product) {
     __builtin_memcpy(&magnitude, &largest[column], sizeof(magnitude));
     const bool finite = largest[column] < kInfinity;
     const bool zero = magnitude < kSmallest;
-    product.code_scales[column] = finite ? (zero ? 0.0f : magnitude / 32767.0f) : __builtin_nanf("");
-    inverse[column] = finite && !zero ? 32767.0f / magnitude : 0.0f;
+    product.code_scales[column] = finite ? (zero ? 0.0f : magnitude / most) : __builtin_nanf("");
+    inverse[column] = finite && !zero ? most / magnitude : 0.0f;
   }
   const size_t stride = padded(product.width);
   for (size_t i = 0; i < kColumns * stride; ++i) product.codes[i] = 0;
   const bool nibbles = product.format == Format::kInt4;
-  // Sixteen consecutive elements stay together in either order, because groups are multiples of 32.
-  constexpr size_t kBlock = LLORCH_BYTES == 16 ? 8 : 16;
+  if (nibbles) {
+    for (size_t i = 0; i < kColumns * stride / 8; ++i) split_column(product, 0).offsets[i] = 0;
+  }
+  constexpr size_t kBlock = 16;
   for (size_t k = 0; k < product.depth; k += kBlock) {
     const size_t count = product.depth - k < kBlock ? product.depth - k : kBlock;
-    const size_t place = nibbles ? place_of_nibble(k, product.group) : k;
     for (size_t column = 0; column < kColumns; ++column) {
-      int16_t* to = product.codes + column * stride + place;
       // A column that is not finite has no codes: its scale alone makes its results NaN.
       if (inverse[column] == 0.0f) continue;
+      int32_t codes[kBlock] = {};
       for (size_t i = 0; i < count; ++i) {
         const float rounded = product.x[(k + i) * kColumns + column] * inverse[column] + kRounder;
         int32_t bits;
         __builtin_memcpy(&bits, &rounded, sizeof(bits));
-        to[i] = static_cast<int16_t>(bits - kRounderBits);
+        codes[i] = bits - kRounderBits;
+      }
+      if (nibbles) {
+        split(codes, k, product.group, split_column(product, column));
+      } else {
+        int16_t* to = product.codes + column * stride + k;
+        for (size_t i = 0; i < kBlock; ++i) to[i] = static_cast<int16_t>(codes[i]);
       }
     }
   }
@@ -134,31 +140,6 @@ struct BFloat16 {
 struct Float16 {
   using Stored = uint16_t;
   static LLORCH_INLINE Floats get(const Stored* from) { return from_float16(load<HalfWords>(from)); }
-};
-
-// Some rows of the weights, `distance` rows apart, and some columns.
-struct Tile {
-  size_t row;
-  size_t distance;
-  size_t column;
-};
-
-// Prefetches a share of the next tile's rows while this tile is summed for a group of columns. If there are several
-// groups, the weights are in the cache from the second one on, and memory would be idle.
-class Ahead {
- public:
-  Ahead(const char* from, size_t distance, size_t rows, size_t step_bytes)
-      : from_(from), distance_(distance), rows_(rows), step_bytes_(step_bytes) {}
-  LLORCH_INLINE void step() {
-    for (size_t row = 0; row < rows_; ++row) __builtin_prefetch(from_ + row * distance_, 0, 2);
-    from_ += step_bytes_;
-  }
-
- private:
-  const char* from_;
-  size_t distance_;
-  size_t rows_;
-  size_t step_bytes_;
 };
 
 template <typename Weight, int kRows, int kColumns>
@@ -249,23 +230,13 @@ struct Int8RowTiles {
   }
 };
 
-// The scales of some consecutive groups of one row, in float32.
-constexpr size_t kScales = 16;
-
-LLORCH_INLINE void read_scales(const uint16_t* from, size_t count, float (&to)[kScales]) {
-  uint16_t bits[kScales] = {};
-  copy(bits, from, count < kScales ? count : kScales);
-  for (size_t i = 0; i < kScales; i += kLanes) store(to + i, from_float16(load<HalfWords>(bits + i)));
-}
-
-// Codes with one scale per group of 32 columns, or of a multiple of 64. Groups::kSpan groups, 1 or 2, are summed together.
-template <typename Groups, int kRows, int kColumns>
-LLORCH_INLINE void group_tile(const Product& product, const Tile& at, Ahead& ahead) {
-  const size_t groups = product.width / product.group;
-  const size_t stride = padded(product.width);
-  const size_t row_bytes = Groups::row_bytes(product);
-  const size_t group_bytes = row_bytes / groups;
-  const char* weights = static_cast<const char*>(product.weights) + at.row * row_bytes;
+// 8-bit codes with one scale per group of 32 columns, or of a multiple of 64.
+template <int kRows, int kColumns>
+LLORCH_INLINE void int8_group_tile(const Product& product, const Tile& at, Ahead& ahead) {
+  const size_t width = product.width;
+  const size_t groups = width / product.group;
+  const size_t stride = padded(width);
+  const int8_t* weights = static_cast<const int8_t*>(product.weights) + at.row * width;
   const int16_t* codes = product.codes + at.column * stride;
   const uint16_t* scales = static_cast<const uint16_t*>(product.scales) + at.row * groups;
   Floats totals[kRows][kColumns] = {};
@@ -273,14 +244,20 @@ LLORCH_INLINE void group_tile(const Product& product, const Tile& at, Ahead& ahe
     float scale[kRows][kScales];
     LLORCH_UNROLL for (int r = 0; r < kRows; ++r) read_scales(scales + r * at.distance * groups + first, groups - first, scale[r]);
     const size_t count = groups - first < kScales ? groups - first : kScales;
-    for (size_t g = 0; g < count; g += Groups::kSpan) {
-      const char* from = weights + (first + g) * group_bytes;
-      const size_t bytes = (count - g < Groups::kSpan ? 1 : Groups::kSpan) * group_bytes;
+    for (size_t g = 0; g < count; ++g) {
+      const size_t begin = (first + g) * product.group;
       Ints sums[kRows][kColumns] = {};
-      Groups::template add<kRows, kColumns>(from, at.distance * row_bytes, bytes, codes, stride, (first + g) * product.group, sums,
-                                            ahead);
+      for (size_t k = begin; k < begin + product.group; k += kShorts) {
+        ahead.step();
+        Shorts weight[kRows];
+        LLORCH_UNROLL for (int r = 0; r < kRows; ++r) weight[r] = widen(load<HalfBytes>(weights + r * at.distance * width + k));
+        LLORCH_UNROLL for (int c = 0; c < kColumns; ++c) {
+          const Shorts x = load<Shorts>(codes + c * stride + k);
+          LLORCH_UNROLL for (int r = 0; r < kRows; ++r) sums[r][c] = add_products_of_pairs(sums[r][c], weight[r], x);
+        }
+      }
       LLORCH_UNROLL for (int r = 0; r < kRows; ++r) {
-        const Floats by = Groups::spread(scale[r] + g);
+        const Floats by = broadcast(scale[r][g]);
         LLORCH_UNROLL for (int c = 0; c < kColumns; ++c) totals[r][c] = multiply_add(to_floats(sums[r][c]), by, totals[r][c]);
       }
     }
@@ -292,83 +269,12 @@ LLORCH_INLINE void group_tile(const Product& product, const Tile& at, Ahead& ahe
   }
 }
 
-struct Int8Groups {
-  static constexpr size_t kSpan = 1;
-  static size_t row_bytes(const Product& product) { return product.width; }
-  static LLORCH_INLINE Floats spread(const float* scale) { return broadcast(*scale); }
-
-  template <int kRows, int kColumns>
-  static LLORCH_INLINE void add(const char* from, size_t distance, size_t bytes, const int16_t* codes, size_t stride,
-                                size_t k, Ints (&sums)[kRows][kColumns], Ahead& ahead) {
-    for (size_t i = 0; i < bytes; i += kShorts) {
-      ahead.step();
-      Shorts weight[kRows];
-      LLORCH_UNROLL for (int r = 0; r < kRows; ++r) weight[r] = widen(load<HalfBytes>(from + r * distance + i));
-      LLORCH_UNROLL for (int c = 0; c < kColumns; ++c) {
-        const Shorts x = load<Shorts>(codes + c * stride + k + i);
-        LLORCH_UNROLL for (int r = 0; r < kRows; ++r) sums[r][c] = add_products_of_pairs(sums[r][c], weight[r], x);
-      }
-    }
-  }
-};
-
-// 4-bit codes; a group of 32 fills half of a 64-byte vector, so that there two groups share one.
-template <bool kPairs>
-struct Int4Groups {
-  static constexpr size_t kSpan = kPairs ? 2 : 1;
-  static size_t row_bytes(const Product& product) { return product.width / 2; }
-
-  static LLORCH_INLINE Floats spread(const float* scale) {
-    Floats by = broadcast(scale[0]);
-    if constexpr (kPairs) {
-      const Floats second = broadcast(scale[1]);
-      Ints upper;
-      for (int i = 0; i < kLanes; ++i) upper[i] = i >= kLanes / 2 ? -1 : 0;
-      by = upper ? second : by;
-    }
-    return by;
-  }
-
-  template <int kRows, int kColumns>
-  static LLORCH_INLINE void add(const char* from, size_t distance, size_t bytes, const int16_t* codes, size_t stride,
-                                size_t k, Ints (&sums)[kRows][kColumns], Ahead& ahead) {
-    for (size_t i = 0; i < bytes; i += kShorts) {
-      ahead.step();
-      Shorts low[kRows];
-      Shorts high[kRows];
-      LLORCH_UNROLL for (int r = 0; r < kRows; ++r) {
-        const Shorts pair = bytes_of(from + r * distance + i, bytes - i);
-        low[r] = (pair & 15) - 8;
-        high[r] = (pair >> 4) - 8;
-      }
-      LLORCH_UNROLL for (int c = 0; c < kColumns; ++c) {
-        const int16_t* at = codes + c * stride + k + 2 * i;
-        const Shorts x_low = load<Shorts>(at);
-        const Shorts x_high = load<Shorts>(at + kShorts);
-        LLORCH_UNROLL for (int r = 0; r < kRows; ++r) {
-          sums[r][c] = add_products_of_pairs(sums[r][c], low[r], x_low);
-          sums[r][c] = add_products_of_pairs(sums[r][c], high[r], x_high);
-        }
-      }
-    }
-  }
-
-  // `count` bytes as 16-bit integers. If they do not fill a vector, the rest is multiplied by columns that are zero.
-  static LLORCH_INLINE Shorts bytes_of(const char* from, size_t count) {
-    if (count >= kShorts) return widen(load<HalfUnsignedBytes>(from));
-    uint8_t rest[kShorts] = {};
-    copy(rest, reinterpret_cast<const uint8_t*>(from), count);
-    return widen(load<HalfUnsignedBytes>(rest));
-  }
-};
-
-template <typename Groups>
-struct GroupTiles {
+struct Int8GroupTiles {
   static constexpr size_t kStepBytes = kShorts;
-  static size_t row_bytes(const Product& product) { return Groups::row_bytes(product); }
+  static size_t row_bytes(const Product& product) { return product.width; }
   template <int kRows, int kColumns>
   static LLORCH_INLINE void tile(const Product& product, const Tile& at, Ahead& ahead) {
-    group_tile<Groups, kRows, kColumns>(product, at, ahead);
+    int8_group_tile<kRows, kColumns>(product, at, ahead);
   }
 };
 
@@ -413,10 +319,22 @@ void multiply_rows(const Product& product, size_t first, size_t last) {
   }
 }
 
-template <typename Tiles>
+template <typename Tiles, int kWideRows = kTileRows, int kWideColumns = kTileColumns>
 void multiply_as(const Product& product, size_t first, size_t last) {
   if (product.columns <= kNarrow) return multiply_rows<Tiles, kNarrowRows, kNarrow>(product, first, last);
-  return multiply_rows<Tiles, kTileRows, kTileColumns>(product, first, last);
+  return multiply_rows<Tiles, kWideRows, kWideColumns>(product, first, last);
+}
+
+LLORCH_INLINE void multiply_nibbles(const Product& product, size_t first, size_t last) {
+  const size_t half = product.group / 2;
+  if (half % kBytes == 0) return multiply_as<NibbleTiles<1>>(product, first, last);
+  if constexpr (kBytes >= 32) {
+    if (2 * half == kBytes) return multiply_as<NibbleTiles<2>>(product, first, last);
+  }
+  if constexpr (kBytes >= 64) {
+    if (4 * half == kBytes) return multiply_as<NibbleTiles<4>>(product, first, last);
+    return multiply_as<NibbleTiles<0>>(product, first, last);
+  }
 }
 
 [[maybe_unused]] static void multiply(const Product& product, size_t first, size_t last) {
@@ -425,11 +343,9 @@ void multiply_as(const Product& product, size_t first, size_t last) {
     case Format::kBFloat16: return multiply_as<FloatTiles<BFloat16>>(product, first, last);
     case Format::kFloat16: return multiply_as<FloatTiles<Float16>>(product, first, last);
     case Format::kInt8:
-      if (product.group == 0) return multiply_as<Int8RowTiles>(product, first, last);
-      return multiply_as<GroupTiles<Int8Groups>>(product, first, last);
-    case Format::kInt4:
-      if (product.group / 2 < kShorts) return multiply_as<GroupTiles<Int4Groups<true>>>(product, first, last);
-      return multiply_as<GroupTiles<Int4Groups<false>>>(product, first, last);
+      if (product.group == 0) return multiply_as<Int8RowTiles, kCodeRows, kCodeColumns>(product, first, last);
+      return multiply_as<Int8GroupTiles>(product, first, last);
+    case Format::kInt4: return multiply_nibbles(product, first, last);
   }
 }
 

@@ -29,8 +29,8 @@ typedef int32_t Ints __attribute__((vector_size(LLORCH_BYTES)));
 typedef uint32_t Words __attribute__((vector_size(LLORCH_BYTES)));
 typedef int16_t Shorts __attribute__((vector_size(LLORCH_BYTES)));
 typedef uint16_t HalfWords __attribute__((vector_size(LLORCH_BYTES / 2)));
+typedef uint8_t Bytes __attribute__((vector_size(LLORCH_BYTES)));
 typedef int8_t HalfBytes __attribute__((vector_size(LLORCH_BYTES / 2)));
-typedef uint8_t HalfUnsignedBytes __attribute__((vector_size(LLORCH_BYTES / 2)));
 typedef int8_t QuarterBytes __attribute__((vector_size(LLORCH_BYTES / 4)));
 typedef uint8_t QuarterUnsignedBytes __attribute__((vector_size(LLORCH_BYTES / 4)));
 
@@ -102,6 +102,45 @@ LLORCH_INLINE Ints add_products_of_pairs(Ints sums, Shorts a, Shorts b) {
 #endif
 }
 
+// Adds to each lane the products of its four codes, 0 to 15, and four signed bytes, for two vectors of codes.
+LLORCH_INLINE Ints add_products_of_fours(Ints sums, const Bytes (&codes)[2], const int8_t* first, const int8_t* second) {
+#if LLORCH_BYTES == 64
+  const __m512i some = _mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes[0], load<__m512i>(first));
+  return (Ints)_mm512_dpbusd_epi32(some, (__m512i)codes[1], load<__m512i>(second));
+#elif LLORCH_BYTES == 32
+  const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16((__m256i)codes[0], load<__m256i>(first)),
+                                         _mm256_maddubs_epi16((__m256i)codes[1], load<__m256i>(second)));
+  return sums + (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#else
+  const int8_t* from[2] = {first, second};
+  for (int i = 0; i < 2; ++i) {
+    const Shorts bytes = load<Shorts>(from[i]);
+    const Shorts even = (Shorts)codes[i] & 15;
+    sums = add_products_of_pairs(sums, even, bytes << 8 >> 8);
+    sums = add_products_of_pairs(sums, (Shorts)codes[i] >> 8, bytes >> 8);
+  }
+  return sums;
+#endif
+}
+
+// kCount values, each in as many consecutive lanes.
+template <int kCount>
+LLORCH_INLINE Floats spread(const float* values) {
+#if LLORCH_BYTES == 64
+  if constexpr (kCount == 4) {
+    const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return _mm512_maskz_permutexvar_ps(0xffff, lanes, _mm512_maskz_broadcast_f32x4(0xffff, load<__m128>(values)));
+  }
+#endif
+  Floats of = broadcast(values[0]);
+  for (int i = 1; i < kCount; ++i) {
+    Ints here;
+    for (int lane = 0; lane < kLanes; ++lane) here[lane] = lane / (kLanes / kCount) == i ? -1 : 0;
+    of = here ? broadcast(values[i]) : of;
+  }
+  return of;
+}
+
 LLORCH_INLINE Floats to_floats(Ints values) { return __builtin_convertvector(values, Floats); }
 
 LLORCH_INLINE Shorts widen(HalfBytes values) {
@@ -109,16 +148,6 @@ LLORCH_INLINE Shorts widen(HalfBytes values) {
   return (Shorts)_mm512_maskz_cvtepi8_epi16(0xffffffff, (__m256i)values);
 #elif LLORCH_BYTES == 32
   return (Shorts)_mm256_cvtepi8_epi16((__m128i)values);
-#else
-  return __builtin_convertvector(values, Shorts);
-#endif
-}
-
-LLORCH_INLINE Shorts widen(HalfUnsignedBytes values) {
-#if LLORCH_BYTES == 64
-  return (Shorts)_mm512_maskz_cvtepu8_epi16(0xffffffff, (__m256i)values);
-#elif LLORCH_BYTES == 32
-  return (Shorts)_mm256_cvtepu8_epi16((__m128i)values);
 #else
   return __builtin_convertvector(values, Shorts);
 #endif

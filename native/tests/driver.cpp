@@ -14,6 +14,7 @@
 #include "attention_cases.h"
 #include "common.h"
 #include "dispatch.h"
+#include "norm_cases.h"
 #include "parallel.h"
 
 namespace {
@@ -111,7 +112,7 @@ bool agrees(const Case& c, const float* y) {
         squares += weight * weight;
         largest = std::fmax(largest, std::fabs(x));
       }
-      const double rounding = codes ? largest / 65534 : 0;
+      const double rounding = codes ? largest / 65278 : 0;
       const double allowed = std::sqrt(squares) * (std::sqrt(c.depth) * rounding + 1e-5 * largest) + 1e-6;
       const double got = y[row * c.columns + column];
       if (!(std::fabs(got - sum) <= allowed)) {
@@ -189,7 +190,7 @@ int main(int count, char** arguments) {
     }
   }
   for (int i = 0; i < cases; ++i) {
-    if (!attention_agrees(*kernels)) return 1;
+    if (!attention_agrees(*kernels) || !norm_agrees(*kernels)) return 1;
   }
   if (!loops_end()) return 1;
   std::printf("%s: %d cases\n", kernels->name, cases);

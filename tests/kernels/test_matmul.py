@@ -160,7 +160,7 @@ def test_the_twin_serves_for_many_columns_of_few_rows_or_of_float32_and_for_othe
 WRONG = {
     "x has no columns": ("x: expected a column or more", {"x": (8, 0)}),
     "a small workspace for many columns": (
-        "workspace: expected 1280 bytes, got 520",
+        "workspace: expected 1280 bytes, got 1032",
         {"x": (8, 17), "y": (4, 17), "weight_type": jnp.float16, "bits": 16},
     ),
     "many columns of float32": ("x: expected up to 16 columns for float32", {"x": (8, 17)}),
@@ -169,7 +169,7 @@ WRONG = {
     "weights of another type": ("weights: expected float32, bfloat16", {"weight_type": jnp.int32}),
     "weights in three dimensions": (r"weights: expected \[out, width\], got \[4, 8, 1\]", {"weight": (4, 8, 1)}),
     "y of another shape": (r"y: expected float32 \[4, 2\], got \[4, 3\]", {"y": (4, 3)}),
-    "a small workspace": ("workspace: expected 520 bytes, got 8", {"workspace": 8}),
+    "a small workspace": ("workspace: expected 1032 bytes, got 8", {"workspace": 8}),
     "a group of floats": ("group: expected 0 for floating point, got 32", {"group": 32}),
     "codes in odd groups": ("group: expected 32", {"weight": (4, 48), "weight_type": jnp.int8, "bits": 8, "group": 48}),
     "codes in half a group": (
@@ -194,7 +194,7 @@ def test_a_wrong_call_names_the_argument(name):
         "x_type": jnp.float32,
         "y": (4, 2),
     }
-    call |= {"workspace": 520, "bits": 32, "group": 0} | wrong
+    call |= {"workspace": 1032, "bits": 32, "group": 0} | wrong
     results = (jax.ShapeDtypeStruct(call["y"], jnp.float32), jax.ShapeDtypeStruct((call["workspace"],), jnp.uint8))
     arrays = [
         jnp.zeros(call["weight"], call["weight_type"]),

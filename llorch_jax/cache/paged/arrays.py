@@ -1,12 +1,16 @@
 """Arrays of pages: writing, copying, gathering and joining. For bookkeeping see `allocator` and `cache`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from llorch_jax.cache.writes import token_positions
+from llorch_jax.kernels.writes import write
 
 Pools = Any  # a pytree of arrays [P, K, page_size, X]
 
@@ -26,8 +30,6 @@ def copy_pages(pool: jax.Array, sources: jax.Array, targets: jax.Array) -> jax.A
 def write_pages(pool: jax.Array, new: jax.Array, tables: jax.Array, starts: jax.Array, counts: jax.Array) -> jax.Array:
     """Writes only each row's first `counts` new tokens, to its positions from `starts` on.
 
-    Tokens are written one at a time: a plain update of a slice is the only write for which XLA never copies the pool.
-
     Args:
         pool: [P, K, page_size, X].
         new: [B, T, K, X], of the pool's dtype.
@@ -35,20 +37,41 @@ def write_pages(pool: jax.Array, new: jax.Array, tables: jax.Array, starts: jax.
         starts: int32 [B].
         counts: int32 [B], at most T.
     """
-    batch, _, heads, head_dim = new.shape
-    size = pool.shape[2]
+    return write(_page_places(pool.shape[2]), _write_pages, pool, new, tables, starts, counts)
+
+
+def _with_pages(tables: jax.Array, size: int, starts: jax.Array, counts: jax.Array) -> jax.Array:
+    """int32 [B], how many of each row's new tokens have a page."""
     columns = jnp.arange(1, tables.shape[1] + 1, dtype=jnp.int32)
     ends = jnp.max(jnp.where(tables >= 0, columns, 0), axis=1)  # pages before a row's last one may have been freed
-    counts = jnp.minimum(counts, ends * size - starts)
+    return jnp.minimum(counts, ends * size - starts)
+
+
+@cache
+def _page_places(size: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    def places(new: jax.Array, tables: jax.Array, starts: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+        positions = token_positions(new, starts)
+        real = jnp.arange(new.shape[1])[None] < _with_pages(tables, size, starts, counts)[:, None]
+        pages = jnp.take_along_axis(tables, positions // size, axis=1, mode="clip")
+        return jnp.where(real, pages, -1), positions % size
+
+    return places
+
+
+def _write_pages(pool: jax.Array, new: jax.Array, tables: jax.Array, starts: jax.Array, counts: jax.Array) -> jax.Array:
+    """Writes one token at a time: a plain update of a slice is the only write for which XLA never copies the pool."""
+    batch, _, heads, head_dim = new.shape
+    size = pool.shape[2]
+    counts = _with_pages(tables, size, starts, counts)
 
     def write_row(row: Any, filled: jax.Array) -> jax.Array:
-        def write(token: Any, filled: jax.Array) -> jax.Array:
+        def write_token(token: Any, filled: jax.Array) -> jax.Array:
             position = starts[row] + token
             block = lax.dynamic_slice(new, (row, token, 0, 0), (1, 1, heads, head_dim))
             where = (tables[row, position // size], 0, position % size, 0)
             return lax.dynamic_update_slice(filled, block.reshape(1, heads, 1, head_dim), where)
 
-        return lax.fori_loop(0, counts[row], write, filled)
+        return lax.fori_loop(0, counts[row], write_token, filled)
 
     return write_row(0, pool) if batch == 1 else lax.fori_loop(0, batch, write_row, pool)
 
