@@ -5,8 +5,9 @@
 Requests arrive at random (Poisson) with prompts and answers of random (log-normal) lengths, all from one seed. The same
 trace is run by the engine, by an engine with one slot, and in static batches with as many rows as the engine has slots,
 each of which runs until its last row has ended. There are three more figures: the time to the first token of a prompt
-with 512 cached tokens; the time between tokens of running streams while a prompt of 900 tokens is processed; and the
-ratio of an engine step with all slots in use to a step of `generate_tokens`.
+whose first 512 tokens are computed, cached on the device, or cached in the second pool; the time between tokens of
+running streams while a prompt of 900 tokens is processed; and the ratio of an engine step with all slots in use to a
+step of `generate_tokens`.
 """
 
 import dataclasses
@@ -72,10 +73,11 @@ def trace(config: lj.GPT2Config, requests: int, rate: float, seed: int = 0) -> l
 class Engine:
     """An engine that takes and returns tokens."""
 
-    def __init__(self, params: lj.Params, config: lj.GPT2Config, slots: int) -> None:
+    def __init__(self, params: lj.Params, config: lj.GPT2Config, slots: int, offload_bytes: int = 0) -> None:
         limits = Limits(slots, PAGE, CHUNK, IDLE_CHUNK)
         pages = slots * -(-config.n_positions // PAGE)
-        self._worker = Worker(lambda: Core(params, config, Plot(limits, pages)), max_waiting=10_000)
+        plot = Plot(limits, pages, offload_bytes=offload_bytes)
+        self._worker = Worker(lambda: Core(params, config, plot), max_waiting=10_000)
         self._worker.call(Core.warm_up)
 
     def run(self, arrivals: Sequence[Arrival]) -> list[Times]:
@@ -118,6 +120,10 @@ class Engine:
         """Empties the prefix cache."""
         self._worker.call(lambda core: core.pages.forget())
 
+    def restored(self) -> int:
+        """How many pages the second pool has given back so far."""
+        return self._worker.call(lambda core: core.offload.store.counts().restored)
+
     def close(self) -> None:
         """Ends the thread."""
         self._worker.close(drain=True, timeout=None)
@@ -159,18 +165,30 @@ def summary(times: Sequence[Times]) -> dict[str, Any]:
     return {"tokens_per_second": total / span, "first_token_ms": at(first), "between_tokens_ms": at(between)}
 
 
-def prefix_hit(engine: Engine, config: lj.GPT2Config, tokens: int) -> tuple[float, float]:
-    """Milliseconds to the first token of a prompt of slightly more than `tokens` tokens: not cached, and cached."""
-    dice = np.random.default_rng(1)
+def prefix_hit(engine: Engine, config: lj.GPT2Config, tokens: int, seed: int) -> dict[str, float]:
+    """Milliseconds to the first token of a prompt of slightly more than `tokens` tokens, by where these come from.
+
+    Args:
+        engine: one with a second pool, and pages for no more than one whole context.
+        config: the model's hyperparameters.
+        tokens: length of the common beginning.
+        seed: another one for every call, as the second pool remembers the text.
+    """
+    dice = np.random.default_rng(seed)
     beginning = dice.integers(0, config.vocab_size, tokens).tolist()
-    found = []
-    engine.forget()
-    for end in range(2):
-        start = time.perf_counter()
-        times, done = engine.submit(Arrival(0.0, [*beginning, end, 1, 2], 1), start)
+
+    def first(prompt: list[int]) -> float:
+        times, done = engine.submit(Arrival(0.0, prompt, 1), time.perf_counter())
         done.wait()
-        found.append(1000 * times.first)
-    return found[0], found[1]
+        engine.wait()
+        return 1000 * times.first
+
+    before = engine.restored()
+    found = {"computed": first([*beginning, 0, 1, 2]), "cached": first([*beginning, 1, 1, 2])}
+    first(dice.integers(0, config.vocab_size, config.n_positions).tolist())  # takes all pages
+    found["restored"] = first([*beginning, 2, 1, 2])
+    assert engine.restored() - before == tokens // PAGE, "the second pool has everything, and the device nothing"
+    return found
 
 
 def stall(engine: Engine, config: lj.GPT2Config, slots: int, tokens: int) -> tuple[list[float], float]:
@@ -224,6 +242,7 @@ def measure(preset: str, requests: int, rate: float, slots: int, rounds: int) ->
     config, params = random_model(preset)
     arrivals = trace(config, requests, rate)
     many, one = Engine(params, config, slots), Engine(params, config, 1)
+    offloading = Engine(params, config, 1, offload_bytes=2**31)
     contenders: dict[str, Callable[[], list[Times]]] = {
         "engine": lambda: many.run(arrivals),
         "one at a time": lambda: one.run(arrivals),
@@ -233,11 +252,12 @@ def measure(preset: str, requests: int, rate: float, slots: int, rounds: int) ->
     found = {name: [summary(run()) for _ in range(rounds)] for name, run in contenders.items()}
     long = min(900, config.n_positions - 32)
     cached = min(512, config.n_positions // 2)
-    misses, hits = zip(*(prefix_hit(many, config, cached) for _ in range(rounds + 2)), strict=True)
+    firsts = [prefix_hit(offloading, config, cached, seed) for seed in range(rounds + 2)]
     gaps, first = stall(many, config, slots, long)
     steps = [step_ms(many, params, config, slots, min(100, config.n_positions // 4)) for _ in range(rounds + 1)]
     many.close()
     one.close()
+    offloading.close()
     rows = [
         {
             "name": name,
@@ -248,7 +268,8 @@ def measure(preset: str, requests: int, rate: float, slots: int, rounds: int) ->
         for name, values in found.items()
     ]
     extra = {
-        "prefix_hit_ms": {"tokens": cached, "miss": statistics.median(misses), "hit": statistics.median(hits)},
+        "prefix_hit_ms": {"tokens": cached}
+        | {name: statistics.median(each[name] for each in firsts) for name in firsts[0]},
         "stall_ms": {
             "tokens": long,
             "p50": float(np.percentile(gaps, 50)),
@@ -272,32 +293,15 @@ def show(figures: Report) -> None:
         )
         print(f"{row['name']:<16}{row['value']['median']:>9.1f}   {first:<34}{between}")
     hit, wait, step = figures["prefix_hit_ms"], figures["stall_ms"], figures["step_ms"]
-    ratio = hit["miss"] / hit["hit"]
-    times = f"{hit['miss']:.0f} -> {hit['hit']:.0f} ms"
-    print(f"prefix of {hit['tokens']} cached tokens: first token {times}, {ratio:.1f} x faster")
+    print(f"first token after a prefix of {hit['tokens']} tokens: {hit['computed']:.1f} ms if it is computed")
+    for name, place in {"cached": "cached", "restored": "in the second pool"}.items():
+        print(f"  {hit[name]:.1f} ms if it is {place}, {hit['computed'] / hit[name]:.1f} x faster")
     print(
         f"while a prompt of {wait['tokens']} tokens is processed: {wait['p50']:.1f} ms between tokens, "
         f"p99 {wait['p99']:.1f} ({wait['p99'] / wait['p50']:.2f} x); its first token after {wait['first']:,.0f} ms"
     )
     over = step["engine"] / step["generate_tokens"]
     print(f"a step with all slots in use: {step['engine']:.1f} ms, {over:.3f} x generate_tokens")
-
-
-def plot(figures: Report, path: Path) -> None:
-    """Plots the latencies at the three percentiles."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
-    titles = {"first_token_ms": "first token", "between_tokens_ms": "between tokens"}
-    for axis, (key, title) in zip(axes, titles.items(), strict=True):
-        for number, row in enumerate(figures["rows"]):
-            places = np.arange(3) + 0.27 * (number - 1)
-            axis.bar(places, row[key].values(), 0.25, label=row["name"])
-        axis.set_xticks(range(3), ["p50", "p95", "p99"])
-        axis.set(title=title, ylabel="ms", yscale="log")
-    axes[0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -311,6 +315,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     show(figures)
     keep(figures, chosen.json)
     if chosen.plot:
+        from benchmarks.engine_plot import plot
+
         plot(figures, chosen.plot)
 
 

@@ -11,9 +11,9 @@ from llorch_jax.engine.sequences import Request
 from llorch_jax.sampling import make_sampler
 
 
-def make_core(params, config, *, slots=3, num_pages=12, page_size=4, chunk=6, idle_chunk=16, codec=None):
+def make_core(params, config, *, slots=3, num_pages=12, page_size=4, chunk=6, idle_chunk=16, codec=None, offload=0):
     limits = Limits(slots=slots, page_size=page_size, chunk=chunk, idle_chunk=idle_chunk)
-    return Core(params, config, Plot(limits, num_pages, codec))
+    return Core(params, config, Plot(limits, num_pages, codec, offload))
 
 
 class Answer:
@@ -71,10 +71,16 @@ def alone(params, config, prompt, max_new_tokens, *, seed=0, settings=None, eos_
     return out
 
 
+def check_books(core):
+    """No page is lost or held twice, in either pool."""
+    core.pages.check(core.held())
+    core.offload.store.check()
+
+
 def run(core, limit=2000):
     for _ in range(limit):
         if core.idle:
             return
         core.step()
-        core.pages.check(core.held())
+        check_books(core)
     raise AssertionError("the engine did not finish")

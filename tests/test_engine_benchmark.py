@@ -29,9 +29,23 @@ def test_figures_of_known_times():
     assert found["between_tokens_ms"]["p99"] == pytest.approx(740.0)
 
 
+def test_the_plot_is_a_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks.engine_plot import plot
+
+    latencies = {"p50": 1.0, "p95": 20.0, "p99": 300.0}
+    rows = [{"name": name, "first_token_ms": latencies, "between_tokens_ms": latencies} for name in "abc"]
+    prefix = {"tokens": 512, "computed": 300.0, "cached": 9.0, "restored": 30.0}
+    setting = {"preset": "tiny", "requests": 3, "rate": 1.5, "slots": 2}
+    plot({"setting": setting, "rows": rows, "prefix_hit_ms": prefix}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.skipif(not THOROUGH, reason="compiles for a minute; LLORCH_TESTS=thorough runs it")
 def test_it_runs_on_a_tiny_model(capsys):
     figures = engine.measure("tiny", 6, 30.0, 2, 1)
     assert [row["name"] for row in figures["rows"]] == ["engine", "one at a time", "static batches"]
     engine.show(figures)
-    assert "x generate_tokens" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "if it is in the second pool" in said
+    assert "x generate_tokens" in said

@@ -99,9 +99,13 @@ def session(m):
     return [first.tolist(), made.generate(m.params, m.config, 8)[0].tolist()]
 
 def engine(m):
-    with lj.Engine(m, slots=2, page_size=16) as running:
+    with lj.Engine(m, slots=2, page_size=8, num_pages=3, offload_bytes=2**20) as running:
         handles = [running.submit(text, 6, temperature=0.8, seed=i) for i, text in enumerate(ROWS[:3])]
-        return [handle.result().text for handle in handles]
+        found = [handle.result().text for handle in handles]
+        for text in ("y" * 16, ROWS[0]):  # which evicts all pages, and whose page comes back
+            found.append(running.submit(text, 6).result().text)
+        assert running.stats().offload.restored == 1
+        return found
 
 def pooled(m):
     pool = lj.CachePool()

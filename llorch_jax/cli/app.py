@@ -420,6 +420,15 @@ def serve_command(
     max_waiting: Annotated[
         int, option("--max-waiting", metavar="N", help="Maximum number of waiting requests.", panel="Engine")
     ] = 1024,
+    offload_bytes: Annotated[
+        str,
+        option(
+            "--offload-bytes",
+            metavar="SIZE",
+            help="Main memory for cached prefixes that leave the cache, such as 2GB; 0 is off.",
+            panel="Engine",
+        ),
+    ] = "0",
     prefix_cache: Annotated[
         Path | None,
         option("--prefix-cache", metavar="FILE", help="File to keep cached prefixes across restarts.", panel="Engine"),
@@ -430,11 +439,11 @@ def serve_command(
 ) -> None:
     """Serve a model over HTTP to many users, with OpenAI's API and a page for trying it out.
 
-    In the options N is a whole number, and X any number.
+    In the options N is a whole number, X any number, and SIZE a number of bytes: 4096, 500MB, 1.5GiB.
     """
     from llorch_jax.cli import serving
 
     engine = {"slots": slots, "num_pages": num_pages, "page_size": page_size, "codec": codec}
-    engine |= {"chunk": chunk, "max_waiting": max_waiting}
+    engine |= {"chunk": chunk, "max_waiting": max_waiting, "offload_bytes": offload_bytes}
     limits = {"name": name, "api_key": api_key, "max_body": max_body, "max_texts": max_texts}
     serving.start(model, settings, engine, limits, host, port, drain_seconds, warm_up, prefix_cache)

@@ -202,6 +202,7 @@ _OTHERS = (
     "page_size",
     "chunk",
     "max_waiting",
+    "offload_bytes",
     "actors",
     "cpus",
     "ray",

@@ -5,7 +5,7 @@ from typing import Any
 
 from llorch_jax.cli import interrupts
 from llorch_jax.cli.loading import load_model
-from llorch_jax.cli.terminal import note, waiting
+from llorch_jax.cli.terminal import note, read_bytes, waiting
 from llorch_jax.errors import EngineError
 from llorch_jax.files import exists
 from llorch_jax.text.engine import Engine
@@ -42,6 +42,7 @@ def start(
         raise EngineError("api_key: expected a key that is not empty")
     if not 0 < drain_seconds < 1e6:
         raise EngineError(f"drain_seconds: expected seconds above 0, got {drain_seconds}")
+    engine |= {"offload_bytes": read_bytes("offload_bytes", engine["offload_bytes"])}
     saved = prefixes is not None and exists(prefixes, EngineError)
     model, _ = load_model(source, settings)
     running = Engine(model, **engine)

@@ -1,10 +1,12 @@
 """Shared by all commands: messages on standard error, spinners and bars, warnings, the compilation cache."""
 
 import os
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,6 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from llorch_jax.cli import interrupts
+from llorch_jax.errors import EngineError
 
 PATIENCE = 0.4  # seconds before a step says that it is running
 messages = Console(stderr=True, highlight=False)
@@ -111,3 +114,17 @@ def show_timings(load_seconds: float, timings: Any) -> None:
 def show_bytes(count: int) -> str:
     """A number of bytes in readable form: exact, and in MB if it is large."""
     return f"{count:,} bytes" if count < 10**6 else f"{count:,} bytes ({count / 1e6:,.1f} MB)"
+
+
+def read_bytes(name: str, text: str) -> int:
+    """The number of bytes that a text such as 500MB, 1.5 GiB or 4096 stands for.
+
+    Raises:
+        EngineError: it is something else; the message begins with the name.
+    """
+    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*(?:([kmgt])(i?))?b?\s*", text, re.IGNORECASE | re.ASCII)
+    if found is None:
+        raise EngineError(f"{name}: expected a number of bytes such as 500MB, 1.5GiB or 0, got {text!r:.80}")
+    number, prefix, binary = found.groups()
+    unit = (1024 if binary else 1000) ** " kmgt".index((prefix or " ").lower())
+    return int(Fraction(number) * unit)

@@ -18,7 +18,10 @@ import numpy as np
 from llorch_jax.cache.files import fingerprint
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.steps import check_chosen
+from llorch_jax.engine.copies import pools_of
 from llorch_jax.engine.device import Device, Plot
+from llorch_jax.engine.host_pages import HostPages
+from llorch_jax.engine.offload import Offload
 from llorch_jax.engine.pages import PagePool
 from llorch_jax.engine.prefix_files import load_prefixes, save_prefixes
 from llorch_jax.engine.scheduler import Plan, Rank, schedule
@@ -53,6 +56,8 @@ class Core:
         self._in_flight: deque[tuple[list[Sequence], Any]] = deque()
         self.statistics = Statistics()
         self._set_up()
+        size = plot.offload_bytes
+        self.offload = Offload(HostPages.of(pools_of(self._device.cache), size) if size else HostPages())
 
     def _set_up(self) -> None:
         """Makes an empty pool, and slots without requests."""
@@ -139,18 +144,19 @@ class Core:
         nothing = not (plan.prefill or plan.decode)
         while len(self._in_flight) > (0 if nothing else _LATE):
             self._read()
+        self._store_evicted()
 
     def save_prefixes(self, path: Path) -> int:
         """Writes the prefix cache to a file, and returns the number of its pages."""
         self._read_all()
-        return save_prefixes(path, self._device.cache, self.pages, fingerprint(self._params, self._config))
+        print_of = fingerprint(self._params, self._config)
+        return save_prefixes(path, self._device.cache, self.pages, self.offload.store, print_of)
 
     def load_prefixes(self, path: Path) -> int:
-        """Adds the pages of a file to the prefix cache, as many as there are free pages, and returns their number."""
+        """Adds the pages of a file to the prefix cache, as many as are free in both pools, and returns their number."""
         print_of = fingerprint(self._params, self._config)
         vocab_size = self._config.vocab_size
-        self._device.cache, count = load_prefixes(path, self._device.cache, self.pages, print_of, vocab_size)
-        return count
+        return load_prefixes(path, self._device, self.pages, self.offload.store, print_of, vocab_size)
 
     def fail_all(self, error: BaseException) -> None:
         """Ends all requests early, with an error."""
@@ -173,24 +179,37 @@ class Core:
     def _plan(self) -> Plan:
         waiting = []
         for sequence in self.queue[: self._limits.slots]:
-            pages = self.pages.match(sequence.tokens[: sequence.length], sequence.request.salt)
-            waiting.append(sequence.waiting(len(pages) * self._limits.page_size, self.pages.idle_among(pages)))
+            pages = self._match(sequence)
+            cached = len(pages) * self._limits.page_size
+            waiting.append(sequence.waiting(cached, self.pages.idle_among(pages), pages.count(-1)))
         running = [each.running(self.pages.owned(each.held)) for each in self._running.values()]
         return schedule(waiting, running, self.pages.available, self._limits)
 
     def _carry_out(self, plan: Plan, involved: list[Sequence]) -> None:
         for rank in plan.preempt:
             self._preempt(self._running[rank])
-        for rank in plan.admit:
-            self._admit(self._waiting[rank])
+        absent = {rank: self._admit(self._waiting[rank]) for rank in plan.admit}
         decoding = [self._running[rank] for rank in plan.decode]
-        involved += decoding
+        chunks = [(self._running[rank], count) for rank, count in plan.prefill]
+        involved += [*decoding, *(sequence for sequence, _ in chunks)]
+        for rank, entries in absent.items():
+            for number, page in self.offload.allocate(self.pages, entries).items():
+                self._running[rank].pages[number] = page
+        for sequence in decoding:
+            self._grow(sequence, 1)
+        for sequence, count in chunks:
+            self._grow(sequence, count)
+        self.offload.dispatch(self.pages, self._device)
+        involved[:] = decoding
         if decoding:
             self._decode(decoding)
-        for rank, count in plan.prefill:
-            sequence = self._running[rank]
+        for sequence, count in chunks:
             involved[:] = [sequence]
             self._prefill(sequence, count)
+
+    def _match(self, sequence: Sequence) -> list[int]:
+        """The pages that contain the beginning of a request; -1 for those that are in the second pool only."""
+        return self.pages.match(sequence.tokens[: sequence.length], sequence.request.salt, self.offload.store.has)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._release(sequence)
@@ -199,15 +218,23 @@ class Core:
         self.statistics.preemptions += 1
         self._waiting[sequence.rank] = sequence
 
-    def _admit(self, sequence: Sequence) -> None:
+    def _admit(self, sequence: Sequence) -> list[tuple[int, bytes, bytes]]:
+        """Gives a request a slot and the pages that are on the device; returns those that are in the second pool."""
         del self._waiting[sequence.rank]
-        pages = self.pages.match(sequence.tokens[: sequence.length], sequence.request.salt)
-        self.pages.hold(pages)
-        sequence.begin(pages, self._limits.page_size)
+        pages = self._match(sequence)
+        self.pages.hold(page for page in pages if page >= 0)
+        absent = sequence.begin(pages, self._limits.page_size)
         sequence.slot = self._free_slots.pop()
         self._running[sequence.rank] = sequence
         self.statistics.prompt_tokens += sequence.target
         self.statistics.cached_tokens += sequence.cached
+        return absent
+
+    def _store_evicted(self) -> None:
+        try:
+            self.offload.finish()
+        except Exception:  # they are lost, and nothing else: if a step has failed, its results will tell
+            self.statistics.failures += 1
 
     def _drop(self, sequence: Sequence) -> None:
         """Frees what a finished request holds."""
@@ -232,7 +259,6 @@ class Core:
 
     def _prefill(self, sequence: Sequence, count: int) -> None:
         """Dispatches a chunk and, after the last chunk, the first token."""
-        self._grow(sequence, count)
         logits = self._device.prefill(sequence, count)
         sequence.computed += count
         self._index(sequence)
@@ -247,8 +273,6 @@ class Core:
 
     def _decode(self, sequences: list[Sequence]) -> None:
         """Dispatches the next token of some requests."""
-        for sequence in sequences:
-            self._grow(sequence, 1)
         self._in_flight.append((sequences, self._device.decode(sequences)))
         for sequence in sequences:
             sequence.computed += 1
@@ -313,6 +337,7 @@ class Core:
         """
         self.statistics.failures += 1
         self._in_flight.clear()
+        self.offload.forget()
         involved = list(involved) or [*self._running.values()]  # some requests must fail, or it would happen again
         failed = EngineError(f"a step of the engine failed: {type(error).__name__}: {error}"[:300])
         for sequence in involved:

@@ -1,6 +1,7 @@
 """An engine's state on the device, and the calls of its programs."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from llorch_jax.buckets import SMALLEST, bucket, power_of_two
 from llorch_jax.cache.paged import PagedCache
 from llorch_jax.cache.placement import new_cache, placed
 from llorch_jax.config import GPT2Config
+from llorch_jax.engine import copies
 from llorch_jax.engine import slots as programs
 from llorch_jax.engine.scheduler import Limits
 from llorch_jax.engine.sequences import Sequence
@@ -30,11 +32,13 @@ class Plot:
         limits: the limits of a step.
         num_pages: number of pages in the pool.
         codec: how keys and values are stored.
+        offload_bytes: size of the second pool in bytes; 0 for none.
     """
 
     limits: Limits
     num_pages: int
     codec: str | None = None
+    offload_bytes: int = 0
 
 
 class Device:
@@ -66,6 +70,7 @@ class Device:
         self._params = params
         self._config = config
         self._limits = limits
+        self._offloads = plot.offload_bytes > 0
         self._slots = placed(self._mesh, programs.Slots.empty(cache, bucket(config.n_positions + 1)))
         self._settings = SlotSettings(limits.slots, None if known is None else jax.device_put(known))
         self._columns = -(-config.n_positions // limits.page_size)
@@ -100,6 +105,28 @@ class Device:
         rows[: len(sequences)] = [sequence.place for sequence in sequences]
         return self._results(sequences, self._decode(rows, self._tables(sequences, size)))
 
+    def take_pages(self, pages: list[int]) -> Iterator[tuple[slice, copies.Contents]]:
+        """Copies of pages, made before any step that is dispatched later: which of the pages, and their contents."""
+        for part, numbers in copies.batches(pages):
+            yield part, copies.take(self.cache, numbers)
+
+    def put_pages(self, pages: list[int], source: copies.Contents, rows: list[int]) -> None:
+        """Replaces the contents of pages by rows of the source, NumPy arrays [N, ...]."""
+        for part, numbers in copies.batches(pages):
+
+            def taken(array: np.ndarray, part: slice = part, size: int = numbers.size) -> np.ndarray:
+                out = np.empty((size, *array.shape[1:]), array.dtype)
+                np.take(array, rows[part], axis=0, out=out[: part.stop - part.start], mode="clip")
+                return out
+
+            self._put(numbers, jax.tree.map(taken, source), part.stop - part.start)
+
+    def _put(self, numbers: np.ndarray, contents: copies.Contents, count: int) -> None:
+        if self._mesh is not None:  # each device gets its heads only
+            shardings = jax.tree.map(lambda pool: pool.sharding, copies.pools_of(self.cache))
+            contents = jax.device_put(contents, shardings)
+        self.cache = copies.put(self.cache, numbers, contents, np.int32(count), mesh=self._mesh)
+
     @property
     def cache(self) -> PagedCache:
         """The pools."""
@@ -124,6 +151,10 @@ class Device:
             for columns in sorted({self._width(count) for count in range(1, self._columns + 1)}):
                 chosen = self._decode(np.full(size, nobody), np.full((size, columns), -1, np.int32))
             self._alternatives(chosen)
+        if self._offloads:
+            for size in sorted({power_of_two(n) for n in range(1, min(self.cache.num_pages, copies.MOST) + 1)}):
+                ((_, contents),) = self.take_pages([0] * size)
+                self._put(np.zeros(size, np.int32), jax.tree.map(np.asarray, contents), 0)
         jax.block_until_ready(self._slots)
 
     def _prefill(self, tokens: np.ndarray, start: int, count: int, table: np.ndarray, final: bool) -> jax.Array:
@@ -170,4 +201,5 @@ class Device:
 def compile_count() -> int:
     """How many variants of the engine's programs have been compiled in this process."""
     compiled: list[Any] = [programs.prefill, programs.enter, programs.decode, programs.alternatives]
+    compiled += [copies.take, copies.put]
     return sum(program._cache_size() for program in compiled)

@@ -9,7 +9,7 @@ are also shared with requests that are still running, as full pages are never wr
 import dataclasses
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -50,6 +50,7 @@ class PagePool:
         self._pages: dict[bytes, int] = {}  # by the digest of all tokens up to the page's end
         self._entries: dict[int, tuple[bytes, bytes]] = {}  # digest and tokens of a page
         self._evicted = 0
+        self._left: list[tuple[int, bytes, bytes]] = []
 
     @property
     def available(self) -> int:
@@ -87,18 +88,32 @@ class PagePool:
         """How many of these pages are idle."""
         return sum(page in self._idle for page in pages)
 
-    def match(self, tokens: np.ndarray, salt: bytes = b"") -> list[int]:
+    def match(
+        self, tokens: np.ndarray, salt: bytes = b"", elsewhere: Callable[[bytes, bytes], bool] | None = None
+    ) -> list[int]:
         """The indexed pages that contain the beginning of tokens int32 [T]; `hold` must be called to keep them.
 
         At least the last token remains to be computed, as its logits are needed.
+
+        Args:
+            tokens: the text.
+            salt: see `Request`.
+            elsewhere: whether another pool has the page with a digest and tokens; such pages are given as -1.
         """
         pages = []
         for digest, content in digests(tokens[: len(tokens) - 1], self.page_size, salt):
-            page = self._pages.get(digest)
-            if page is None or self._entries[page][1] != content:
-                break
+            page = self.find(digest, content)
+            if page is None:
+                if elsewhere is None or not elsewhere(digest, content):
+                    break
+                page = -1
             pages.append(page)
         return pages
+
+    def find(self, digest: bytes, content: bytes) -> int | None:
+        """The indexed page with this digest and these tokens, if there is one."""
+        page = self._pages.get(digest)
+        return page if page is not None and self._entries[page][1] == content else None
 
     def hold(self, pages: Iterable[int]) -> None:
         """Records that one more request holds these indexed or held pages."""
@@ -121,6 +136,14 @@ class PagePool:
             self._holders[page] = 1
             pages.append(page)
         return pages
+
+    def take_evicted(self) -> list[tuple[int, bytes, bytes]]:
+        """Page, digest and tokens of the pages that `allocate` has evicted since the last call.
+
+        Their contents are intact until the pages are written.
+        """
+        left, self._left = self._left, []
+        return left
 
     def release(self, pages: Sequence[int]) -> None:
         """Records that one request fewer holds these pages, given in the order of their tokens."""
@@ -169,8 +192,9 @@ class PagePool:
 
     def _evict(self) -> int:
         page, _ = self._idle.popitem(last=False)
-        digest, _ = self._entries.pop(page)
+        digest, content = self._entries.pop(page)
         del self._pages[digest]
+        self._left.append((page, digest, content))
         self._evicted += 1
         return page
 

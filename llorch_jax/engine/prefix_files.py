@@ -13,7 +13,9 @@ from llorch_jax.archive import Kind, read_archive, write_archive
 from llorch_jax.cache.codecs import FloatCodec, IntegerCodec, Quantized, Stored
 from llorch_jax.cache.fields import check_range
 from llorch_jax.cache.paged import PagedCache
-from llorch_jax.cache.paged.arrays import put_pages
+from llorch_jax.engine.copies import pools_of
+from llorch_jax.engine.device import Device
+from llorch_jax.engine.host_pages import HostPages
 from llorch_jax.engine.pages import PagePool
 from llorch_jax.errors import EngineError
 
@@ -22,7 +24,7 @@ _DIGEST = re.compile("[0-9a-f]{32}")  # bytes.fromhex would also take spaces and
 
 @dataclasses.dataclass(frozen=True)
 class Prefixes:
-    """The indexed pages of an engine, the least recently used first.
+    """The indexed pages of an engine, those of the second pool first, and in each the least recently used first.
 
     Attributes:
         codec: how keys and values are stored.
@@ -42,25 +44,31 @@ class Prefixes:
 _KIND = Kind("prefix cache", Prefixes, (Prefixes, FloatCodec, IntegerCodec, Quantized), EngineError, lambda found: None)
 
 
-def save_prefixes(path: Path, cache: PagedCache, pages: PagePool, fingerprint: str) -> int:
-    """Writes the indexed pages, and returns their number.
+def save_prefixes(path: Path, cache: PagedCache, pages: PagePool, store: HostPages, fingerprint: str) -> int:
+    """Writes the indexed pages of both pools, each page once, and returns their number.
 
     Raises:
         EngineError: the file cannot be written.
     """
-    entries = pages.entries()
-    numbers = jnp.asarray(np.array([page for page, _, _ in entries], np.int32))
+    own = pages.entries()
+    numbers = jnp.asarray(np.array([page for page, _, _ in own], np.int32))
+    others = [entry for entry in store.entries() if not pages.knows(entry[1])]
+    rows = [row for row, _, _ in others]
+    entries = others + own
     codec = cache.codec
     assert isinstance(codec, FloatCodec | IntegerCodec)
 
-    def taken(stored: Stored) -> Stored:
-        return jax.tree.map(lambda pool: jnp.take(pool, numbers, axis=0), stored)
+    def taken(pool: jax.Array, second: np.ndarray | None = None) -> jax.Array:
+        found = jnp.take(pool, numbers, axis=0)
+        return found if second is None else jnp.concatenate([jnp.asarray(second[rows]), found])
 
+    pools = pools_of(cache)
+    keys, values = jax.tree.map(taken, pools, store.arrays) if others else jax.tree.map(taken, pools)
     tokens = [np.frombuffer(content, np.int32) for _, _, content in entries]
     found = Prefixes(
         codec=codec,
-        keys=tuple(map(taken, cache.keys)),
-        values=tuple(map(taken, cache.values)),
+        keys=keys,
+        values=values,
         tokens=jnp.asarray(np.array(tokens, np.int32).reshape(len(entries), pages.page_size)),
         digests=tuple(digest.hex() for _, digest, _ in entries),
     )
@@ -69,31 +77,40 @@ def save_prefixes(path: Path, cache: PagedCache, pages: PagePool, fingerprint: s
 
 
 def load_prefixes(
-    path: Path, cache: PagedCache, pages: PagePool, fingerprint: str, vocab_size: int
-) -> tuple[PagedCache, int]:
-    """Reads pages from a file into the cache, as many as there are free pages, and indexes them.
+    path: Path, device: Device, pages: PagePool, store: HostPages, fingerprint: str, vocab_size: int
+) -> int:
+    """Reads pages from a file into the cache, as many as there are free pages, and others into the second pool.
 
     Returns:
-        The cache, and the number of pages read.
+        The number of pages read.
 
     Raises:
         EngineError: the file is missing or damaged, or belongs to another model or an engine with other pages.
     """
-    kind = dataclasses.replace(_KIND, check=lambda found: _check(found, cache, vocab_size))
+    kind = dataclasses.replace(_KIND, check=lambda found: _check(found, device.cache, vocab_size))
     found: Prefixes = read_archive(path, kind, fingerprint)
     digests = [bytes.fromhex(digest) for digest in found.digests]
     new = [entry for entry, digest in enumerate(digests) if not pages.knows(digest)]
+    contents = jax.tree.map(np.asarray, (found.keys, found.values))
+    tokens = [row.tobytes() for row in np.asarray(found.tokens)]
     # The least recently used are left out, and the ends of texts before their beginnings.
-    taken = np.array(new[max(len(new) - len(pages.free), 0) :], np.int32)
-    if taken.size == 0:
-        return cache, 0
-    numbers = np.array(pages.allocate(taken.size), np.int32)
-    keys, values = put_pages((cache.keys, cache.values), numbers, (found.keys, found.values), taken)
-    tokens = np.asarray(found.tokens)
-    for page, entry in zip(numbers.tolist(), taken.tolist(), strict=True):
-        pages.index(page, digests[entry], tokens[entry].tobytes())
+    rest, taken = _last(new, len(pages.free))
+    _, others = _last([entry for entry in rest if not store.has(digests[entry], tokens[entry])], store.free)
+    numbers = pages.allocate(len(taken))
+    device.put_pages(numbers, contents, taken)
+    for page, entry in zip(numbers, taken, strict=True):
+        pages.index(page, digests[entry], tokens[entry])
         pages.release([page])
-    return cache.replace(keys=keys, values=values), int(taken.size)
+    if others:
+        rows = jax.tree.map(lambda array: array[others], contents)
+        store.add([(digests[entry], tokens[entry]) for entry in others], rows)
+    return len(taken) + len(others)
+
+
+def _last(entries: list[int], count: int) -> tuple[list[int], list[int]]:
+    """The entries before the last `count`, and these."""
+    start = max(len(entries) - count, 0)
+    return entries[:start], entries[start:]
 
 
 def _check(found: Prefixes, cache: PagedCache, vocab_size: int) -> None:

@@ -35,12 +35,14 @@ class Waiting:
         tokens: number of tokens to compute before it starts to decode: prompt and earlier results.
         cached: how many of them are in pages of the prefix cache.
         idle: how many of these pages no running request holds; they count as free.
+        absent: how many of these pages are in the second pool only; they are copied to free pages.
     """
 
     rank: Rank
     tokens: int
     cached: int = 0
     idle: int = 0
+    absent: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +183,8 @@ class _Step:
         A page for each running request stays free, so that it is not preempted at once.
         """
         count = min(new.tokens - new.cached, budget)
-        needed = self._pages(new.cached + count) - new.cached // self._limits.page_size + new.idle
+        taken = new.idle + new.absent
+        needed = self._pages(new.cached + count) - new.cached // self._limits.page_size + taken
         if needed + len(self.decode) + len(self._admitted) > self._free and (self._victims or self._admitted):
             return 0
         if needed > self._free:

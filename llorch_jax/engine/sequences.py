@@ -127,9 +127,9 @@ class Sequence:
         self.tokens[self.length] = token
         self.length += 1
 
-    def waiting(self, cached: int, idle: int) -> Waiting:
+    def waiting(self, cached: int, idle: int, absent: int) -> Waiting:
         """The scheduler's view of it while it waits."""
-        return Waiting(self.rank, self.length, cached, idle)
+        return Waiting(self.rank, self.length, cached, idle, absent)
 
     def running(self, owned: int) -> Running:
         """The scheduler's view of it while it runs."""
@@ -145,12 +145,16 @@ class Sequence:
         self.dispatched = self.new
         self._chain = Chain(self._chain.page_size, self.request.salt)
 
-    def begin(self, pages: list[int], page_size: int) -> None:
-        """Starts with pages of the prefix cache."""
+    def begin(self, pages: list[int], page_size: int) -> list[tuple[int, bytes, bytes]]:
+        """Starts with pages of the prefix cache; returns number, digest and tokens of those given as -1."""
         self.pages = list(pages)
         self.cached = self.computed = len(pages) * page_size
-        for number in range(len(pages)):
-            self._chain.push(self.tokens[number * page_size : (number + 1) * page_size].tolist())
+        absent = []
+        for number, page in enumerate(pages):
+            content = self._chain.push(self.tokens[number * page_size : (number + 1) * page_size].tolist())
+            if page < 0:
+                absent.append((number, *content))
+        return absent
 
     def filled(self, page_size: int) -> list[tuple[int, bytes, bytes]]:
         """Page, digest and contents of every page that has become full with known tokens since the last call."""

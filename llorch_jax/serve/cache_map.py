@@ -8,7 +8,7 @@ from llorch_jax.engine.sequences import Sequence
 
 def snapshot(core: Core) -> dict[str, Any]:
     """Pages, slots and queue; must be called in the engine's thread."""
-    found = core.statistics
+    found, offload = core.statistics, core.offload.store.counts()
     return {
         "page_size": core.pages.page_size,
         "slots": core.slots,
@@ -19,6 +19,7 @@ def snapshot(core: Core) -> dict[str, Any]:
         "cached_tokens": found.cached_tokens,
         "new_tokens": found.new_tokens,
         "preemptions": found.preemptions,
+        "offload": {"total": offload.total, "pages": offload.pages, "restored": offload.restored},
     }
 
 

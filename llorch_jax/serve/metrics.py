@@ -21,6 +21,11 @@ _COUNTERS = {
     "cached_tokens": "Prompt tokens found in the prefix cache.",
     "new_tokens": "Tokens generated.",
 }
+_OFFLOAD_COUNTERS = {
+    "saved": "Pages copied into the second pool.",
+    "restored": "Pages copied back from the second pool.",
+    "dropped": "Pages that had to make room for others in the second pool.",
+}
 
 
 class Collector:
@@ -54,6 +59,11 @@ def _metrics(core: Core) -> Iterator[Metric]:
         states.add_metric([state], getattr(pages, state))
     yield states
     yield GaugeMetricFamily("llorch_pages_shared", "Pages that several requests hold.", value=pages.shared)
+    offload = core.offload.store.counts()
+    yield GaugeMetricFamily("llorch_offload_pages", "Pages in the second pool.", value=offload.pages)
+    yield GaugeMetricFamily("llorch_offload_bytes", "Bytes of the pages in the second pool.", value=offload.bytes)
+    for name, help in _OFFLOAD_COUNTERS.items():
+        yield CounterMetricFamily(f"llorch_offload_{name}", help, value=getattr(offload, name))
     yield _histogram("llorch_time_to_first_token_seconds", "Time to the first token.", found.first_token)
     yield _histogram("llorch_inter_token_seconds", "Time between two tokens of a request.", found.between_tokens)
 

@@ -13,6 +13,7 @@ import numpy as np
 from llorch_jax.cache.paged.cache import PAGE_SIZE
 from llorch_jax.engine.core import Core
 from llorch_jax.engine.device import TOP_LOGPROBS, Plot
+from llorch_jax.engine.host_pages import OffloadCounts
 from llorch_jax.engine.pages import PageCounts
 from llorch_jax.engine.scheduler import Limits
 from llorch_jax.engine.sequences import Request
@@ -42,6 +43,7 @@ class EngineStats:
         running: requests that have a slot.
         waiting: requests that wait for one.
         pages: how the pages of the cache are used.
+        offload: how the second pool is used, if there is one.
         requests: requests submitted so far.
         finished: requests answered in full.
         cancelled: requests cancelled by their callers.
@@ -60,6 +62,7 @@ class EngineStats:
     running: int
     waiting: int
     pages: PageCounts
+    offload: OffloadCounts
     requests: int
     finished: int
     cancelled: int
@@ -98,6 +101,7 @@ class Engine:
         chunk: int = CHUNK,
         idle_chunk: int = IDLE_CHUNK,
         max_waiting: int = 1024,
+        offload_bytes: int = 0,
     ) -> None:
         """Allocates the cache and starts the engine's thread.
 
@@ -111,9 +115,11 @@ class Engine:
             chunk: maximum number of prompt tokens that a step computes while other requests are generating.
             idle_chunk: the same while none is.
             max_waiting: number of waiting requests beyond which no more are taken.
+            offload_bytes: size of a second pool, in bytes of main memory: cached prefixes that have to leave the cache
+                are kept there and copied back instead of computed again. 0 for none.
 
         Raises:
-            EngineError: a size is invalid.
+            EngineError: a size is invalid, or offload_bytes is less than a page or more than there is memory.
             CacheError: the codec is unknown.
             ModelError: the model has no tokenizer.
         """
@@ -129,7 +135,8 @@ class Engine:
             chunk=whole("chunk", chunk, EngineError),
             idle_chunk=whole("idle_chunk", idle_chunk, EngineError),
         )
-        plot = Plot(limits, num_pages, codec)
+        offload_bytes = whole("offload_bytes", offload_bytes, EngineError, least=0)
+        plot = Plot(limits, num_pages, codec, offload_bytes)
         known = known_ids(tokenizer_of(model), config.vocab_size)
         max_waiting = whole("max_waiting", max_waiting, EngineError)
         self.model = model
@@ -311,6 +318,7 @@ def _stats(core: Core) -> EngineStats:
         running=len(core.active),
         waiting=core.waiting,
         pages=core.pages.counts(),
+        offload=core.offload.store.counts(),
         first_token=first.total / max(first.count, 1),
         between_tokens=between.total / max(between.count, 1),
         **counts,

@@ -65,6 +65,29 @@ def test_released_pages_are_found_until_they_are_needed_the_longest_unused_and_t
     assert pool.counts().evicted == 1
 
 
+def test_pages_that_another_pool_has_are_marked_wherever_they_are():
+    pool = PagePool(8, SIZE)
+    pages = pool.allocate(4)
+    fill(pool, pages, [1, 2, 3, 4, 5, 6, 7, 8])
+    pool.release(pages)
+    text = np.arange(1, 10)
+    entries = list(digests(text, SIZE))
+    assert pool.match(text, elsewhere=lambda digest, content: False) == pages
+    taken = pool.allocate(5)  # four free ones, and the end of the text
+    assert pool.take_evicted() == [(pages[3], *entries[3])]
+    assert pool.take_evicted() == []
+    assert pages[3] in taken
+    asked = []
+
+    def elsewhere(digest, content):
+        asked.append((digest, content))
+        return len(asked) == 1
+
+    assert pool.match(np.arange(1, 12), elsewhere=elsewhere) == [*pages[:3], -1]
+    assert asked == list(digests(np.arange(1, 11), SIZE))[3:]
+    assert pool.match(np.arange(1, 12)) == pages[:3]
+
+
 def test_a_page_that_is_found_and_held_is_not_reused():
     pool = PagePool(2, SIZE)
     pages = pool.allocate(2)

@@ -148,6 +148,13 @@ def test_a_cached_beginning_is_not_computed():
     assert schedule([Waiting(Rank(0, 0), 11, cached=8, idle=2)], [], 2, LIMITS).admit == ()
 
 
+def test_pages_from_the_second_pool_are_allocated_but_not_computed():
+    """Of three cached pages, one is held by others, one is idle, and one comes back from the second pool."""
+    new = Waiting(Rank(0, 0), 15, cached=12, idle=1, absent=1)
+    assert schedule([new], [], 3, LIMITS).prefill == (Chunk(Rank(0, 0), 3),)
+    assert schedule([new], [], 2, LIMITS).admit == ()
+
+
 def test_higher_priority_is_admitted_first_and_equal_priority_in_order_of_arrival():
     waiting = [Waiting(Rank(0, 1), 3), Waiting(Rank(-1, 7), 3), Waiting(Rank(0, 0), 3)]
     assert schedule(waiting, [], 50, LIMITS).admit == (Rank(-1, 7), Rank(0, 0), Rank(0, 1))

@@ -39,7 +39,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(model):
-    with lj.Engine(model, slots=2, page_size=8, max_waiting=8) as engine:
+    with lj.Engine(model, slots=2, page_size=8, max_waiting=8, offload_bytes=2**16) as engine:
         yield engine
 
 
@@ -175,6 +175,8 @@ def test_metrics_are_in_the_format_of_prometheus(running, engine):
     with urllib.request.urlopen(request) as answer:
         found = {family.name: family for family in text_string_to_metric_families(answer.read().decode())}
     assert found["llorch_new_tokens"].samples[0].value == engine.stats().new_tokens
+    for name in ("pages", "bytes", "saved", "restored", "dropped"):
+        assert found[f"llorch_offload_{name}"].samples[0].value == getattr(engine.stats().offload, name)
     buckets = [
         each.value for each in found["llorch_time_to_first_token_seconds"].samples if each.name.endswith("_bucket")
     ]
@@ -355,6 +357,7 @@ def test_the_map_of_the_cache_shows_who_holds_which_page(running, engine):
     with urllib.request.urlopen(request, timeout=60) as answer:
         first = json.loads(answer.readline()[6:])
         assert (first["page_size"], first["slots"], first["running"]) == (8, 2, [])
+        assert first["offload"]["total"] == 2**16 // (2 * 2 * 2 * 8 * 4 * 8)  # as in tiny.CONFIG, pages of 8
         handle = engine.submit(PROMPT * 2, max_new_tokens=40)
         seen = []
         for line in answer:

@@ -102,6 +102,11 @@ def test_a_second_signal_ends_it_at_once(folder):
         (["--api-key", ""], "--api-key: expected a key that is not empty"),
         (["--max-body", "0"], "--max-body: expected a whole number"),
         (["--drain-seconds", "0"], "--drain-seconds: expected seconds above 0"),
+        (
+            ["--offload-bytes", "1 page"],
+            "--offload-bytes: expected a number of bytes such as 500MB, 1.5GiB or 0, got '1 p",
+        ),
+        (["--offload-bytes", "1kB"], "--offload-bytes: expected 0, or at least a page of "),
         (["--prefix-cache", "a" * 300], "cannot be read (File name too long)"),
     ],
 )
