@@ -15,8 +15,11 @@ test: lint types
 	@tail -n 1 $(VENV)/coverage.txt
 
 # Hours rather than minutes: new examples in every run, whole soaks, programs compiled as users' are (tests/profiles.py).
+# What computes runs a second time without the native kernels, by their twins.
 thorough: lint types
 	LLORCH_TESTS=thorough $(BIN)/python -m pytest -n 2 --dist loadscope
+	LLORCH_TESTS=thorough LLORCH_JAX_KERNELS=off $(BIN)/python -m pytest -n 2 --dist loadscope \
+		tests/cache tests/decoding tests/engine tests/text tests/test_oracle.py
 
 lint: $(VENV)/tools
 	$(BIN)/ruff check .

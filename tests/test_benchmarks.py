@@ -24,6 +24,7 @@ from benchmarks import (
     sampling,
     startup,
     suite,
+    weights,
 )
 from benchmarks import report as html_report
 from benchmarks.__main__ import main as run_suite
@@ -298,6 +299,13 @@ def test_the_suite_keeps_its_figures(tmp_path, reports):
 def test_help_needs_no_model():
     out = subprocess.run([sys.executable, "-m", "benchmarks", "--help"], capture_output=True, text=True, check=True)
     assert "--check BASELINE.json" in out.stdout
+
+
+def test_rounding_is_compared_with_exact_weights(capsys):
+    weights.main(["--random", "tiny", "--rows", "1", "--length", "16", "--formats", "float32,float16,int4:64"])
+    *_, exact, half, fours = capsys.readouterr().out.splitlines()
+    kl = [float(line.split()[2]) for line in (exact, half, fours)]
+    assert kl[0] == 0 < kl[1] < kl[2]
 
 
 def test_sampling_is_compared_with_a_step(monkeypatch):

@@ -1,15 +1,20 @@
 """The library in processes of their own: other instruction sets, one core, no kernels, sanitizers."""
 
 import importlib
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from llorch_jax.kernels import describe
+from llorch_jax.linear import matmul
 
 ROOT = Path(__file__).parents[2]
 NATIVE = describe().isa
@@ -46,6 +51,19 @@ def test_other_instruction_sets_agree_with_the_twins(isa):
 @pytest.mark.skipif(shutil.which("taskset") is None, reason="no taskset")
 def test_one_core_is_enough():
     assert probe("taskset", "-c", str(min(os.sched_getaffinity(0)))) == f"{NATIVE} |"
+
+
+@needs_kernels
+def test_two_spawned_processes_work_at_once():
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        first, second = pool.map(norm_of_product, [0, 0], chunksize=1)
+    assert first == second == norm_of_product(0)
+
+
+def norm_of_product(seed):
+    rng = np.random.default_rng(seed)
+    weight, x = rng.standard_normal((900, 128), np.float32), rng.standard_normal((128, 4), np.float32)
+    return float(jnp.linalg.norm(jax.jit(matmul)(jnp.asarray(weight), jnp.asarray(x))))
 
 
 def test_without_kernels_the_twins_serve_and_the_reason_is_told():
