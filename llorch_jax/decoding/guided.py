@@ -28,10 +28,12 @@ class Guide(Protocol):
         complete: bool [B], rows that an id has ended, or in which nothing more may follow.
         mask: int32 [B, ceil(V / 32)], the tokens that may come next, see `Masked`; a new array for every step, as the
             one before may still be read.
+        insists: bool [B], rows in which the mask wins over settings that exclude all that it allows.
     """
 
     complete: np.ndarray
     mask: np.ndarray
+    insists: np.ndarray
 
     def push(self, tokens: np.ndarray, going: np.ndarray) -> None:
         """Advances by one token, int32 [B], in the rows where `going` bool [B] is true; elsewhere it is filler."""
@@ -126,7 +128,7 @@ class _Segment:
 
     def _chosen(self, request: Request, logits: jax.Array, cache: KVCache) -> steps.DecodeState:
         """The state after sampling one of the tokens that the guide allows."""
-        sampler = Masked(request.decoding.sampler, self._guide.mask)
+        sampler = Masked(request.decoding.sampler, self._guide.mask, self._guide.insists)
         decoding = dataclasses.replace(request.decoding, sampler=sampler)
         request = dataclasses.replace(request, decoding=decoding, finished=self._guide.complete.copy())
         return steps.begin(request, logits, cache)

@@ -25,9 +25,9 @@ from llorch_jax.engine.offload import Offload
 from llorch_jax.engine.pages import PagePool
 from llorch_jax.engine.prefix_files import load_prefixes, save_prefixes
 from llorch_jax.engine.scheduler import Plan, Rank, schedule
-from llorch_jax.engine.sequences import Ranks, Request, Sequence, Token
+from llorch_jax.engine.sequences import Ranks, Request, Sequence
 from llorch_jax.engine.statistics import Statistics
-from llorch_jax.errors import CapacityError, EngineError, LlorchError
+from llorch_jax.errors import CapacityError, EngineError
 from llorch_jax.params import Params
 
 _LATE = 1  # number of iterations by which reading lags behind dispatching
@@ -202,7 +202,7 @@ class Core:
         self.offload.dispatch(self.pages, self._device)
         involved[:] = decoding
         if decoding:
-            self._decode(decoding)
+            self._decode(decoding, involved)
         for sequence, count in chunks:
             involved[:] = [sequence]
             self._prefill(sequence, count)
@@ -266,17 +266,25 @@ class Core:
             self._in_flight.append(([sequence], self._device.enter(sequence, logits)))
             sequence.dispatched += 1
 
-    def warm_up(self) -> None:
-        """Compiles every program; does nothing while requests run."""
+    def warm_up(self, *, guided: bool = False) -> None:
+        """Compiles every program, those for guides too if asked to; does nothing while requests run."""
         if self.idle:
-            self._device.warm_up()
+            self._device.warm_up(guided=guided)
 
-    def _decode(self, sequences: list[Sequence]) -> None:
+    def _decode(self, sequences: list[Sequence], involved: list[Sequence]) -> None:
         """Dispatches the next token of some requests."""
-        self._in_flight.append((sequences, self._device.decode(sequences)))
+        guided = any(sequence.request.guide is not None for sequence in sequences)
+        results = self._device.feed(sequences) if guided else self._device.decode(sequences)
         for sequence in sequences:
             sequence.computed += 1
             sequence.dispatched += 1
+        if guided:  # what may come next depends on the newest tokens, which are read while the logits are computed
+            while self._in_flight:
+                involved[:] = self._in_flight[0][0]
+                self._receive()
+            involved[:] = sequences
+            results = self._device.draw(sequences, results)
+        self._in_flight.append((sequences, results))
         self.statistics.steps += 1
 
     def _index(self, sequence: Sequence) -> None:
@@ -288,47 +296,39 @@ class Core:
             self._read()
 
     def _read(self) -> None:
-        """Waits for the oldest results and passes them on to their requests."""
-        sequences, chosen = self._in_flight.popleft()
+        """`_receive`, with the requests failed whose results cannot be had."""
+        sequences, _ = self._in_flight[0]
         try:
-            token, logprob, top = jax.tree.map(np.asarray, chosen)
-        except Exception as error:  # a program failed after it had been dispatched
+            self._receive()
+        except Exception as error:
             self._recover(sequences, error)
-            return
+
+    def _receive(self) -> None:
+        """Waits for the oldest results and passes them on to their requests.
+
+        Raises:
+            Exception: a program failed after it had been dispatched.
+        """
+        sequences, chosen = self._in_flight.popleft()
+        token, logprob, top = jax.tree.map(np.asarray, chosen)
         now = time.perf_counter()
         tokens, logprobs = token.tolist(), logprob.tolist()
         for row, sequence in enumerate(sequences):
             if sequence.over:
                 continue
-            if math.isnan(logprobs[row]):
-                try:
+            try:
+                if math.isnan(logprobs[row]):
                     check_chosen(token[row : row + 1, None], logprob[row : row + 1, None])
-                except LlorchError as error:
-                    self.cancel(sequence, error)
+                goes_on = sequence.take(tokens[row], logprobs[row], top, row)
+            except Exception as error:  # of this request alone: its settings, its guide, or the caller's own code
+                self.cancel(sequence, error)
                 continue
-            self._take(sequence, tokens[row], logprobs[row], top, row, now)
-
-    def _take(self, sequence: Sequence, token: int, logprob: float, alternatives: Any, row: int, now: float) -> None:
-        """Passes a new token on to its request."""
-        request = sequence.request
-        sequence.push(token)
-        self._index(sequence)
-        self.statistics.token(sequence, now)
-        ended = token in request.eos_ids
-        last = ended or sequence.new == request.max_new_tokens
-        top = None
-        if request.top_logprobs:
-            ids = alternatives.ids[row, : request.top_logprobs].tolist()
-            top = list(zip(ids, alternatives.logprobs[row, : request.top_logprobs].tolist(), strict=True))
-        try:
-            goes_on = request.on_token(Token(token, logprob, top, last, ended))
-        except Exception as error:  # in the caller's own code
-            self.cancel(sequence, error)
-            return
-        if last or not goes_on:
-            sequence.over = True
-            self.statistics.finished += 1
-            self._drop(sequence)
+            self._index(sequence)
+            self.statistics.token(sequence, now)
+            if not goes_on:
+                sequence.over = True
+                self.statistics.finished += 1
+                self._drop(sequence)
 
     def _recover(self, involved: Iterable[Sequence], error: Exception) -> None:
         """Fails the requests of a step that raised an exception; the others are computed again in a new pool.

@@ -95,15 +95,22 @@ class Device:
             prompt=np.int32(len(request.tokens)),
             remaining=np.int32(request.max_new_tokens - sequence.new),
         )
-        chosen, self._slots = programs.enter(self._slots, self._settings.on_device(), logits, entrant, mesh=self._mesh)
-        return self._results([sequence], chosen)
+        return self._results([sequence], self._enter(logits, entrant, self._allowed([sequence], 1)))
 
     def decode(self, sequences: list[Sequence]) -> Any:
         """The next token of some requests: token, logprob, alternatives, each with a leading axis."""
-        size = min(power_of_two(len(sequences)), self._limits.slots)
-        rows = np.full(size, self._limits.slots, np.int32)
-        rows[: len(sequences)] = [sequence.place for sequence in sequences]
-        return self._results(sequences, self._decode(rows, self._tables(sequences, size)))
+        rows = self._rows(sequences)
+        return self._results(sequences, self._decode(rows, self._tables(sequences, len(rows))))
+
+    def feed(self, sequences: list[Sequence]) -> jax.Array:
+        """Logits [A, V] after the newest token of some requests; `draw` then gives what `decode` would."""
+        rows = self._rows(sequences)
+        return self._feed(rows, self._tables(sequences, len(rows)))
+
+    def draw(self, sequences: list[Sequence], logits: jax.Array) -> Any:
+        """The next token of the requests that the logits of `feed` are for, as their guides allow."""
+        rows = self._rows(sequences)
+        return self._results(sequences, self._draw(logits, rows, self._allowed(sequences, len(rows))))
 
     def take_pages(self, pages: list[int]) -> Iterator[tuple[slice, copies.Contents]]:
         """Copies of pages, made before any step that is dispatched later: which of the pages, and their contents."""
@@ -136,8 +143,12 @@ class Device:
     def cache(self, cache: PagedCache) -> None:
         self._slots = self._slots.replace(cache=cache)  # type: ignore[attr-defined]
 
-    def warm_up(self) -> None:
-        """Compiles every program by running it on no tokens; call it only while no request runs."""
+    def warm_up(self, *, guided: bool = False) -> None:
+        """Compiles every program by running it on no tokens; call it only while no request runs.
+
+        Args:
+            guided: whether requests may have guides, which take programs of their own.
+        """
         most = min(self._limits.idle_chunk, self._config.n_positions)
         for size in sorted({self._chunk_size(count) for count in range(1, most + 1)}):
             blocks = range(-(-size // self._limits.page_size), self._columns + 1)
@@ -146,11 +157,17 @@ class Device:
         history = np.zeros(self._slots.history.tokens.shape[1], np.int32)
         nobody, one = np.int32(self._limits.slots), np.int32(1)
         entrant = programs.Entrant(nobody, history, one, one, np.int32(0))
-        _, self._slots = programs.enter(self._slots, self._settings.on_device(), logits, entrant, mesh=self._mesh)
+        self._enter(logits, entrant, self._allowed([], 1))
         for size in sorted({min(power_of_two(n), self._limits.slots) for n in range(1, self._limits.slots + 1)}):
+            rows = np.full(size, nobody)
             for columns in sorted({self._width(count) for count in range(1, self._columns + 1)}):
-                chosen = self._decode(np.full(size, nobody), np.full((size, columns), -1, np.int32))
+                tables = np.full((size, columns), -1, np.int32)
+                chosen = self._decode(rows, tables)
+                if guided:
+                    logits = self._feed(rows, tables)
             self._alternatives(chosen)
+            if guided:
+                self._draw(logits, rows, self._allowed([], size))
         if self._offloads:
             for size in sorted({power_of_two(n) for n in range(1, min(self.cache.num_pages, copies.MOST) + 1)}):
                 ((_, contents),) = self.take_pages([0] * size)
@@ -162,6 +179,20 @@ class Device:
         chunk = self._params, self._config, self._slots, tokens, *place, table, np.bool_(final)
         logits, self._slots = programs.prefill(*chunk)
         return logits
+
+    def _enter(self, logits: jax.Array, entrant: programs.Entrant, allowed: programs.Allowed) -> programs.Chosen:
+        settings = self._settings.on_device()
+        chosen, self._slots = programs.enter(self._slots, settings, logits, entrant, allowed, mesh=self._mesh)
+        return chosen
+
+    def _feed(self, rows: np.ndarray, tables: np.ndarray) -> jax.Array:
+        logits, self._slots = programs.feed(self._params, self._config, self._slots, rows, tables)
+        return logits
+
+    def _draw(self, logits: jax.Array, rows: np.ndarray, allowed: programs.Allowed) -> programs.Chosen:
+        settings = self._settings.on_device()
+        chosen, self._slots = programs.draw(self._slots, settings, logits, rows, allowed, mesh=self._mesh)
+        return chosen
 
     def _decode(self, rows: np.ndarray, tables: np.ndarray) -> programs.Chosen:
         settings = self._settings.on_device()
@@ -178,6 +209,23 @@ class Device:
     def _chunk_size(self, count: int) -> int:
         """The number of columns used to compute `count` tokens; a power of two, so that few programs are compiled."""
         return min(max(power_of_two(count), SMALLEST), self._config.n_positions)
+
+    def _rows(self, sequences: list[Sequence]) -> np.ndarray:
+        """int32 [A], the slots of some requests, padded to a power of two, with the number of slots."""
+        rows = np.full(min(power_of_two(len(sequences)), self._limits.slots), self._limits.slots, np.int32)
+        rows[: len(sequences)] = [sequence.place for sequence in sequences]
+        return rows
+
+    def _allowed(self, sequences: list[Sequence], rows: int) -> programs.Allowed:
+        """What the guides of some requests allow next, and everything in the other rows."""
+        mask = np.full((rows, -(-self._config.vocab_size // 32)), -1, np.int32)
+        insists = np.zeros(rows, bool)
+        for row, sequence in enumerate(sequences):
+            guide = sequence.request.guide
+            if guide is not None:
+                mask[row] = guide.mask[0]
+                insists[row] = guide.insists[0]
+        return programs.Allowed(mask, insists)
 
     def _tables(self, sequences: list[Sequence], rows: int) -> np.ndarray:
         """int32 [rows, N], the pages of some requests, padded with -1."""
@@ -200,6 +248,14 @@ class Device:
 
 def compile_count() -> int:
     """How many variants of the engine's programs have been compiled in this process."""
-    compiled: list[Any] = [programs.prefill, programs.enter, programs.decode, programs.alternatives]
-    compiled += [copies.take, copies.put]
+    compiled: list[Any] = [
+        programs.prefill,
+        programs.enter,
+        programs.decode,
+        programs.feed,
+        programs.draw,
+        programs.alternatives,
+        copies.take,
+        copies.put,
+    ]
     return sum(program._cache_size() for program in compiled)

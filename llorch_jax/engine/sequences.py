@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llorch_jax.decoding.guided import Guide
 from llorch_jax.engine.pages import Chain
 from llorch_jax.engine.scheduler import Rank, Running, Waiting
 
@@ -20,7 +21,7 @@ class Token(NamedTuple):
         logprob: natural log-probability under the model.
         top: most likely ids with their log-probabilities; None if not requested.
         last: whether the request ends with this token.
-        ended: whether it does so because this id ends a text.
+        ended: whether it does so because this id ends a text, or because its guide allows nothing more.
     """
 
     id: int
@@ -40,6 +41,7 @@ class Request:
         settings: settings of the sampler for one row, as `Sampling.create` takes them.
         key: uint32 [W], data of the random key.
         eos_ids: ids that end the text.
+        guide: a guide for this one text, filled for the first token; None to allow every token.
         top_logprobs: number of most likely tokens to report at every step.
         priority: requests of higher priority come first.
         deadline: value of `time.monotonic()` after which the request is abandoned; None for no limit.
@@ -53,6 +55,7 @@ class Request:
     settings: Mapping[str, Any]
     key: np.ndarray
     eos_ids: tuple[int, ...] = ()
+    guide: Guide | None = None
     top_logprobs: int = 0
     priority: int = 0
     deadline: float | None = None
@@ -122,10 +125,39 @@ class Sequence:
         """The pages that it holds."""
         return [page for page in self.pages if page >= 0]
 
-    def push(self, token: int) -> None:
-        """Adds a new token."""
+    def take(self, token: int, logprob: float, alternatives: Any, row: int) -> bool:
+        """Adds a new token and passes it on to the request; returns whether another one is wanted.
+
+        Args:
+            token: its id.
+            logprob: its log-probability.
+            alternatives: those of a step, on the host; used if the request asks for some.
+            row: the request's row in them.
+
+        Raises:
+            Exception: what the request's guide or its `on_token` raises.
+        """
+        request = self.request
+        ended = self._push(token)
+        last = ended or self.new == request.max_new_tokens
+        top = None
+        if request.top_logprobs:
+            ids = alternatives.ids[row, : request.top_logprobs].tolist()
+            top = list(zip(ids, alternatives.logprobs[row, : request.top_logprobs].tolist(), strict=True))
+        goes_on = request.on_token(Token(token, logprob, top, last, ended))
+        return goes_on and not last
+
+    def _push(self, token: int) -> bool:
+        """Adds a new token, and returns whether the text ends with it."""
         self.tokens[self.length] = token
         self.length += 1
+        guide = self.request.guide
+        if guide is None:
+            return token in self.request.eos_ids
+        guide.push(np.array([token], np.int32), np.ones(1, bool))
+        if not guide.complete[0] and self.new < self.request.max_new_tokens:
+            guide.fill()
+        return bool(guide.complete[0])
 
     def waiting(self, cached: int, idle: int, absent: int) -> Waiting:
         """The scheduler's view of it while it waits."""

@@ -69,13 +69,27 @@ class Settings(NamedTuple):
     eos_ids: Any
     known: Any = None
 
-    def rows(self, rows: jax.Array) -> DecodingParams:
+    def rows(self, rows: jax.Array, allowed: "Allowed | None" = None) -> DecodingParams:
         """The settings of some slots; for use in `jit`."""
         of = partial(jax.tree.map, lambda array: jnp.asarray(array)[rows])
         sampler: Any = of(self.sampler)
         if self.known is not None:
             sampler = Masked(sampler, self.known, insists=False)
+        if allowed is not None:
+            sampler = Masked(sampler, jnp.asarray(allowed.mask), jnp.asarray(allowed.insists))
         return DecodingParams(sampler, jax.random.wrap_key_data(of(self.keys)), of(self.eos_ids))
+
+
+class Allowed(NamedTuple):
+    """The tokens that guides allow next, see `Masked`.
+
+    Attributes:
+        mask: int32 [A, ceil(V / 32)]; all ones in rows without a guide.
+        insists: bool [A], rows with a guide.
+    """
+
+    mask: Any
+    insists: Any
 
 
 class Entrant(NamedTuple):
@@ -142,7 +156,13 @@ def prefill(
 
 @partial(jax.jit, static_argnames="mesh", donate_argnames="slots")
 def enter(
-    slots: Slots, settings: Settings, logits: jax.Array, entrant: Entrant, *, mesh: Mesh | None = None
+    slots: Slots,
+    settings: Settings,
+    logits: jax.Array,
+    entrant: Entrant,
+    allowed: Allowed,
+    *,
+    mesh: Mesh | None = None,
 ) -> tuple[Chosen, Slots]:
     """The first token of a request, which now gets a slot, given the logits [1, V] after its prompt."""
     row = jnp.asarray(entrant.slot)[None]
@@ -155,15 +175,16 @@ def enter(
         cache=None,
         history=History(jnp.asarray(entrant.tokens)[None], length, jnp.asarray(entrant.prompt)[None]),
     )
-    state = choose(settings.rows(row), logits, before, length)
-    return Chosen(state.token, state.logprob, logits), pinned(mesh, _put(slots, row, state, length))
+    state = choose(settings.rows(row, allowed), logits, before, length)
+    slots = slots.replace(cache=_with_lengths(slots.cache, row, length))  # type: ignore[attr-defined]
+    return Chosen(state.token, state.logprob, logits), pinned(mesh, _put(slots, row, state))
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="slots")
 def decode(
     params: Params, config: GPT2Config, slots: Slots, settings: Settings, rows: Any, tables: Any
 ) -> tuple[Chosen, Slots]:
-    """The next token of some slots.
+    """The next token of some slots: `feed` and `draw` in one program, for slots without guides.
 
     Args:
         params: the model's parameters.
@@ -173,21 +194,28 @@ def decode(
         rows: int32 [A], distinct slot numbers, padded with B, which stands for no slot.
         tables: int32 [A, N], their pages.
     """
-    there = jnp.minimum(rows, slots.token.shape[0] - 1)
-    before = DecodeState(
-        token=slots.token[there],
-        logprob=None,
-        finished=slots.finished[there] | (rows >= slots.token.shape[0]),
-        remaining=slots.remaining[there],
-        cache=_rows_of(slots.cache, slots.cache.lengths[there], tables),
-        history=jax.tree.map(lambda array: array[there], slots.history),
-    )
-    count = 1 - before.done.astype(jnp.int32)
-    out = run(params, config, before.token[:, None], before.cache, count, last=True)
-    state = choose(settings.rows(there), out.logits, before, out.cache.lengths)
-    cache = slots.cache.replace(keys=out.cache.keys, values=out.cache.values)
-    slots = _put(slots.replace(cache=cache), rows, state, out.cache.lengths)  # type: ignore[attr-defined]
-    return Chosen(state.token, state.logprob, out.logits), pinned(params.mesh, slots)
+    logits, slots = _feed(params, config, slots, rows, tables)
+    chosen, slots = _draw(slots, settings, logits, rows, None)
+    return chosen, pinned(params.mesh, slots)
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="slots")
+def feed(params: Params, config: GPT2Config, slots: Slots, rows: Any, tables: Any) -> tuple[jax.Array, Slots]:
+    """Logits [A, V] after the newest token of some slots; arguments as `decode`.
+
+    The slots' next tokens, which `draw` chooses, may be restricted by guides that need the newest ones on the host.
+    """
+    logits, slots = _feed(params, config, slots, rows, tables)
+    return logits, pinned(params.mesh, slots)
+
+
+@partial(jax.jit, static_argnames="mesh", donate_argnames="slots")
+def draw(
+    slots: Slots, settings: Settings, logits: jax.Array, rows: Any, allowed: Allowed, *, mesh: Mesh | None = None
+) -> tuple[Chosen, Slots]:
+    """The next token of some slots, given the logits [A, V] of `feed` for the same rows."""
+    chosen, slots = _draw(slots, settings, logits, rows, allowed)
+    return chosen, pinned(mesh, slots)
 
 
 @partial(jax.jit, static_argnames="count")
@@ -204,14 +232,55 @@ def _rows_of(cache: PagedCache, lengths: jax.Array, tables: Any) -> PagedCache:
     return cache.replace(tables=jnp.asarray(tables), lengths=jnp.asarray(lengths), sources=sources)
 
 
-def _put(slots: Slots, rows: jax.Array, state: DecodeState, lengths: jax.Array) -> Slots:
-    """The slots after an update of some of them; rows that stand for no slot are dropped."""
+def _feed(params: Params, config: GPT2Config, slots: Slots, rows: Any, tables: Any) -> tuple[jax.Array, Slots]:
+    """Logits [A, V] after the newest token of some slots, which goes into the cache; of those that are not done."""
+    before = _state_of(slots, rows)
+    count = 1 - before.done.astype(jnp.int32)
+    cache = _rows_of(slots.cache, slots.cache.lengths[_there(slots, rows)], tables)
+    out = run(params, config, before.token[:, None], cache, count, last=True)
+    cache = slots.cache.replace(keys=out.cache.keys, values=out.cache.values)
+    return out.logits, slots.replace(cache=_with_lengths(cache, rows, out.cache.lengths))  # type: ignore[attr-defined]
+
+
+def _draw(
+    slots: Slots, settings: Settings, logits: jax.Array, rows: Any, allowed: Allowed | None
+) -> tuple[Chosen, Slots]:
+    """The next token of some slots whose newest one is in the cache."""
+    there = _there(slots, rows)
+    state = choose(settings.rows(there, allowed), logits, _state_of(slots, rows), slots.cache.lengths[there])
+    return Chosen(state.token, state.logprob, logits), _put(slots, rows, state)
+
+
+def _there(slots: Slots, rows: Any) -> jax.Array:
+    """Slot numbers that exist, also for rows that stand for no slot."""
+    return jnp.minimum(rows, slots.token.shape[0] - 1)
+
+
+def _state_of(slots: Slots, rows: Any) -> DecodeState:
+    """The state of some slots, without their cache; rows that stand for no slot are finished."""
+    there = _there(slots, rows)
+    return DecodeState(
+        token=slots.token[there],
+        logprob=None,
+        finished=slots.finished[there] | (rows >= slots.token.shape[0]),
+        remaining=slots.remaining[there],
+        cache=None,
+        history=jax.tree.map(lambda array: array[there], slots.history),
+    )
+
+
+def _with_lengths(cache: PagedCache, rows: Any, lengths: jax.Array) -> PagedCache:
+    """The cache with new lengths of some slots; rows that stand for no slot are dropped."""
+    return cache.replace(lengths=cache.lengths.at[rows].set(lengths, mode="drop"))
+
+
+def _put(slots: Slots, rows: Any, state: DecodeState) -> Slots:
+    """The slots after the choice of a token for some of them; rows that stand for no slot are dropped."""
 
     def put(array: jax.Array, new: jax.Array) -> jax.Array:
         return array.at[rows].set(new, mode="drop")
 
     return slots.replace(  # type: ignore[attr-defined]
-        cache=slots.cache.replace(lengths=put(slots.cache.lengths, lengths)),
         token=put(slots.token, state.token),
         finished=put(slots.finished, state.finished),
         remaining=put(slots.remaining, state.remaining),

@@ -20,13 +20,13 @@ class Masked:
         sampler: the other one.
         mask: int32 [1 or B, ceil(V / 32)]; bit i of word w says whether token 32 w + i is allowed. At least one is
             allowed in every row.
-        insists: whether the most likely allowed token is taken where the sampler's settings exclude all that is
-            allowed, as a constraint wants it; if not, none is chosen (-1).
+        insists: bool, or bool [B] by rows: whether the most likely allowed token is taken where the sampler's settings
+            exclude all that is allowed, as a constraint wants it; if not, none is chosen (-1).
     """
 
     sampler: Sampler
     mask: Any
-    insists: bool = struct.field(pytree_node=False, default=True)
+    insists: Any = True
 
     @property
     def needs_key(self) -> bool:
@@ -49,8 +49,8 @@ class Masked:
         masked = only_allowed(logits, self.mask)
         token, state = self.sampler.sample(masked, keys, history, eos_ids, state)
         chosen = jnp.take_along_axis(masked, jnp.maximum(token, 0)[:, None], axis=1)[:, 0]
-        other = jnp.argmax(masked, axis=-1).astype(jnp.int32) if self.insists else jnp.int32(-1)
-        return jnp.where((token >= 0) & (chosen > MASKED), token, other), state
+        other = jnp.where(self.insists, jnp.argmax(masked, axis=-1).astype(jnp.int32), -1)
+        return jnp.where((token >= 0) & (chosen != MASKED), token, other), state  # kept if NaN, for `check_chosen`
 
     def check_ids(self, vocab_size: int) -> None:
         """Raises SamplerError for a setting that names an id outside the vocabulary; host only."""

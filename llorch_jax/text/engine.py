@@ -22,6 +22,8 @@ from llorch_jax.errors import EngineError, OptionError
 from llorch_jax.loading.checkpoint import Model
 from llorch_jax.sampling import Sampling
 from llorch_jax.text.collecting import Growing
+from llorch_jax.text.constrained.decoding import Rows
+from llorch_jax.text.constrained.matching import can_constrain
 from llorch_jax.text.ending import Ending
 from llorch_jax.text.handles import Handle
 from llorch_jax.text.options import GenerationOptions
@@ -173,6 +175,7 @@ class Engine:
         Raises:
             OptionError: an option is unknown, invalid, or not for the engine.
             SamplerError: a sampling setting is invalid.
+            ConstraintError: a constraint is invalid, or llguidance (the extra `constrained`) is missing.
             TokenError: the prompt is empty, or has characters or ids that are not in the vocabulary.
             CapacityError: prompt and new tokens do not fit the context, or the engine's pages.
             EngineError: too many requests wait, or the engine is closed.
@@ -214,6 +217,7 @@ class Engine:
             settings=settings,
             key=np.asarray(jax.random.key_data(row_keys(options.seed, 1, sample + 1)[sample])),
             eos_ids=ending.ids,
+            guide=None if options.constraint is None else Rows(model, options.constraint, 1, ending.ids),
             top_logprobs=options.top_logprobs,
             priority=int(priority),
             deadline=None if deadline is None else time.monotonic() + deadline,
@@ -227,10 +231,13 @@ class Engine:
     def warm_up(self) -> None:
         """Compiles all programs, which otherwise happens when each is first needed.
 
+        Those for constraints only if llguidance (the extra `constrained`) is installed.
+
         Raises:
             EngineError: the engine is closed.
         """
-        self.inspect(Core.warm_up)
+        guided = can_constrain()
+        self.inspect(lambda core: core.warm_up(guided=guided))
 
     def stats(self) -> EngineStats:
         """What the engine is doing, between two steps.
@@ -297,6 +304,8 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
 def _settings(model: Model, options: GenerationOptions) -> dict[str, Any]:
     """The settings of a slot's sampler, after all checks of the options."""
     options.check_method("the engine")
+    if options.constraint is not None:
+        options.check_method("constrained generation")
     options.check_model(model.config)
     if options.top_logprobs > TOP_LOGPROBS:
         raise OptionError(f"top_logprobs: expected 0 .. {TOP_LOGPROBS} with the engine, got {options.top_logprobs}")

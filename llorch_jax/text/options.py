@@ -66,6 +66,7 @@ TAKES: dict[Method, tuple[str, ...]] = {
         "sampling settings",
         "stop",
         "top_logprobs",
+        "constraint",
     ),
 }
 

@@ -149,7 +149,7 @@ def test_a_prefix_hit_is_counted(engine):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"regex": "a+"}, lj.OptionError, "constraint: expected none with the engine"),
+        ({"regex": "a+", "stop": "b"}, lj.OptionError, "stop: expected none with constrained generation"),
         ({"num_beams": 2}, lj.OptionError, "num_beams: expected none with the engine"),
         ({"penalty_alpha": 0.5}, lj.OptionError, "penalty_alpha: expected none with the engine"),
         ({"cache": "int8"}, lj.OptionError, "cache: expected none with the engine"),

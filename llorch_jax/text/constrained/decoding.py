@@ -20,6 +20,7 @@ class Rows:
     Attributes:
         complete: bool [B], rows that an id has ended, or whose constraint allows nothing more.
         mask: int32 [B, W], a new array for every step, as the one before may still be read.
+        insists: bool [B], rows that have a constraint.
     """
 
     def __init__(self, model: Model, constraints: Constraints, batch: int, eos_ids: tuple[int, ...]) -> None:
@@ -28,6 +29,7 @@ class Rows:
             None if each is None else compiler.matcher(each, eos_ids) for each in per_row(constraints, batch)
         ]
         self.complete = np.zeros(batch, bool)
+        self.insists = np.array([matcher is not None for matcher in self.matchers])
         self._eos_ids = eos_ids
         self._words = compiler.words
         self.fill()

@@ -6,6 +6,7 @@ and walks a trie of the vocabulary for the set of tokens that may come next.
 
 import functools
 import importlib
+import importlib.util
 import weakref
 from typing import Any
 
@@ -144,6 +145,11 @@ def compiler_of(tokenizer: Tokenizer, vocab_size: int, eos_ids: tuple[int, ...])
     if key not in compilers:
         compilers[key] = Compiler(tokenizer, *key)
     return compilers[key]
+
+
+def can_constrain() -> bool:
+    """Whether llguidance is installed."""
+    return importlib.util.find_spec("llguidance") is not None
 
 
 def _library(name: str) -> Any:
