@@ -100,7 +100,9 @@ def session(m):
 
 def engine(m):
     with lj.Engine(m, slots=2, page_size=8, num_pages=3, offload_bytes=2**20) as running:
-        handles = [running.submit(text, 6, temperature=0.8, seed=i) for i, text in enumerate(ROWS[:3])]
+        forms = [{}, {"regex": "[a-f]{8,12}"}, {}]
+        settings = [{"temperature": 0.8, "seed": i, **form} for i, form in enumerate(forms)]
+        handles = [running.submit(text, 6, **each) for text, each in zip(ROWS, settings)]
         found = [handle.result().text for handle in handles]
         for text in ("y" * 16, ROWS[0]):  # which evicts all pages, and whose page comes back
             found.append(running.submit(text, 6).result().text)

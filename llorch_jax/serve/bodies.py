@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llorch_jax.errors import LlorchError
+from llorch_jax.serve.formats import GUIDED, response_format, structured_outputs
+from llorch_jax.text.constrained.constraint import KINDS
 from llorch_jax.text.options import SAMPLING, GenerationOptions
 from llorch_jax.tracing import is_whole
 
@@ -30,9 +32,10 @@ _RENAMED = {
     "min_tokens": "min_new_tokens",
     "stop_token_ids": "stop_ids",
     "repeat_penalty": "repetition_penalty",
+    **GUIDED,
 }
-_CONSTRAINTS = ("regex", "json_schema", "grammar", "choices")
-_OPTIONS = ("seed", "stop", "stop_ids", "temperature", *_CONSTRAINTS, *SAMPLING)
+_OPTIONS = ("seed", "stop", "stop_ids", "temperature", *KINDS, *SAMPLING)
+_FORMATS = {"response_format": response_format, "structured_outputs": structured_outputs}
 
 
 class BadRequest(Exception):
@@ -130,7 +133,8 @@ class Fields:
                 if ours in given:
                     raise BadRequest(f"{name}: expected either this or {self.names[ours]}, got both", name)
                 given[ours] = self.take(name)
-                self.names["constraint" if ours in _CONSTRAINTS else ours] = name
+                self.names[ours] = name
+        given |= self._constraint({kind: given.pop(kind) for kind in KINDS if kind in given})
         if self.flag("ignore_eos"):
             given["logit_bias"] = {**dict.fromkeys(eos_ids, float("-inf")), **_bias(given.get("logit_bias", {}))}
         elif "logit_bias" in given:
@@ -142,6 +146,24 @@ class Fields:
             return GenerationOptions.create(top_logprobs=top_logprobs, **given)
         except (LlorchError, TypeError, ValueError, OverflowError) as error:
             raise refusal(error, self.names) from None
+
+    def _constraint(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The constraint among those that are given, or in the fields that describe a format; none, or one by kind."""
+        found = [(self.names[kind], (kind, source)) for kind, source in given.items()]
+        for name, read in _FORMATS.items():
+            value = self.take(name)
+            try:
+                form = None if value is None else read(value)
+            except ValueError as error:
+                raise BadRequest(f"{name}: {error}", name) from None
+            if form is not None:
+                found.append((name, form))
+        if len(found) > 1:
+            (first, _), (second, _) = found[:2]
+            raise BadRequest(f"{second}: expected either this or {first}, got both", second)
+        for name, (kind, _) in found:
+            self.names |= {kind: name, "constraint": name}
+        return dict(form for _, form in found)
 
     def end(self) -> None:
         """Raises BadRequest if there is a field that has not been taken."""

@@ -44,7 +44,11 @@ VALID = {
     "unknown": [],
     "\ud800": [],
     "num_beams": [],
-    "regex": [],
+    "regex": ["x"],
+    "json_schema": [{}],
+    "guided_choice": [],
+    "response_format": [],
+    "structured_outputs": [],
 }
 WHOLE = {  # what must be there
     "/v1/completions": {"prompt": ["x"]},

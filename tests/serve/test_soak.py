@@ -17,6 +17,7 @@ from tiny import random_model
 
 import llorch_jax as lj
 from llorch_jax.serve.app import Settings
+from llorch_jax.text.constrained.matching import can_constrain
 
 REQUESTS = whole(5_000, quick=150)
 THREADS = 6
@@ -28,7 +29,12 @@ JOBS = [
             (0, 9, 20),
             ("a", " and more"),
             (1, 12),
-            ({"temperature": 0}, {"temperature": 0.9, "top_k": 20}, {"temperature": 0.8, "presence_penalty": 0.4}),
+            (
+                {"temperature": 0},
+                {"temperature": 0.9, "top_k": 20},
+                {"temperature": 0.8, "presence_penalty": 0.4},
+                *([{"temperature": 0.9, "regex": "[a-m]{2,5}-[0-9]{3}"}] if can_constrain() else []),
+            ),
         )
     )
 ]
