@@ -1,9 +1,8 @@
 """What a tensor-parallel decode step costs each device: counted in the compiled program, and by formula.
 
-A child process with virtual devices compiles the step for them. Only shapes are compiled, no array is made, so that
-models larger than this machine are counted as well. The spread is that of docs/scaling.md: of each block the rows of
-`qkv` and `fc`, the columns of `attn_proj` and `mlp_proj`, and the key/value heads of the cache are cut; all the rest,
-embedding and output projection included, is on every device.
+A child process with virtual devices compiles the library's own step for them, of a model that lies where `shard` puts
+it ([docs/scaling.md](../docs/scaling.md) says what is cut). Only shapes are compiled, no array is made, so that models
+larger than this machine are counted as well.
 """
 
 import dataclasses
@@ -113,56 +112,28 @@ def compiled(cases: Sequence[Case]) -> list[Counts]:
     return [Counts(*each) for each in json.loads(done.stdout)]
 
 
-def spread(tree: Any, mesh: Any, place: Any) -> Any:
-    """The tree with each leaf given to `place` with its sharding over the mesh's axis "model"."""
-    import jax
-    from jax.sharding import NamedSharding, PartitionSpec
-
-    rows, columns = PartitionSpec("model"), PartitionSpec(None, "model")
-
-    def spec(path: Any, leaf: Any) -> PartitionSpec:
-        name = jax.tree_util.keystr(path)
-        if "qkv" in name or "fc" in name:
-            return rows
-        if name.endswith(("attn_proj.weight", "mlp_proj.weight")) or leaf.ndim == 4:  # keys and values [B, K, S, H]
-            return columns
-        return PartitionSpec()
-
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: place(leaf, NamedSharding(mesh, spec(path, leaf))), tree)
-
-
-def mesh_of(devices: int) -> Any:
-    """The first devices in a mesh with the axis "model"."""
-    import jax
-
-    return jax.make_mesh(
-        (devices,), ("model",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices]
-    )
-
-
 def _compile(case: Case) -> str:
-    """The text of the compiled step."""
+    """The text of the compiled step, of shapes that lie where `shard` and `new_cache` would put arrays."""
     import jax
     import jax.numpy as jnp
 
     import llorch_jax as lj
-    from llorch_jax import linear
+    from llorch_jax.cache.placement import cache_specs
     from llorch_jax.decoding import steps
+    from llorch_jax.meshes import check_divisible, param_specs
 
-    # `linear` cuts products into parts by cores and by blocks of rows. Where these do not end where the devices' parts
-    # do, XLA would gather whole weights; inside `shard_map` each device cuts only what it has.
-    linear._CORES, linear._BLOCK = 1, 2**62
-    config, mesh = with_enough_heads(case.config, case.devices), mesh_of(case.devices)
+    config, mesh = with_enough_heads(case.config, case.devices), lj.make_mesh(model=case.devices)
     params = lj.param_shapes(config, jnp.dtype(case.dtype))
+    check_divisible(config, params, case.devices)
     cache = jax.eval_shape(lambda: lj.StaticCache.init(config, batch_size=case.batch, capacity=case.capacity))
-    token = jax.ShapeDtypeStruct((case.batch,), jnp.int32)
 
-    def place(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    def place(leaf: Any, spec: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
 
-    step = jax.jit(steps.decode.__wrapped__, static_argnums=1)  # without donation, which changes no count
-    lowered = step.lower(spread(params, mesh, place), config, spread(token, mesh, place), spread(cache, mesh, place))
-    return lowered.compile().as_text()
+    params = dataclasses.replace(jax.tree.map(place, params, param_specs(params, mesh)), mesh=mesh)
+    cache = jax.tree.map(place, cache, cache_specs(cache, mesh, at_rest=True))
+    token = place(jax.ShapeDtypeStruct((case.batch,), jnp.int32), jax.sharding.PartitionSpec())
+    return steps.decode.lower(params, config, token, cache).compile().as_text()
 
 
 def main() -> None:

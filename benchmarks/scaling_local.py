@@ -5,8 +5,8 @@
 
 Devices on one machine share its memory bandwidth: the prediction for n of them is the step of one device, times the
 bytes that n of them read over those that one reads, plus the collectives, each as long as one of the same size measured
-alone in the same process. Products run in XLA: native kernels would need `shard_map`. `--prefix` is put before the
-command of every child process.
+alone in the same process. The model is spread by `shard`, with the native kernels where these are built. `--prefix` is
+put before the command of every child process.
 """
 
 import argparse
@@ -23,8 +23,9 @@ from typing import Any
 
 from benchmarks.measure import preset_config, seconds
 from benchmarks.reports import Report, keep, numbers, parser, report, row, show
-from benchmarks.scaling_counts import Case, by_formula, mesh_of, spread
+from benchmarks.scaling_counts import Case, by_formula
 from benchmarks.scaling_model import read_bytes
+from llorch_jax.config import GPT2Config
 
 CAPACITY, STEPS = 128, 16
 
@@ -32,9 +33,14 @@ CAPACITY, STEPS = 128, 16
 def predicted_ms(preset: str, devices: int, one_ms: float, collective_ms: float) -> float:
     """Milliseconds of a step of devices that share one memory."""
     config = preset_config(preset)
-    bytes_of_all = devices * read_bytes(config, 1, CAPACITY, tensor=devices)
-    share = bytes_of_all / read_bytes(config, 1, CAPACITY)
-    return one_ms * share + by_formula(Case(config, devices, 1, CAPACITY)).collectives * collective_ms
+    capacity = _capacity(config)
+    bytes_of_all = devices * read_bytes(config, 1, capacity, tensor=devices)
+    share = bytes_of_all / read_bytes(config, 1, capacity)
+    return one_ms * share + by_formula(Case(config, devices, 1, capacity)).collectives * collective_ms
+
+
+def _capacity(config: GPT2Config) -> int:
+    return min(CAPACITY, config.n_positions)
 
 
 def measure(preset: str, counts: Sequence[int], kinds: Sequence[str], rounds: int, prefix: Sequence[str]) -> Report:
@@ -57,7 +63,7 @@ def _run(preset: str, devices: int, processes: int, rounds: int, prefix: Sequenc
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     flags = f"--xla_force_host_platform_device_count={devices // processes}"
-    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "LLORCH_JAX_KERNELS": "off"}
+    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     child = [*prefix, sys.executable, "-m", "benchmarks.scaling_local", "--preset", preset, "--rounds", str(rounds)]
     running = []
     for number in range(processes):
@@ -91,28 +97,22 @@ def _child(preset: str, rounds: int, devices: int, processes: int, number: int, 
 
 
 def _step_task(preset: str, devices: int) -> Any:
-    """A function that runs `STEPS` decode steps."""
+    """A function that runs `STEPS` decode steps of a model spread by `shard`."""
     import jax
     import jax.numpy as jnp
 
     import llorch_jax as lj
+    from llorch_jax.cache.placement import new_cache, placed
     from llorch_jax.decoding import steps
 
-    config, mesh = preset_config(preset), mesh_of(devices)
-
-    def make() -> Any:
-        cache = lj.StaticCache.init(config, batch_size=1, capacity=CAPACITY)
-        return lj.init_params(config, jax.random.key(0)), jnp.zeros(1, jnp.int32), cache
-
-    places = spread(jax.eval_shape(make), mesh, lambda leaf, sharding: sharding)
-    params, token, cache = jax.jit(make, out_shardings=places)()
-    step = jax.jit(steps.decode.__wrapped__, static_argnums=1, donate_argnums=3)
-    compiled = step.lower(params, config, token, cache).compile()
-    kept = [cache]
+    config, mesh = preset_config(preset), lj.make_mesh(model=devices)
+    model = lj.shard(lj.Model(config, lj.init_params(config, jax.random.key(0))), mesh)
+    token = placed(mesh, jnp.zeros(1, jnp.int32))
+    kept = [new_cache(mesh, lj.StaticCache.init, model.config, batch_size=1, capacity=_capacity(model.config))]
 
     def run() -> Any:
         for _ in range(STEPS):
-            logits, kept[0] = compiled(params, token, kept[0])
+            logits, kept[0] = steps.decode(model.params, model.config, token, kept[0])
         return logits
 
     return run
@@ -124,7 +124,9 @@ def _collective_task(preset: str, devices: int) -> Any:
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
 
-    mesh = mesh_of(devices)
+    import llorch_jax as lj
+
+    mesh = lj.make_mesh(model=devices)
 
     def body(x: jax.Array) -> jax.Array:
         for _ in range(STEPS):

@@ -24,6 +24,11 @@ def take_enough_threads() -> None:
         os.environ.setdefault("NPROC", _threads(devices))
 
 
+def limit_threads(count: int) -> None:
+    """Tells XLA, before it starts, the number of threads: actors on one machine share its processors."""
+    os.environ["NPROC"] = str(count)
+
+
 @contextlib.contextmanager
 def enough_threads(devices: int) -> Iterator[None]:
     """Makes XLA's pool of threads large enough for several devices of one CPU, if JAX starts meanwhile.

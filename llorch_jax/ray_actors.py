@@ -1,6 +1,5 @@
 """What an actor does: it loads the model once, and then continues one batch of prompts after the other."""
 
-import os
 import pickle
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from llorch_jax.cache.files import fingerprint
+from llorch_jax.cores import limit_threads
 from llorch_jax.errors import CheckpointError, ClusterError
 from llorch_jax.ray_files import BATCH, LINES
 from llorch_jax.text.batch_file import batches_of, continue_jobs, head_of, result_line
@@ -43,7 +43,7 @@ class RowActor:
     def __init__(
         self, threads: int, source: "Source", options: dict[str, Any], prompt_column: str, option_columns: Sequence[str]
     ) -> None:
-        _limit_threads(threads)
+        limit_threads(threads)
         self._model = source.load()
         self._reader = JobReader(self._model, options)
         self._options = options
@@ -76,7 +76,7 @@ class LineActor:
     """Continues batches of jobs, and makes the lines of a file of results."""
 
     def __init__(self, threads: int, source: "Source", weights: str) -> None:
-        _limit_threads(threads)
+        limit_threads(threads)
         self._model = source.load()
         self._weights = fingerprint(self._model.params, self._model.config)
         if self._weights != weights:
@@ -104,8 +104,3 @@ def _value(out: Generation, name: str) -> Any:
         steps = out.top_logprobs or []
         return [[{"id": id, "logprob": logprob} for id, logprob in step] for step in steps]
     return getattr(out, name)
-
-
-def _limit_threads(count: int) -> None:
-    """Tells XLA, before it starts, the number of threads: actors on one machine share its processors."""
-    os.environ["NPROC"] = str(count)

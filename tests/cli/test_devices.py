@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 
 import jax
 import pytest
@@ -19,7 +20,7 @@ from llorch_jax.cli import app
 from llorch_jax.cli.devices import LOST, parse_mesh, take_mesh
 
 STOPS = [(1, signal.SIGSTOP)] if THOROUGH else []  # noticed after 20 seconds
-COMMAND = [sys.executable, "-m", "llorch_jax", "generate"]
+COMMAND = [sys.executable, "-m", "llorch_jax"]
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +31,10 @@ def model(tmp_path_factory):
     return ["--model", str(path)]
 
 
-def start(*arguments, **settings):
+def start(*arguments, command="generate", **settings):
     env = {**environment(), "PYTHONWARNINGS": ""}
-    return subprocess.Popen(
-        [*COMMAND, *arguments], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings
-    )
+    line = [*COMMAND, command, *arguments]
+    return subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings)
 
 
 def start_two(*arguments):
@@ -73,6 +73,33 @@ def test_a_command_on_a_mesh_prints_what_it_prints_on_one_device(model):
     expected, got = (process.communicate(timeout=120) for process in (one, two))
     assert got == expected
     assert one.returncode == two.returncode == 0
+
+
+def test_a_chat_on_a_mesh_says_what_it_says_on_one_device(model, tmp_path):
+    turns = f"a fox\n/regenerate\n/save {tmp_path / 'a'}\nb\n/load {tmp_path / 'a'}\nc\n/quit\n"
+    options = [*model, "-n", "6", "--temperature", "0.9", "--seed", "5"]
+    one = start(*options, command="chat", stdin=subprocess.PIPE)
+    expected = one.communicate(turns, timeout=120)
+    two = start(*options, "--mesh", "model=2", command="chat", stdin=subprocess.PIPE)
+    assert two.communicate(turns, timeout=120) == expected
+    assert one.returncode == two.returncode == 0
+    assert "loaded" in expected[1]
+    assert len(expected[0].split()) > 4
+
+
+def test_a_server_on_a_mesh_answers_as_on_one_device(model):
+    expected = lj.generate(lj.load(model[1]), "a fox", max_new_tokens=12, temperature=0.9, seed=3).text
+    options = ["--mesh", "data=1,model=2", "--port", "0", "--slots", "2", "--no-warm-up"]
+    with start(model[1], *options, command="serve") as server:
+        place = server.stdout.readline().split()[-1]
+        body = {"prompt": "a fox", "max_tokens": 12, "temperature": 0.9, "seed": 3, "n": 2}
+        with urllib.request.urlopen(f"{place}/v1/completions", json.dumps(body).encode(), timeout=120) as answer:
+            choices = json.loads(answer.read())["choices"]
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
+        assert server.stderr.read() == ""
+    assert choices[0]["text"] == expected
+    assert choices[1]["text"] != expected
 
 
 def test_devices_that_wait_for_each_other_leave_threads_to_compute_on(tmp_path):
