@@ -102,7 +102,7 @@ def _checked(engine: dict[str, Any]) -> dict[str, Any]:
         if name == "codec":
             make_codec(value, 64)
         else:
-            whole(name, value, EngineError)
+            whole(name, value, EngineError, least=0 if known[name] == 0 else 1)
     return known | engine
 
 

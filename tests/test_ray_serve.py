@@ -47,6 +47,10 @@ def test_refusals_name_what_was_expected(given, message):
     assert "\n" not in str(found.value)
 
 
+def test_settings_are_those_of_the_engine():
+    assert lj.ray_serve.app(offload_bytes=0, num_pages=None, codec="int8", page_size=8)
+
+
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "mmh3", None)
     with pytest.raises(ClusterError, match="the extra `ray-serve`, got no mmh3"):
