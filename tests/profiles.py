@@ -35,6 +35,15 @@ def some(cases: Sequence[Any], quick: int) -> list[Any]:
     return list(cases) if THOROUGH else [cases[i * len(cases) // quick] for i in range(quick)]
 
 
+def pairs(first: Sequence[Any], second: Sequence[Any], turn: int = 0) -> list[tuple[Any, Any]]:
+    """All pairs in `make thorough`, a quarter of them in `make test`: each of both occurs, in every turn in others.
+
+    For features that multiply, where each pair is compiled anew.
+    """
+    found = [(one, other, i + j + turn) for i, one in enumerate(first) for j, other in enumerate(second)]
+    return [(one, other) for one, other, number in found if THOROUGH or number % 4 == 0]
+
+
 def whole(count: int, *, quick: int) -> int:
     """A soak's length: all of it in `make thorough`, `quick` in `make test`."""
     return count if THOROUGH else quick

@@ -1,5 +1,6 @@
 """Writing tokens into arrays of slots, in place if these are donated: rows in order, and rings."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 
+@partial(jax.jit, inline=True)  # compiled once for calls outside jit
 def write_rows(buffer: jax.Array, new: jax.Array, starts: jax.Array) -> jax.Array:
     """Writes each row's new tokens into its slots from `starts` on.
 

@@ -1,6 +1,7 @@
 """Caches whose fields do not fit each other are found out; those that operations make never are."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,25 +16,31 @@ SPECS = ["static", "dynamic", "rotating:6+2", "paged:4", "int8", "int4"]
 EVICTING = ["recent:6", "h2o:6", "snapkv:8"]
 
 
-def filled(spec, **settings):
+CACHES = {
+    **{spec: (spec, {}) for spec in SPECS},
+    **{spec: (spec, {"slack": 2}) for spec in EVICTING},
+    "paged:4 int4": ("paged:4", {"codec": "int4", "residual": 3}),
+    "rotating:6+2 bfloat16": ("rotating:6+2", {"dtype": "bfloat16"}),
+}
+
+
+@functools.cache
+def filled(name):
     """Two rows of 11 and 7 tokens, by steps, so that rings turn and policies evict."""
+    spec, settings = CACHES[name]
     cache = lj.make_cache(CONFIG, spec, batch_size=2, **settings)
-    keys = jax.random.normal(jax.random.key(0), (11, 2, 1, 2, 4))
+    keys = np.random.default_rng(0).standard_normal((11, 2, 1, 2, 4)).astype(np.float32)
     for step in range(11):
-        count = jnp.asarray([1, step < 7], jnp.int32)
-        cache = cache.reserve(count)
-        for layer in range(2):
-            cache = cache.update(layer, keys[step], keys[step], count)
-        cache = cache.advance(count)
+        count = np.array([1, step < 7], np.int32)
+        cache = stepped(cache.reserve(count), keys[step], count)
     return cache
 
 
-CACHES = {
-    **{spec: filled(spec) for spec in SPECS},
-    **{spec: filled(spec, slack=2) for spec in EVICTING},
-    "paged:4 int4": filled("paged:4", codec="int4", residual=3),
-    "rotating:6+2 bfloat16": filled("rotating:6+2", dtype="bfloat16"),
-}
+@jax.jit
+def stepped(cache, keys, count):
+    for layer in range(2):
+        cache = cache.update(layer, keys, keys, count)
+    return cache.advance(count)
 
 
 def refused(cache, message=""):
@@ -45,7 +52,7 @@ def refused(cache, message=""):
 
 @pytest.mark.parametrize("name", CACHES)
 def test_caches_that_operations_make_pass(name):
-    cache = CACHES[name]
+    cache = filled(name)
     cache.check_fields()
     cache.clear().check_fields()
     cache.select(np.array([1, 0, 1])).check_fields()
@@ -72,7 +79,7 @@ def changed(cache, name, change):
 @pytest.mark.parametrize("name", CACHES)
 @pytest.mark.parametrize("number", [-5, 1000, 2**31 - 1])
 def test_numbers_out_of_range_are_refused(name, number):
-    cache = CACHES[name]
+    cache = filled(name)
     names = list(integers(cache))
     assert "lengths" in names
     for field in names:
@@ -81,7 +88,7 @@ def test_numbers_out_of_range_are_refused(name, number):
 
 @pytest.mark.parametrize("name", CACHES)
 def test_arrays_of_other_shapes_and_dtypes_are_refused(name):
-    cache = CACHES[name]
+    cache = filled(name)
     for field in (*integers(cache), "keys", "values"):
         for change in (
             lambda leaf: leaf[:1] if leaf.shape[0] > 1 else jnp.concatenate([leaf, leaf]),
@@ -94,7 +101,7 @@ def test_arrays_of_other_shapes_and_dtypes_are_refused(name):
 
 @pytest.mark.parametrize("name", CACHES)
 def test_layers_that_are_missing_are_refused(name):
-    cache = CACHES[name]
+    cache = filled(name)
     for field in dataclasses.fields(cache):
         value = getattr(cache, field.name)
         if isinstance(value, tuple) and value:
@@ -104,7 +111,7 @@ def test_layers_that_are_missing_are_refused(name):
 
 @pytest.mark.parametrize("name", CACHES)
 def test_settings_out_of_range_are_refused(name):
-    cache = CACHES[name]
+    cache = filled(name)
     for setting in ("limit", "window", "sinks", "budget", "slack"):
         if hasattr(cache, setting):
             for number in (-1, 2**31) if setting != "slack" else (-1, 0):
@@ -114,22 +121,22 @@ def test_settings_out_of_range_are_refused(name):
 
 
 def test_a_page_twice_in_a_row_is_refused():
-    cache = CACHES["paged:4"]
+    cache = filled("paged:4")
     refused(cache.replace(tables=cache.tables.at[0, 1].set(cache.tables[0, 0])), "a page for each block")
     refused(cache.replace(tables=cache.tables.at[0, 0].set(-1)), r"tables\[0, 0\]: expected 0 \.\. \d+, got -1")
 
 
 def test_positions_of_other_slots_are_refused():
-    cache = CACHES["int8"]
+    cache = filled("int8")
     recent = cache.recent[0]
     moved = recent.replace(positions=jnp.roll(recent.positions, 1, axis=1))
     refused(cache.replace(recent=(moved, cache.recent[1])), r"recent\[0\]\.positions: expected position p in slot p")
-    order = CACHES["h2o:6"]
+    order = filled("h2o:6")
     swapped = order.origins[0][..., ::-1]
     refused(order.replace(origins=(swapped, order.origins[1])), "origins")
 
 
 def test_an_edited_file_is_refused(tmp_path):
-    lj.save_cache(tmp_path / "file", CACHES["static"].replace(lengths=jnp.asarray([-5, 3], jnp.int32)))
+    lj.save_cache(tmp_path / "file", filled("static").replace(lengths=jnp.asarray([-5, 3], jnp.int32)))
     with pytest.raises(CacheError, match=r"file: expected a cache .*lengths\[0\]: expected 0 \.\. 32, got -5"):
         lj.load_cache(tmp_path / "file")
