@@ -16,7 +16,9 @@ _FACTOR = 10 if THOROUGH else 1
 
 # Compiling is what the suite's time goes into, and most programs run once or twice: LLVM's lowest level, and fusions
 # without the newer emitters, compile in half the time.
-QUICK_XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+QUICK_XLA_FLAGS = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
 
 settings.register_profile("quick", deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("thorough", deadline=None, print_blob=True)
