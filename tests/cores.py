@@ -53,12 +53,16 @@ def request(prompt, max_new_tokens, answer, *, seed=0, settings=None, **more):
 
 
 def alone(params, config, prompt, max_new_tokens, *, seed=0, settings=None, eos_ids=()):
-    """The tokens that `generate_tokens` gives, up to the one that ends the text."""
+    """The tokens that `generate_tokens` gives, up to the one that ends the text; by programs of a single size."""
+    padded = np.zeros((1, config.n_positions), np.int32)
+    padded[0, : len(prompt)] = prompt
     tokens, _ = lj.generate_tokens(
         params,
         config,
-        np.asarray(prompt, np.int32)[None],
+        padded,
         max_new_tokens,
+        lj.StaticCache.init(config, batch_size=1, capacity=config.n_positions),
+        [len(prompt)],
         sampler=make_sampler(**(settings or {"temperature": 0.0})),
         key=jax.random.key(seed)[None],
         eos_id=eos_ids or None,

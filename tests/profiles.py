@@ -16,7 +16,9 @@ _FACTOR = 10 if THOROUGH else 1
 
 # Compiling is what the suite's time goes into, and most programs run once or twice: LLVM's lowest level, and fusions
 # without the newer emitters, compile in half the time.
-QUICK_XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+QUICK_XLA_FLAGS = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
 
 settings.register_profile("quick", deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("thorough", deadline=None, print_blob=True)
@@ -33,6 +35,15 @@ def some(cases: Sequence[Any], quick: int) -> list[Any]:
     For cases that repeat, on another model or layout, what cheaper tests hold for every case.
     """
     return list(cases) if THOROUGH else [cases[i * len(cases) // quick] for i in range(quick)]
+
+
+def pairs(first: Sequence[Any], second: Sequence[Any], turn: int = 0) -> list[tuple[Any, Any]]:
+    """All pairs in `make thorough`, a quarter of them in `make test`: each of both occurs, in every turn in others.
+
+    For features that multiply, where each pair is compiled anew.
+    """
+    found = [(one, other, i + j + turn) for i, one in enumerate(first) for j, other in enumerate(second)]
+    return [(one, other) for one, other, number in found if THOROUGH or number % 4 == 0]
 
 
 def whole(count: int, *, quick: int) -> int:

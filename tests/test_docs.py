@@ -13,10 +13,18 @@ from pathlib import Path
 import pytest
 
 from llorch_jax.cli import app, loading
+from llorch_jax.loading import checkpoint
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"(?:^<!-- not run: (?P<reason>[^\n]+) -->\n)?^```(?P<language>.*)\n(?P<code>(?s:.*?))^```$", re.M)
+
+
+@pytest.fixture(autouse=True)
+def demo(short_demo, monkeypatch):
+    """Pages show calls, not what the demo model says."""
+    if short_demo != "demo":
+        monkeypatch.setattr(checkpoint, "__file__", str(short_demo.parents[1] / "loading" / "checkpoint.py"))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ LENGTHS = np.array([9, 5])
 OF_CODES = None if describe().isa is None else 1e-3
 
 
+@jax.jit
 def dequantized(params):
     """The float32 parameters that quantized ones stand for."""
 

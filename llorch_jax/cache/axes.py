@@ -11,6 +11,7 @@ that hold dataclasses, such as `Recent`, have the axes that those name.
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -96,19 +97,20 @@ def insert_rows(tree: Tree, slots: jax.Array, source: Tree) -> Tree:
     """
 
     def inserted(leaf: jax.Array, axes: str, new: jax.Array) -> jax.Array:
-        if "B" not in axes:
-            return leaf
-        axis = axes.index("B")
-
-        def insert(row: Any, filled: jax.Array) -> jax.Array:
-            block = lax.dynamic_slice_in_dim(new, row, 1, axis)
-            start = [jnp.int32(0)] * leaf.ndim
-            start[axis] = slots[row]
-            return lax.dynamic_update_slice(filled, block.astype(leaf.dtype), start)
-
-        return lax.fori_loop(0, slots.shape[0], insert, leaf)
+        return _insert(leaf, slots, new, axes.index("B")) if "B" in axes else leaf
 
     return jax.tree.map(inserted, tree, axes_of(tree), source)
+
+
+@partial(jax.jit, static_argnums=3, inline=True)  # compiled once for calls outside jit
+def _insert(leaf: jax.Array, slots: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+    def insert(row: Any, filled: jax.Array) -> jax.Array:
+        block = lax.dynamic_slice_in_dim(new, row, 1, axis)
+        start = [jnp.int32(0)] * leaf.ndim
+        start[axis] = slots[row]
+        return lax.dynamic_update_slice(filled, block.astype(leaf.dtype), start)
+
+    return lax.fori_loop(0, slots.shape[0], insert, leaf)
 
 
 def grow_slots(tree: Tree, slots: int) -> Tree:

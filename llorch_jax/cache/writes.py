@@ -1,7 +1,7 @@
 """Writing tokens into arrays of slots, in place if these are donated: rows in order, and rings."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from jax import lax
 from llorch_jax.kernels.writes import write
 
 
+@partial(jax.jit, inline=True)  # compiled once for calls outside jit
 def write_rows(buffer: jax.Array, new: jax.Array, starts: jax.Array) -> jax.Array:
     """Writes each row's new tokens into its slots from `starts` on.
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cache_cases import LAYOUT_SPECS, assert_close, decode_copies, feed, in_chunks, make_batch, make_config
+from profiles import pairs
 
 from llorch_jax.cache import load_cache, make_cache, save_cache
 from llorch_jax.cache.codecs import CODECS
@@ -16,10 +17,16 @@ from llorch_jax.errors import CacheError
 
 CONFIG = make_config(layers=1, heads=4, kv_heads=2, head_dim=5)  # grouped-query, odd head_dim
 LENGTHS = np.array([19, 4, 11], np.int32)
-WINDOWS = {"float32": (0,), "bfloat16": (0, 6), "float16": (0,), "int8": (0, 6), "int4": (6,)}
+FORMS = [("float32", 0), ("bfloat16", 0), ("float16", 0), ("int8", 0), ("bfloat16", 6), ("int8", 6), ("int4", 6)]
+assert {codec for codec, _ in FORMS} == set(CODECS), "a new codec needs a form here"
 NAMES = [name for name, layout in LAYOUTS.items() if "codec" in layout.takes]
-PAIRS = [(name, codec, residual) for name in NAMES for codec in CODECS for residual in WINDOWS[codec]]
-every_pair = pytest.mark.parametrize(("name", "codec", "residual"), PAIRS)
+
+
+def each_pair(turn):
+    found = [(name, *form) for name, form in pairs(NAMES, FORMS, turn)]
+    return pytest.mark.parametrize(("name", "codec", "residual"), found)
+
+
 WHOLE = {
     "rotating": "rotating:24+3",
     "recent": "recent:24",
@@ -60,7 +67,7 @@ def held(view, row, head, length):
     }
 
 
-@every_pair
+@each_pair(0)
 def test_shows_what_a_static_cache_of_the_same_codec_shows(name, codec, residual):
     """Keys and values by position, for the queries of each append and afterwards, as long as nothing is dropped."""
     caches = (
@@ -83,7 +90,7 @@ def test_shows_what_a_static_cache_of_the_same_codec_shows(name, codec, residual
                     np.testing.assert_array_equal(got[position], pair)
 
 
-@every_pair
+@each_pair(1)
 def test_says_exactly_how_much_it_takes_and_survives_a_file(name, codec, residual, tmp_path):
     cache = make(name, codec, residual, whole=False)
     k, v = vectors(0, 5)
@@ -98,7 +105,7 @@ def test_says_exactly_how_much_it_takes_and_survives_a_file(name, codec, residua
     assert jax.tree.all(jax.tree.map(lambda one, other: bool(jnp.all(one == other)), loaded, cache))
 
 
-@every_pair
+@each_pair(2)
 def test_rows_are_inserted_freed_and_chosen(name, codec, residual):
     k, v = vectors(1, 5)
     cache, _ = append(make(name, codec, residual).reserve(5), k, v, np.array([5, 2, 4], np.int32))

@@ -12,8 +12,8 @@ import llorch_jax as lj
 
 
 @pytest.fixture(scope="module")
-def model():
-    return lj.load("demo")
+def model(short_demo):
+    return lj.load(short_demo)
 
 
 def cache_arrays(model) -> int:

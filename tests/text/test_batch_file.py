@@ -26,8 +26,8 @@ SETTINGS = {"max_new_tokens": 6, "temperature": 0.9, "top_k": 20}
 
 
 @pytest.fixture(scope="module")
-def model():
-    return lj.load("demo")
+def model(short_demo):
+    return lj.load(short_demo)
 
 
 @pytest.fixture

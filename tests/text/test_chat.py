@@ -14,8 +14,8 @@ from llorch_jax.text.chat import RAW, Chat, Template
 
 
 @pytest.fixture(scope="module")
-def model():
-    return lj.load("demo")
+def model(short_demo):
+    return lj.load(short_demo)
 
 
 def say(chat, words, count=12):

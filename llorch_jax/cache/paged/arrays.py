@@ -1,7 +1,7 @@
 """Arrays of pages: writing, copying, gathering and joining. For bookkeeping see `allocator` and `cache`."""
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from llorch_jax.kernels.writes import write
 Pools = Any  # a pytree of arrays [P, K, page_size, X]
 
 
+@partial(jax.jit, inline=True)  # compiled once for calls outside jit
 def copy_pages(pool: jax.Array, sources: jax.Array, targets: jax.Array) -> jax.Array:
     """Copies page sources[b] to targets[b], both int32 [B], for the rows with a source of 0 or more."""
     origins = jnp.where(sources >= 0, sources, targets)
@@ -27,6 +28,7 @@ def copy_pages(pool: jax.Array, sources: jax.Array, targets: jax.Array) -> jax.A
     return lax.fori_loop(0, rows, copy, pool)
 
 
+@partial(jax.jit, inline=True)
 def write_pages(pool: jax.Array, new: jax.Array, tables: jax.Array, starts: jax.Array, counts: jax.Array) -> jax.Array:
     """Writes only each row's first `counts` new tokens, to its positions from `starts` on.
 
