@@ -26,9 +26,6 @@ BIGCODE = ["base", "inner", "odd-head", "untied"]
 FLOORS = 4  # times the error that float32 arithmetic alone makes; another order of sums makes another error
 
 
-only_thorough = pytest.mark.skipif(not THOROUGH, reason="takes 2.2 GB of memory: run by make thorough")
-
-
 @pytest.fixture(scope="module")
 def medium(tmp_path_factory):
     about = references.sidecar("checkpoints-medium")
@@ -43,7 +40,6 @@ def medium(tmp_path_factory):
     return captured, arrays, about["float32_floor"]
 
 
-@only_thorough
 @pytest.mark.parametrize("point", POINTS, ids=lambda point: f"{point.number:02d}")
 def test_validation_point(medium, point):
     captured, arrays, _ = medium
@@ -51,7 +47,6 @@ def test_validation_point(medium, point):
     assert verdict.passed, verdict
 
 
-@only_thorough
 def test_medium_logits_stand_within_twice_the_float32_floor(medium):
     captured, arrays, floor = medium
     error = np.abs(np.asarray(captured["08_logits"], np.float64) - arrays["08_logits"]).max()
