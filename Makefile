@@ -10,15 +10,15 @@ demo: $(VENV)/installed
 
 # SlipCover counts lines at next to no cost; coverage.py takes half as long again with Python 3.11.
 test: lint types
-	$(BIN)/python -m slipcover --source llorch_jax --out $(VENV)/coverage.txt -m pytest -n 2 --dist loadscope
+	$(BIN)/python -m slipcover --source llorch_jax --out $(VENV)/coverage.txt -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 	@echo "Lines of llorch_jax, lines not run by the tests, and percentage run; by file in $(VENV)/coverage.txt:"
 	@tail -n 1 $(VENV)/coverage.txt
 
 # Hours rather than minutes: new examples in every run, whole soaks, programs compiled as users' are (tests/profiles.py).
 # What computes runs a second time without the native kernels, by their twins.
 thorough: lint types
-	LLORCH_TESTS=thorough $(BIN)/python -m pytest -n 2 --dist loadscope
-	LLORCH_TESTS=thorough LLORCH_JAX_KERNELS=off $(BIN)/python -m pytest -n 2 --dist loadscope \
+	LLORCH_TESTS=thorough $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	LLORCH_TESTS=thorough LLORCH_JAX_KERNELS=off $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
 		tests/cache tests/decoding tests/engine tests/text tests/test_oracle.py
 
 lint: $(VENV)/tools

@@ -22,6 +22,33 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 settings.load_profile("thorough" if profiles.THOROUGH else "quick")
 
 
+# The files that take longest: a worker that began with one of them at the end would leave the other without work.
+LONG = [
+    "test_ray.py",
+    "test_sharding.py",
+    "test_docs.py",
+    "cache/paged/test_cache.py",
+    "cache/test_soak.py",
+    "engine/test_core.py",
+    "cache/test_properties.py",
+    "cache/test_quantized.py",
+    "cli/test_devices.py",
+    "decoding/speculative/test_loop.py",
+    "evaluation/test_reference.py",
+    "cache/test_rotating.py",
+    "cache/evicting/test_cache.py",
+    "text/test_generation.py",
+    "decoding/test_loop.py",
+    "kernels/test_library.py",
+]
+
+
+def pytest_collection_modifyitems(items):
+    """Files in the order in which workers are to take them."""
+    rank = {Path(__file__).parent / name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path, len(LONG)))
+
+
 def pytest_configure(config):
     """Compiled programs are kept in pytest's cache, shared by workers, their children and runs.
 

@@ -1,13 +1,20 @@
 """A model over many devices: the same logits and tokens, and nothing that devices tell each other but two sums."""
 
+import json
+
 import pytest
 from devices import answer
+from profiles import THOROUGH
 
 from llorch_jax.cache.layouts import LAYOUTS
 
 NUMBERS = {"rotating": "rotating:9+2", "paged": "paged:8", "recent": "recent:9", "sinks": "sinks:9", "h2o": "h2o:9"}
 SPECS = [NUMBERS.get(name, "snapkv:9" if name == "snapkv" else name) for name in LAYOUTS]
 MESHES = ["1x2", "2x2", "4x2"]  # data x model: 2, 4 and 8 devices
+# In `make test` each layout is on one of them; pages, which are on all devices, also where rows are divided.
+CASES = [(mesh, spec) for number, spec in enumerate(SPECS) for mesh in (MESHES if THOROUGH else [MESHES[number % 3]])]
+CASES += [] if ("2x2", "paged:8") in CASES else [("2x2", "paged:8")]
+ROWS_ALONE = [("2x1", spec) for spec in ("static", "rotating:9+2", *(["int8", "h2o:9"] if THOROUGH else []))]
 
 STEPS = """
 import collections, json, re, sys
@@ -30,36 +37,42 @@ def run(params, config, spec):
         out.append(logits)
     return np.stack(out), cache
 
-expected = {spec: run(params, config, spec)[0] for spec in sys.argv[2:]}
-found = []
-for sizes in sys.argv[1].split(","):
-    data, model = map(int, sizes.split("x"))
-    mesh = lj.make_mesh(data=data, model=model)
-    spread = lj.shard(lj.Model(config, params), mesh)
-    for spec in sys.argv[2:]:
-        before = lj.compile_count()
-        logits, cache = run(spread.params, spread.config, spec)
-        programs = lj.compile_count() - before
-        text = steps.decode.lower(spread.params, spread.config, tokens[0], cache).compile().as_text()
-        stored = jax.tree.leaves(cache.keys)[0]
-        found.append({
-            "mesh": sizes,
-            "cache": spec,
-            "error": float(np.abs(logits - expected[spec]).max()),
-            "collectives": collections.Counter(re.findall(COLLECTIVE, text)),
-            "slots_moved": len(re.findall(r" all-gather\\(f32\\[\\d+,\\d+,(?:[89]|\\d\\d+),", text)),
-            "in_place": text.count("may-alias") + text.count("must-alias"),
-            "arrays": len(jax.tree.leaves(cache)),
-            "part": stored.addressable_shards[0].data.size / stored.size,
-            "programs": programs,
-        })
+expected, models, found = {}, {}, []
+for sizes, spec in json.loads(sys.argv[1]):
+    if spec not in expected:
+        expected[spec] = run(params, config, spec)[0]
+    if sizes not in models:
+        data, model = map(int, sizes.split("x"))
+        models[sizes] = lj.shard(lj.Model(config, params), lj.make_mesh(data=data, model=model))
+    spread, before = models[sizes], lj.compile_count()
+    logits, cache = run(spread.params, spread.config, spec)
+    programs = lj.compile_count() - before
+    text = steps.decode.lower(spread.params, spread.config, tokens[0], cache).compile().as_text()
+    stored = jax.tree.leaves(cache.keys)[0]
+    found.append({
+        "mesh": sizes,
+        "cache": spec,
+        "error": float(np.abs(logits - expected[spec]).max()),
+        "collectives": collections.Counter(re.findall(COLLECTIVE, text)),
+        "slots_moved": len(re.findall(r" all-gather\\(f32\\[\\d+,\\d+,(?:[89]|\\d\\d+),", text)),
+        "in_place": text.count("may-alias") + text.count("must-alias"),
+        "arrays": len(jax.tree.leaves(cache)),
+        "part": stored.addressable_shards[0].data.size / stored.size,
+        "programs": programs,
+    })
 print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("specs", [SPECS[:3], SPECS[3:6], SPECS[6:]])
-def test_every_layout_on_2_4_and_8_devices_adds_up_twice_per_layer_and_does_nothing_else(specs):
-    for case in answer(STEPS, 8, ",".join(MESHES), *specs):
+@pytest.fixture(scope="module")
+def steps():
+    return answer(STEPS, 8, json.dumps([*CASES, *ROWS_ALONE]))
+
+
+def test_every_layout_on_2_4_and_8_devices_adds_up_twice_per_layer_and_does_nothing_else(steps):
+    assert {case["cache"] for case in steps} == set(SPECS)
+    assert len(steps) == len(CASES) + len(ROWS_ALONE)
+    for case in steps[: len(CASES)]:
         assert case["error"] < 1e-5, case
         rows = int(case["mesh"][0])
         paged = case["cache"].startswith("paged")
@@ -73,8 +86,8 @@ def test_every_layout_on_2_4_and_8_devices_adds_up_twice_per_layer_and_does_noth
         assert case["programs"] <= 4, case  # a prefill, and a step for each size of a cache that grows
 
 
-def test_rows_alone_need_nothing_from_each_other():
-    for case in answer(STEPS, 2, "2x1", "static", "int8", "rotating:9+2", "h2o:9"):
+def test_rows_alone_need_nothing_from_each_other(steps):
+    for case in steps[len(CASES) :]:
         assert case["error"] < 1e-5
         assert case["collectives"] == {}
 
@@ -99,13 +112,16 @@ def session(m):
     return [first.tolist(), made.generate(m.params, m.config, 8)[0].tolist()]
 
 def engine(m):
+    forms = [{}, {"regex": "[a-f]{8,12}"}, {}]
+    settings = [{"temperature": 0.8, "seed": i, **form} for i, form in enumerate(forms)]
+    requests = [*zip(ROWS, settings), ("y" * 16, {"temperature": 0}), (ROWS[0], {"temperature": 0})]
+    if m is model:  # what an engine must give
+        return [lj.generate(m, text, 6, **each).text for text, each in requests]
     with lj.Engine(m, slots=2, page_size=8, num_pages=3, offload_bytes=2**20) as running:
-        forms = [{}, {"regex": "[a-f]{8,12}"}, {}]
-        settings = [{"temperature": 0.8, "seed": i, **form} for i, form in enumerate(forms)]
-        handles = [running.submit(text, 6, **each) for text, each in zip(ROWS, settings)]
+        handles = [running.submit(text, 6, **each) for text, each in requests[:3]]
         found = [handle.result().text for handle in handles]
-        for text in ("y" * 16, ROWS[0]):  # which evicts all pages, and whose page comes back
-            found.append(running.submit(text, 6).result().text)
+        for text, each in requests[3:]:  # the first evicts all pages, then one comes back
+            found.append(running.submit(text, 6, **each).result().text)
         assert running.stats().offload.restored == 1
         return found
 
@@ -141,14 +157,13 @@ print(json.dumps({name: [call(model), call(spread)] for name, call in CALLS.item
 """
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        ("forward", "generate", "batch", "penalties", "stream", "stream_tokens", "score", "choices"),
-        ("generate_n", "beams", "contrastive", "lookup", "draft"),
-        ("regex", "evicting", "session", "engine", "pool"),
-    ],
-)
+NAMES = [
+    ("forward", "generate", "batch", "penalties", "stream", "stream_tokens", "score", "choices"),
+    ("generate_n", "beams", "contrastive", "lookup", "draft", "regex", "evicting", "session", "engine", "pool"),
+]
+
+
+@pytest.mark.parametrize("names", NAMES if THOROUGH else [sum(NAMES, ())], ids=len)
 def test_every_function_gives_what_it_gives_on_one_device(names, tmp_path):
     found = answer(FUNCTIONS, 4, str(tmp_path / "session.safetensors"), *names)
     assert set(found) == set(names)

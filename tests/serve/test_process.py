@@ -68,7 +68,7 @@ def test_an_address_of_ipv6_is_shown_as_in_a_url(folder):
     [("2001:db8::1", "[2001:db8::1]:80"), ("a" * 64, "a" * 64 + ":80"), ("192.0.2.1", "192.0.2.1:80")],
 )
 def test_where_it_cannot_listen_the_engine_is_closed(host, place):
-    with lj.Engine(tiny.random_model(), slots=1) as engine:
+    with lj.Engine(tiny.random_model(), slots=1, page_size=8) as engine:
         with pytest.raises(lj.EngineError, match=f"cannot listen on {re.escape(place)} "):
             serve(engine, Settings("tiny"), host, 80, 1.0)
         with pytest.raises(lj.EngineError, match="closed"):
@@ -78,7 +78,9 @@ def test_where_it_cannot_listen_the_engine_is_closed(host, place):
 def test_where_the_template_is_damaged_the_engine_is_closed(tmp_path):
     (tmp_path / "chat_template.jinja").write_text("{{")
     found = tiny.random_model()
-    with lj.Engine(lj.Model(found.config, found.params, found.tokenizer, "tiny", tmp_path), slots=1) as engine:
+    with lj.Engine(
+        lj.Model(found.config, found.params, found.tokenizer, "tiny", tmp_path), slots=1, page_size=8
+    ) as engine:
         with pytest.raises(lj.CheckpointError, match="chat template"):
             serve(engine, Settings("tiny"), "127.0.0.1", 0, 1.0)
         with pytest.raises(lj.EngineError, match="closed"):

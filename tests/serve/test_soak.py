@@ -22,20 +22,16 @@ from llorch_jax.text.constrained.matching import can_constrain
 REQUESTS = whole(5_000, quick=150)
 THREADS = 6
 BEGINNING = "the cat sat on the mat"
+OPTIONS = (
+    {"temperature": 0},
+    {"temperature": 0.9, "top_k": 20},
+    {"temperature": 0.8, "presence_penalty": 0.4},
+    *([{"temperature": 0.9, "regex": "[a-m]{2,5}-[0-9]{3}"}] if can_constrain() else []),
+)
 JOBS = [
     {"prompt": BEGINNING[:shared] + own, "max_tokens": new, "seed": seed, **options}
     for seed, (shared, own, new, options) in enumerate(
-        itertools.product(
-            (0, 9, 20),
-            ("a", " and more"),
-            (1, 12),
-            (
-                {"temperature": 0},
-                {"temperature": 0.9, "top_k": 20},
-                {"temperature": 0.8, "presence_penalty": 0.4},
-                *([{"temperature": 0.9, "regex": "[a-m]{2,5}-[0-9]{3}"}] if can_constrain() else []),
-            ),
-        )
+        itertools.product((0, 9, 20), ("a", " and more"), (1, 12), OPTIONS)
     )
 ]
 BAD = [b"{", b"[]", b'{"prompt": 5}', b'{"prompt": "a", "n": 0}', b'{"prompt": "a", "max_tokens": 1000}', b"\xff"]
@@ -126,15 +122,15 @@ class Clients:
 def test_random_requests_get_their_own_texts_and_leave_nothing_behind():
     """With few pages, so that requests are preempted, and a short queue, so that some are told to come again."""
     model = random_model()
-    wanted = [
-        lj.generate(
-            model,
-            job["prompt"],
-            max_new_tokens=job["max_tokens"],
-            **{name: value for name, value in job.items() if name not in ("prompt", "max_tokens")},
-        ).text
-        for job in JOBS
-    ]
+    wanted = {}
+    for options in OPTIONS:
+        jobs = {number: job for number, job in enumerate(JOBS) if options.items() <= job.items()}
+        prompts, news, seeds = zip(
+            *((job["prompt"], job["max_tokens"], job["seed"]) for job in jobs.values()), strict=True
+        )
+        texts = lj.generate(model, [*prompts], max_new_tokens=[*news], seed=[*seeds], **options)
+        wanted |= {number: out.text for number, out in zip(jobs, texts, strict=True)}
+    assert len(wanted) == len(JOBS)
     with lj.Engine(model, slots=3, page_size=8, num_pages=14, max_waiting=5) as engine:
         engine.warm_up()
         running = Running(engine, Settings("tiny"))
