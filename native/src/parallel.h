@@ -31,12 +31,15 @@ class Loop {
   using Block = void (*)(const void* context, size_t block);
 
   // Runs `first` on this thread, then block(context, i) for i = 0 .. count - 1. `schedule(loop)` starts a helper, which
-  // must call `loop->help()` once, on any thread, at any time.
+  // must call `loop->help()` once, on any thread, at any time: also on this one before `schedule` returns, as a pool
+  // does whose queue is full.
   template <typename Schedule, typename First>
   static void run(size_t count, size_t helpers, const void* context, Block block, First first, Schedule schedule) {
     Loop* loop = take();
     loop->begin(count, context, block, helpers);
+    starting() = loop;
     for (size_t i = 0; i < helpers; ++i) schedule(loop);
+    starting() = nullptr;
     {
       const FlushDenormals flush;
       first();
@@ -49,6 +52,7 @@ class Loop {
   }
 
   void help() {
+    if (starting() == this) return release();  // this thread would wait for itself
     for (int turn = 0; turn < kTurns && !ready_.load(std::memory_order_acquire); ++turn) rest();
     ready_.wait(false, std::memory_order_acquire);
     work();
@@ -63,6 +67,12 @@ class Loop {
       if (loop != nullptr) loop->release();
     }
   };
+
+  // The loop whose helpers this thread is starting.
+  static const Loop*& starting() {
+    thread_local const Loop* loop = nullptr;
+    return loop;
+  }
 
   static Loop* take() {
     thread_local Kept kept;

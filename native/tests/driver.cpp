@@ -155,7 +155,8 @@ bool run(const Kernels& kernels, const Case& c) {
   return agrees(c, y.data);
 }
 
-// Checks that many loops run every block once, whether helpers start early, late or only after the end.
+// Checks that many loops run every block once, whether helpers start early, late or only after the end, or at once on the
+// calling thread.
 bool loops_end() {
   std::vector<std::thread> late;
   for (int turn = 0; turn < 200; ++turn) {
@@ -166,7 +167,10 @@ bool loops_end() {
           const auto& all = *static_cast<const std::vector<std::atomic<int>>*>(context);
           const_cast<std::atomic<int>&>(all[i]).fetch_add(1);
         },
-        [] {}, [&](llorch::Loop* loop) { late.emplace_back([loop] { loop->help(); }); });
+        [] {}, [&](llorch::Loop* loop) {
+          if (turn % 3 == 0) return loop->help();
+          late.emplace_back([loop] { loop->help(); });
+        });
     for (const auto& count : runs) {
       if (count.load() != 1) return false;
     }

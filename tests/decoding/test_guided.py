@@ -17,7 +17,7 @@ class Without:
     """A guide that never allows some ids, and says that a row is complete after so many tokens."""
 
     def __init__(self, banned, most):
-        self.complete = np.zeros(2, bool)
+        self.complete, self.insists = np.zeros(2, bool), np.ones(2, bool)
         self.seen = [[], []]
         self._most = most
         bits = np.ones((2, 64), np.uint64)
