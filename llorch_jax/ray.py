@@ -184,7 +184,8 @@ def cluster(address: str, pool: Pool = _ANY) -> Iterator[None]:
         if separator and port.isdigit() and "/" not in host:  # Ray would wait for more than a minute
             socket.create_connection((host, int(port)), _PATIENCE).close()
         new = {"include_dashboard": False} if address == LOCAL else {}
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **new)
+        with _silent_stderr():  # Ray's C++ part announces the level of its log
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **new)
     except (OSError, ValueError, RuntimeError, AssertionError, OverflowError) as error:
         raise ClusterError(
             f"ray: expected {LOCAL}, auto, or the address HOST:PORT of a cluster of which this machine is a node, "
@@ -197,6 +198,19 @@ def cluster(address: str, pool: Pool = _ANY) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Drops what is written on descriptor 2, from C++ too."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def generate_file(

@@ -8,7 +8,7 @@ from typing import Any
 
 from llorch_jax.cli import interrupts
 from llorch_jax.cli.loading import load_model
-from llorch_jax.cli.terminal import bar, note, show_timings, waiting
+from llorch_jax.cli.terminal import bar, show_timings, tell, waiting
 from llorch_jax.cli.values import resolve, text_or_stdin
 from llorch_jax.loading.checkpoint import Model
 from llorch_jax.text.batch_file import generate_file
@@ -89,7 +89,7 @@ def from_file(
             model, _ = load_model(source, settings)
             options = resolve(settings, model.tokenizer)
             count = ray.generate_file(model, stored, file, target, pool=pool, **runs, **options)
-    note(f"continued {count} prompts; all results are in {target}", style="")
+    tell(f"continued {count} prompts; all results are in {target}")
 
 
 def speculate(
@@ -109,10 +109,9 @@ def speculate(
     with waiting("compiling and generating"):
         out, stats = generate_speculative(model, text, draft=guesses, **settings)
     print(_as_json(text, out) if as_json else text + out.text)
-    note(
+    tell(
         f"guesses: {stats.acceptance_rate:.0%} of {stats.proposed.sum()} accepted, {stats.tokens_per_step:.2f} tokens "
-        f"per step over {stats.steps} steps",
-        style="",
+        f"per step over {stats.steps} steps"
     )
     if timings:
         show_timings(load_seconds, out.timings)

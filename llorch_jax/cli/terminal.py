@@ -26,6 +26,14 @@ def note(text: str, style: str = "dim") -> None:
     messages.print(text, style=style, markup=False, soft_wrap=True)
 
 
+def tell(text: str) -> None:
+    """Prints what a command has to say about its result; of several processes only the first does."""
+    import jax
+
+    if not jax.distributed.is_initialized() or jax.process_index() == 0:
+        note(text, style="")
+
+
 def enable_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache directory, unless JAX_COMPILATION_CACHE_DIR is set."""
     import jax
@@ -104,10 +112,9 @@ def bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 def show_timings(load_seconds: float, timings: Any) -> None:
     """Prints one line: load, compile, prefill, milliseconds per token; `timings` are `Timings`."""
-    note(
+    tell(
         f"load {load_seconds:.2f} s, compile {timings.compile:.2f} s, prefill {1000 * timings.prefill:.1f} ms, "
-        f"{timings.ms_per_token:.2f} ms/token over {timings.new_tokens} tokens",
-        style="",
+        f"{timings.ms_per_token:.2f} ms/token over {timings.new_tokens} tokens"
     )
 
 
