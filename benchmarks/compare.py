@@ -17,7 +17,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -136,8 +136,13 @@ def _agreement(contenders: dict[str, Contender], case: Case, tokens: list[list[i
         except PeerError as error:
             yield line | {"error": str(error)}
             continue
-        same = [a == b for own, theirs in zip(expected, got, strict=True) for a, b in zip(own, theirs, strict=True)]
-        yield line | {"tokens": len(same), "same": same.index(False) if False in same else len(same)}
+        yield line | leading(expected, got)
+
+
+def leading(expected: list[list[int]], got: list[list[int]]) -> Report:
+    """The number of tokens in some rows, one after the other, and how many agree before the first that does not."""
+    same = [a == b for own, theirs in zip(expected, got, strict=True) for a, b in zip(own, theirs, strict=True)]
+    return {"tokens": len(same), "same": same.index(False) if False in same else len(same)}
 
 
 def _tasks(contenders: dict[str, Contender], case: Case, tokens: list[list[int]]) -> dict[str, Callable[[], float]]:
@@ -199,11 +204,11 @@ def describe(line: Report) -> str:
     return f"itself {spread(line['time'])} ms"
 
 
-def peer_option(text: str) -> tuple[str, tuple[str, Path | None]]:
-    """The value of an option --peer, for `measure`."""
+def peer_option(text: str, names: Iterable[str] = tuple(SCRIPTS)) -> tuple[str, tuple[str, Path | None]]:
+    """The value of an option --peer with one of some names, for `measure`."""
     name, _, python = text.partition("=")
-    if name not in SCRIPTS or not python:
-        raise argparse.ArgumentTypeError(f"expected NAME=PYTHON with one of {', '.join(SCRIPTS)}; got {text}")
+    if name not in names or not python:
+        raise argparse.ArgumentTypeError(f"expected NAME=PYTHON with one of {', '.join(names)}; got {text}")
     return name, (python, None)
 
 

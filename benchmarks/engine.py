@@ -1,27 +1,33 @@
 """The engine under load: throughput and latencies, compared with one request at a time and with static batches.
 
     python -m benchmarks.engine [--preset gpt2] [--requests 40] [--rate 4] [--slots 8] [--rounds 1] [--plot FILE]
+                                [--peer llama.cpp=PYTHON]
 
 Requests arrive at random (Poisson) with prompts and answers of random (log-normal) lengths, all from one seed. The same
 trace is run by the engine, by an engine with one slot, and in static batches with as many rows as the engine has slots,
-each of which runs until its last row has ended. There are three more figures: the time to the first token of a prompt
-whose first 512 tokens are computed, cached on the device, or cached in the second pool; the time between tokens of
-running streams while a prompt of 900 tokens is processed; and the ratio of an engine step with all slots in use to a
-step of `generate_tokens`.
+each of which runs until its last row has ended; with --peer also by llama.cpp's server with as many slots, whose tokens
+must be the engine's, or the exit code is 1 (docs/benchmarks.md describes PYTHON). There are three more figures: the
+time to the first token of a prompt whose first 512 tokens are computed, cached on the device, or cached in the second
+pool; the time between tokens of running streams while a prompt of 900 tokens is processed; and the ratio of an engine
+step with all slots in use to a step of `generate_tokens`.
 """
 
 import dataclasses
+import functools
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 import llorch_jax as lj
+from benchmarks.arrivals import Arrival, Times, summary, trace
+from benchmarks.compare import peer_option, tell_agreement
+from benchmarks.engine_peer import SERVERS, Peers, run_servers
 from benchmarks.measure import Sample, random_model
 from benchmarks.reports import Report, keep, parser, plain, report
 from llorch_jax.decoding.overflow import padded
@@ -35,39 +41,6 @@ from llorch_jax.engine.worker import Worker
 from llorch_jax.text.engine import CHUNK, IDLE_CHUNK
 
 PAGE = 32
-
-
-@dataclasses.dataclass(frozen=True)
-class Arrival:
-    """A request in a trace: its arrival in seconds after the start, its prompt, and how many tokens it asks for."""
-
-    at: float
-    prompt: list[int]
-    new: int
-
-
-@dataclasses.dataclass
-class Times:
-    """When the tokens of one request arrived, in seconds after the start of the trace."""
-
-    arrival: Arrival
-    tokens: list[float] = dataclasses.field(default_factory=list)
-
-    @property
-    def first(self) -> float:
-        """Seconds from arrival to the first token."""
-        return self.tokens[0] - self.arrival.at
-
-
-def trace(config: lj.GPT2Config, requests: int, rate: float, seed: int = 0) -> list[Arrival]:
-    """A trace of random arrivals."""
-    dice = np.random.default_rng(seed)
-    at = np.cumsum(dice.exponential(1 / rate, requests))
-    most = config.n_positions // 2
-    prompts = np.clip(dice.lognormal(np.log(100), 0.8, requests), 8, most).astype(int)
-    news = np.clip(dice.lognormal(np.log(48), 0.6, requests), 8, min(200, most)).astype(int)
-    texts = [dice.integers(0, config.vocab_size, count).tolist() for count in prompts]
-    return [Arrival(float(when), text, int(new)) for when, text, new in zip(at, texts, news, strict=True)]
 
 
 class Engine:
@@ -98,6 +71,7 @@ class Engine:
 
         def take(token: Token) -> bool:
             times.tokens.append(time.perf_counter() - start)
+            times.ids.append(token.id)
             if token.last:
                 done.set()
             return True
@@ -150,19 +124,6 @@ def static_batches(params: lj.Params, config: lj.GPT2Config, rows: int, arrivals
                     each.tokens.append(now)
         found += times
     return found
-
-
-def summary(times: Sequence[Times]) -> dict[str, Any]:
-    """Throughput in tokens per second, and percentiles of latencies in ms."""
-    between = [1000 * gap for each in times for gap in np.diff(each.tokens)]
-    first = [1000 * each.first for each in times]
-    span = max(each.tokens[-1] for each in times) - min(each.arrival.at for each in times)
-
-    def at(values: list[float]) -> dict[str, float]:
-        return {f"p{share}": float(np.percentile(values, share)) for share in (50, 95, 99)}
-
-    total = sum(len(each.tokens) for each in times)
-    return {"tokens_per_second": total / span, "first_token_ms": at(first), "between_tokens_ms": at(between)}
 
 
 def prefix_hit(engine: Engine, config: lj.GPT2Config, tokens: int, seed: int) -> dict[str, float]:
@@ -237,7 +198,7 @@ def step_ms(engine: Engine, params: lj.Params, config: lj.GPT2Config, slots: int
     return 1000 * statistics.mean(gaps), 1000 * (generate(new) - generate(2)) / (new - 2)
 
 
-def measure(preset: str, requests: int, rate: float, slots: int, rounds: int) -> Report:
+def measure(preset: str, requests: int, rate: float, slots: int, rounds: int, peers: Peers) -> Report:
     """All figures."""
     config, params = random_model(preset)
     arrivals = trace(config, requests, rate)
@@ -249,7 +210,10 @@ def measure(preset: str, requests: int, rate: float, slots: int, rounds: int) ->
         "static batches": lambda: static_batches(params, config, slots, arrivals),
     }
     static_batches(params, config, slots, arrivals)  # compiles its programs
-    found = {name: [summary(run()) for _ in range(rounds)] for name, run in contenders.items()}
+    runs = {name: [run() for _ in range(rounds)] for name, run in contenders.items()}
+    theirs, about = run_servers(peers, config, params, slots, arrivals, rounds, runs["engine"][0])
+    runs |= theirs
+    found = {name: [summary(each) for each in values] for name, values in runs.items()}
     long = min(900, config.n_positions - 32)
     cached = min(512, config.n_positions // 2)
     firsts = [prefix_hit(offloading, config, cached, seed) for seed in range(rounds + 2)]
@@ -279,19 +243,20 @@ def measure(preset: str, requests: int, rate: float, slots: int, rounds: int) ->
         "step_ms": {"engine": min(a for a, _ in steps), "generate_tokens": min(b for _, b in steps)},
     }
     setting = {"preset": preset, "requests": requests, "rate": rate, "slots": slots}
-    return report("engine", setting, plain(rows), {}, "static batches", **extra)
+    return report("engine", setting, plain(rows), {}, "static batches", **extra, **about)
 
 
 def show(figures: Report) -> None:
     """Prints the figures."""
     print(f"== engine: {', '.join(f'{key} {value}' for key, value in figures['setting'].items())}")
-    print(f"{'':<16}{'tokens/s':>9}   {'first token, ms: p50 / p95 / p99':<34}between tokens, ms: p50 / p95 / p99")
+    width = max(16, *(len(row["name"]) + 1 for row in figures["rows"]))
+    print(f"{'':<{width}}{'tokens/s':>9}   {'first token, ms: p50 / p95 / p99':<34}between tokens, ms: p50 / p95 / p99")
     for row in figures["rows"]:
         first, between = (
             " / ".join(f"{value:,.0f}" for value in row[key].values())
             for key in ("first_token_ms", "between_tokens_ms")
         )
-        print(f"{row['name']:<16}{row['value']['median']:>9.1f}   {first:<34}{between}")
+        print(f"{row['name']:<{width}}{row['value']['median']:>9.1f}   {first:<34}{between}")
     hit, wait, step = figures["prefix_hit_ms"], figures["stall_ms"], figures["step_ms"]
     print(f"first token after a prefix of {hit['tokens']} tokens: {hit['computed']:.1f} ms if it is computed")
     for name, place in {"cached": "cached", "restored": "in the second pool"}.items():
@@ -304,21 +269,24 @@ def show(figures: Report) -> None:
     print(f"a step with all slots in use: {step['engine']:.1f} ms, {over:.3f} x generate_tokens")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     options = parser(__doc__, rounds=1)
     options.add_argument("--requests", type=int, default=40)
     options.add_argument("--rate", type=float, default=4.0, help="mean number of arrivals per second")
     options.add_argument("--slots", type=int, default=8)
+    peer = functools.partial(peer_option, names=SERVERS)
+    options.add_argument("--peer", type=peer, action="append", default=[], metavar="NAME=PYTHON")
     options.add_argument("--plot", type=Path, help="file for a plot of the latencies; needs matplotlib")
     chosen = options.parse_args(argv)
-    figures = measure(chosen.preset, chosen.requests, chosen.rate, chosen.slots, chosen.rounds)
+    figures = measure(chosen.preset, chosen.requests, chosen.rate, chosen.slots, chosen.rounds, dict(chosen.peer))
     show(figures)
     keep(figures, chosen.json)
     if chosen.plot:
         from benchmarks.engine_plot import plot
 
         plot(figures, chosen.plot)
+    return tell_agreement(figures)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

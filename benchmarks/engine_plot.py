@@ -16,7 +16,7 @@ def plot(figures: Report, path: Path) -> None:
     figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
     titles = {"first_token_ms": "time to the first token", "between_tokens_ms": "time between two tokens"}
     for axis, (key, title) in zip(axes, titles.items(), strict=False):
-        for row, marker in zip(figures["rows"], "o^s", strict=True):
+        for row, marker in zip(figures["rows"], "o^sDv", strict=False):
             axis.plot(range(3), row[key].values(), marker=marker, linewidth=1, label=row["name"])
         axis.set_xticks(range(3), ["median", "95 %", "99 %"])
         axis.set(title=title, xlabel="percentile", ylabel="ms (logarithmic)", yscale="log", xlim=(-0.3, 2.3))

@@ -34,17 +34,18 @@ class Peer:
 
     def load(self, directory: Path, work: Path, threads: int) -> None:
         """Loads a model in every variant that the peer has; each has the precision of its weights."""
-        answer = self._ask(op="load", directory=str(directory), work=str(work), threads=threads)
+        answer = self.ask(op="load", directory=str(directory), work=str(work), threads=threads)
         self.variants = answer["variants"]
         self.versions = answer["versions"]
         self.build = answer["build"]
 
     def generate(self, variant: str, tokens: list[list[int]], new: int) -> tuple[list[list[int]], float]:
         """Generates greedily: the new tokens of every row, and the seconds it took."""
-        answer = self._ask(op="generate", variant=variant, tokens=tokens, new=new)
+        answer = self.ask(op="generate", variant=variant, tokens=tokens, new=new)
         return answer["tokens"], answer["seconds"]
 
-    def _ask(self, **request: Any) -> dict[str, Any]:
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """The worker's answer to a request; `PeerError` if that is an error, or none comes."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:

@@ -208,7 +208,7 @@ def test_an_impossible_case_is_refused(text, capsys):
 
 def test_peer_scripts_know_nothing_of_this_package():
     scripts = list((Path(compare.__file__).parent / "peers").glob("*.py"))
-    assert len(scripts) == 5
+    assert len(scripts) == 6
     for script in scripts:
         assert "import llorch_jax" not in script.read_text()
         assert "from llorch_jax" not in script.read_text()

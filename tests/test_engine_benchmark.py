@@ -1,16 +1,51 @@
 """The engine's benchmark: its trace is always the same, its figures are those of known times."""
 
+import sys
+
 import pytest
 from profiles import THOROUGH
 
 import llorch_jax as lj
-from benchmarks import engine
+from benchmarks import arrivals, engine, engine_peer
+from benchmarks.measure import random_model
+from benchmarks.peer_process import PeerError
 
+FAKE = '''
+"""A server that counts up from a prompt's first token, and only takes greedy requests that nothing is cached for."""
+import json, os, socketserver, threading, time
+from http.server import BaseHTTPRequestHandler
+from worker import answer_requests
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        settings = asked["top_k"], asked["samplers"], asked["ignore_eos"], asked["cache_prompt"], asked["stream"]
+        right = self.path == "/completion" and settings == (1, ["top_k"], True, False, True)
+        self.send_response(200 if right else 400)
+        self.end_headers()
+        for number in range({new}):
+            time.sleep(0.002)
+            event = {{"content": "", "tokens": [asked["prompt"][0] + number]}}
+            self.wfile.write(b"data: " + json.dumps(event).encode() + b"\\n\\n")
+        self.wfile.write(b'data: {{"content": "", "stop": true}}\\n\\n')
+
+    def log_message(self, *_):
+        pass
+
+def start(directory, work, threads, slots, context, unified):
+    address = f"{{work}}/{{os.getpid()}}.sock"
+    server = socketserver.ThreadingUnixStreamServer(address, Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    build = f"{{sorted(os.listdir(directory))[0]}}, {{slots}} slots, {{context}} tokens, {{unified}}"
+    return {{"socket": address, "versions": {{"fake": "1"}}, "build": build}}
+
+answer_requests({{"start": start}})
+'''
 CONFIG = lj.GPT2Config(vocab_size=97, n_positions=64, n_embd=8, n_layer=1, n_head=1)
 
 
 def test_a_trace_depends_on_its_seed_only_and_fits_the_context():
-    first, second, other = (engine.trace(CONFIG, 30, 5.0, seed) for seed in (1, 1, 2))
+    first, second, other = (arrivals.trace(CONFIG, 30, 5.0, seed) for seed in (1, 1, 2))
     assert first == second != other
     assert all(len(each.prompt) + each.new - 1 <= CONFIG.n_positions for each in first)
     assert [each.at for each in first] == sorted(each.at for each in first)
@@ -19,14 +54,48 @@ def test_a_trace_depends_on_its_seed_only_and_fits_the_context():
 
 def test_figures_of_known_times():
     times = [
-        engine.Times(engine.Arrival(1.0, [1], 3), [1.5, 1.75, 2.0]),
-        engine.Times(engine.Arrival(2.0, [1], 2), [2.25, 3.0]),
+        arrivals.Times(arrivals.Arrival(1.0, [1], 3), [1.5, 1.75, 2.0]),
+        arrivals.Times(arrivals.Arrival(2.0, [1], 2), [2.25, 3.0]),
     ]
-    found = engine.summary(times)
+    found = arrivals.summary(times)
     assert found["tokens_per_second"] == pytest.approx(5 / 2.0)
     assert found["first_token_ms"]["p50"] == pytest.approx(375.0)
     assert found["between_tokens_ms"]["p50"] == pytest.approx(250.0)
     assert found["between_tokens_ms"]["p99"] == pytest.approx(740.0)
+
+
+def run_fake(folder, new):
+    """A trace of two requests for three tokens, run by a server that gives so many; what is expected of the second."""
+    script = folder / "fake.py"
+    script.write_text(FAKE.format(new=new))
+    asked = [arrivals.Arrival(0.0, [5, 6], 3), arrivals.Arrival(0.05, [8], 3)]
+    expected = [arrivals.Times(asked[0], ids=[5, 6, 7]), arrivals.Times(asked[1], ids=[8, 9, 0])]
+    config, params = random_model("tiny")
+    return engine_peer.run_servers({"fake": (sys.executable, script)}, config, params, 2, asked, 1, expected)
+
+
+def test_a_peers_server_runs_the_same_trace(tmp_path):
+    runs, about = run_fake(tmp_path, 3)
+    assert list(runs) == ["fake, a cache per slot", "fake, one cache"]
+    for (times,) in runs.values():
+        assert [each.ids for each in times] == [[5, 6, 7], [8, 9, 10]]
+        for each in times:
+            assert each.arrival.at < each.tokens[0] < each.tokens[1] < each.tokens[2]
+    assert [line["same"] for line in about["agreement"]] == [5, 5]
+    context = random_model("tiny")[0].n_positions
+    assert about["builds"]["fake, one cache"] == f"config.json, 2 slots, {context} tokens, True"
+    assert engine.tell_agreement(about) == 1
+
+
+def test_a_server_that_gives_fewer_tokens_is_an_error(tmp_path):
+    with pytest.raises(PeerError, match="fake: expected 3 tokens, got 2"):
+        run_fake(tmp_path, 2)
+
+
+def test_a_peer_without_a_server_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        engine.main(["--peer", "transformers=python"])
+    assert "expected NAME=PYTHON with one of llama.cpp; got transformers=python" in capsys.readouterr().err
 
 
 def test_the_plot_is_a_picture(tmp_path):
@@ -34,7 +103,7 @@ def test_the_plot_is_a_picture(tmp_path):
     from benchmarks.engine_plot import plot
 
     latencies = {"p50": 1.0, "p95": 20.0, "p99": 300.0}
-    rows = [{"name": name, "first_token_ms": latencies, "between_tokens_ms": latencies} for name in "abc"]
+    rows = [{"name": name, "first_token_ms": latencies, "between_tokens_ms": latencies} for name in "abcde"]
     prefix = {"tokens": 512, "computed": 300.0, "cached": 9.0, "restored": 30.0}
     setting = {"preset": "tiny", "requests": 3, "rate": 1.5, "slots": 2}
     plot({"setting": setting, "rows": rows, "prefix_hit_ms": prefix}, tmp_path / "plot.png")
@@ -43,7 +112,7 @@ def test_the_plot_is_a_picture(tmp_path):
 
 @pytest.mark.skipif(not THOROUGH, reason="compiles for a minute; LLORCH_TESTS=thorough runs it")
 def test_it_runs_on_a_tiny_model(capsys):
-    figures = engine.measure("tiny", 6, 30.0, 2, 1)
+    figures = engine.measure("tiny", 6, 30.0, 2, 1, {})
     assert [row["name"] for row in figures["rows"]] == ["engine", "one at a time", "static batches"]
     engine.show(figures)
     said = capsys.readouterr().out
