@@ -101,7 +101,7 @@ def _draw(generator, path: str, shape: tuple[int, ...]) -> jax.Array:
     else:
         gain = {".wte": 1.5, ".lm_head": 1.5, ".wpe": 2.0}.get(path, 2.0 if ".qkv" in path else 1.2)
         mean, std = 0.0, gain / shape[1] ** 0.5
-    return jnp.asarray(mean + std * generator.standard_normal(shape), jnp.float32)
+    return jnp.asarray((mean + std * generator.standard_normal(shape)).astype(np.float32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +199,7 @@ def feed(config: GPT2Config, cache, batch: Batch, chunks, *, seed: int = 0, step
             tokens[row, :count] = batch.tokens[row, first : first + count]
         count = jnp.asarray(chunk.count, jnp.int32)
         out, cache = step(params, config, jnp.asarray(tokens), cache.reserve(count), count)
+        out = np.asarray(out)
         for row, (first, count) in enumerate(zip(done, chunk.count, strict=True)):
             logits[row, first : first + count] = out[row, :count]
         done = done + chunk.count

@@ -190,7 +190,7 @@ def test_evicts_from_any_layout_that_keeps_all(strategy):
     assert (small.slots, small.batch_size) == (BUDGET + SLACK, 3)
     assert np.asarray(small.held).tolist() == [BUDGET, 4, BUDGET]
     for layer in range(2):
-        old, new = cache.read(layer).dense(), small.read(layer).dense()
+        old, new = (jax.tree.map(np.asarray, each.read(layer).dense()) for each in (cache, small))
         for row, length in enumerate([18, 4, 12]):
             for head in range(2):
                 got = np.asarray(new.positions[row, head, : small.held[row]])
