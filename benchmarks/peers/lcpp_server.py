@@ -9,6 +9,7 @@ llama-server's default, except that it keeps no prompts of past requests.
 
 import atexit
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,7 +22,7 @@ from typing import Any
 from lcpp_files import convert
 from worker import answer_requests
 
-TOLD = ("build ", "system_info: ", "n_threads = ")  # what the log says of the program itself
+TOLD = r"build \d+ \(.*|system_info: .*[^|\s]"  # what the log says of the program itself
 
 
 def start(directory: str, work: str, threads: int, slots: int, context: int, unified: bool) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def start(directory: str, work: str, threads: int, slots: int, context: int, uni
         "--cache-type-k": "f32",
         "--cache-type-v": "f32",
         "--cache-ram": 0,
-        "--log-verbosity": 4,
+        "--log-verbosity": 4,  # says how the program was built
     }
     words = [str(word) for option in options.items() for word in option]
     words.append("--kv-unified" if unified else "--no-kv-unified")
@@ -50,8 +51,8 @@ def start(directory: str, work: str, threads: int, slots: int, context: int, uni
         if server.poll() is not None:
             raise RuntimeError(f"llama-server ended with exit code {server.returncode}: {log.read_text()[-500:]}")
         time.sleep(0.05)
-    told = [line for line in log.read_text().splitlines() if any(word in line for word in TOLD)]
-    return {"socket": address, "versions": {"llama-cpp-python": version("llama-cpp-python")}, "build": "; ".join(told)}
+    build = "; ".join(re.findall(TOLD, log.read_text()))
+    return {"socket": address, "versions": {"llama-cpp-python": version("llama-cpp-python")}, "build": build}
 
 
 def _ready(address: str) -> bool:
