@@ -152,8 +152,8 @@ class Replica(core.Core):
         self.step()
         return max(self.clock, before)
 
-    def _decode(self, sequences: list[Running]) -> None:
-        super()._decode(sequences)
+    def _decode(self, sequences: list[Running], involved: list[Running]) -> None:
+        super()._decode(sequences, involved)
         self._ready.append(self._clockwork.ready)
 
     def _prefill(self, sequence: Running, count: int) -> None:
