@@ -18,7 +18,7 @@ from starlette.requests import Request
 import llorch_jax as lj
 from llorch_jax.errors import ClusterError
 
-pytest.importorskip("ray.serve", reason="the extra ray-serve is not installed", exc_type=ImportError)
+# Importing ray.serve here would import Ray before test_ray has set what Ray reads when it is imported.
 pytest.importorskip("mmh3", reason="the extra ray-serve is not installed")
 httpx = pytest.importorskip("httpx2")
 
