@@ -7,7 +7,8 @@
 PYTHON is the interpreter of an environment that has the peer; docs/benchmarks.md says how to make one. A case is
 BATCHxPROMPT+NEW. In each round every contender in turn generates one token (the prefill) and then NEW tokens; a step is
 the difference divided by NEW - 1. First the greedy tokens are compared: the exit code is 1 if a float32 peer disagrees.
-The ratio is the time of llorch_jax, with weights of the same precision, divided by the peer's.
+The ratio is the time of llorch_jax, with weights of the same precision, divided by the peer's. Without w8a8, whoever
+rounds activations to 8 bits is compared with our int8.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ from benchmarks.reports import Report, keep, parser, report, row, show, spread
 Case = tuple[int, int, int]  # batch, prompt, new
 Run = Callable[[list[list[int]], int], tuple[list[list[int]], float]]  # tokens, new -> new tokens, seconds
 OURS = "llorch_jax"
-PRECISIONS = ("float32", "float16", "int8", "int4")
+PRECISIONS = ("float32", "float16", "int8", "w8a8", "int4")
 
 
 class Contender(NamedTuple):
@@ -168,8 +169,8 @@ def _rows(case: Case, contenders: dict[str, Contender], values: dict[str, list[f
         times["step", name] = [(whole - first) / (new - 1) for whole, first in pairs]
     rows = []
     for (kind, name), theirs in times.items():
-        partner = _ours(contenders[name].precision)
-        own = times[kind, partner if partner in contenders else OURS]
+        partner = _partner(contenders[name].precision, contenders)
+        own = times[kind, partner]
         against = theirs
         if contenders[name].precision != "float32" and name == partner:
             against = times[kind, OURS]
@@ -178,6 +179,12 @@ def _rows(case: Case, contenders: dict[str, Contender], values: dict[str, list[f
         line["tokens_per_second"] = 1000 * batch / line["time"].median if kind == "step" else None
         rows.append(line)
     return sorted(rows, key=lambda line: line["kind"])
+
+
+def _partner(precision: str, contenders: Container[str]) -> str:
+    """Our contender in a precision, or else in the nearest that takes part."""
+    near = {"w8a8": ("w8a8", "int8")}.get(precision, (precision,))
+    return next((_ours(each) for each in near if _ours(each) in contenders), OURS)
 
 
 def _case(text: str) -> list[Case]:

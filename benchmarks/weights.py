@@ -1,7 +1,7 @@
 """The cost of weights in low precision: perplexity and KL divergence relative to the float32 weights, by format.
 
-    python -m benchmarks.weights --text FILE [--model demo] [--formats float16,bfloat16,int8,int8:32,int4:32,int4:64]
-                                 [--length 512] [--rows 32] [--random gpt2] [--json F]
+    python -m benchmarks.weights --text FILE [--model demo] [--length 512] [--rows 32] [--random gpt2] [--json F]
+                                 [--formats float16,bfloat16,int8,w8a8,int8:32,int4:32,int4:64]
 
 The text is cut into rows of `--length` tokens. `--random PRESET` replaces the model by one with random weights and the
 text by random tokens, whose perplexity means nothing, so that only the divergence is shown. KL divergence is that of
@@ -22,7 +22,7 @@ import llorch_jax as lj
 from benchmarks.decoder import random_tokens
 from benchmarks.measure import machine, random_model, write_json
 
-FORMATS = "float16,bfloat16,int8,int8:32,int4:32,int4:64"
+FORMATS = "float16,bfloat16,int8,w8a8,int8:32,int4:32,int4:64"
 
 
 @partial(jax.jit, static_argnames="config")

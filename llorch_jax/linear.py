@@ -48,6 +48,8 @@ class QuantizedMatrix:
         bits: per code, 8 or 4; static.
         group_size: columns per scale, or None for one scale per row; static.
         padding: columns by which `width` exceeds `in`; static.
+        x_bits: how each column that the matrix is multiplied with is rounded, relative to its largest magnitude: to 8
+            bits; or, with 16, by kernels to that many and otherwise not at all; static.
     """
 
     codes: jax.Array
@@ -55,6 +57,7 @@ class QuantizedMatrix:
     bits: int = struct.field(pytree_node=False)
     group_size: int | None = struct.field(pytree_node=False)
     padding: int = struct.field(pytree_node=False, default=0)
+    x_bits: int = struct.field(pytree_node=False, default=16)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -110,7 +113,7 @@ def matmul(weight: Matrix, x: jax.Array) -> jax.Array:
         float32 [out, M].
     """
     if isinstance(weight, QuantizedMatrix):
-        form = kernels.Form(weight.bits, weight.group_size)
+        form = kernels.Form(weight.bits, weight.group_size, weight.x_bits)
         codes, scales = weight.codes, weight.scales
     else:
         form = kernels.Form(weight.dtype.itemsize * 8, None)
@@ -122,6 +125,8 @@ def matmul(weight: Matrix, x: jax.Array) -> jax.Array:
 
 def plain_matmul(weight: Matrix, x: jax.Array) -> jax.Array:
     """`matmul` without native kernels: the twin that they are tested against, and that serves in their place."""
+    if isinstance(weight, QuantizedMatrix) and weight.x_bits == 8:
+        x = _rounded_columns(x)
     if isinstance(weight, QuantizedMatrix) or weight.dtype != jnp.float32:
         return _product_by_blocks(weight, x)
     return _product(weight, x)
@@ -135,9 +140,25 @@ def _plain_product(form: kernels.Form) -> Function:
         if form.bits > 8:
             return plain_matmul(codes, x)
         padding = codes.shape[1] * 8 // form.bits - x.shape[0]
-        return plain_matmul(QuantizedMatrix(codes, scales, form.bits, form.group_size, padding), x)
+        return plain_matmul(QuantizedMatrix(codes, scales, form.bits, form.group_size, padding, form.x_bits), x)
 
     return product
+
+
+@jax.custom_jvp
+def _rounded_columns(x: jax.Array) -> jax.Array:
+    """Each column of x [in, M] rounded to -127 .. 127 times its largest magnitude / 127.
+
+    Its derivative is that of x: the straight-through estimator (Bengio et al. 2013, arXiv:1308.3432).
+    """
+    largest = jnp.max(jnp.abs(x), axis=0, keepdims=True)
+    inverse = jnp.where(largest < 1e-30, 0, 127 / largest)
+    return jnp.round(x * inverse) * (largest / 127)
+
+
+@_rounded_columns.defjvp
+def _rounded_columns_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    return _rounded_columns(*primals), tangents[0]
 
 
 def take_rows(weight: Matrix, ids: jax.Array) -> jax.Array:

@@ -146,6 +146,11 @@ def _check_columns(name: str, weight: Matrix, devices: int) -> None:
     """Raises MeshError for a quantized matrix whose columns do not consist of an equal number of groups per device."""
     if devices == 1 or not isinstance(weight, QuantizedMatrix):
         return
+    if weight.x_bits == 8:
+        raise MeshError(
+            f"mesh: {name}: expected weights whose activations are not rounded, such as int8, for {HEADS}={devices} "
+            "devices, got w8a8: each device would round its part of a token by itself"
+        )
     groups = weight.scales.shape[1]
     if weight.padding or (weight.group_size is not None and groups % devices):
         raise MeshError(

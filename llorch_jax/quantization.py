@@ -8,6 +8,10 @@ divided by each of `DIVISORS` and rounded to float16, the first of equal ones; a
 rounded half to even and clipped to 0 .. 15. A scale alone was chosen, and no offset with it: in groups of 32 it takes
 4.5 bits per weight instead of 5, and the error is that of an offset in groups of 64 at the same 4.5 bits. The token
 embedding and the output projection, which every logit depends on, take int8 in groups of the same size instead.
+
+w8a8: the weights of int8 in whole rows. In the blocks, what they are multiplied with, the activations, is rounded to 8
+bits too, with one scale per token (the vector-wise quantization of Dettmers et al. 2022, arXiv:2208.07339, without
+outliers kept apart). Those of the output projection are not: for a prompt it is applied to one token only.
 """
 
 from collections.abc import Callable
@@ -29,12 +33,25 @@ DTYPES = {  # name -> NumPy's dtype
     "bfloat16": np.dtype(jnp.bfloat16),
     "float16": np.dtype(np.float16),
 }
-_GROUPS: dict[str, tuple[int | None, ...]] = {"int8": (None, 32, 64, 128), "int4": (32, 64)}  # the default first
+_GROUPS: dict[str, tuple[int | None, ...]] = {  # the default first
+    "int8": (None, 32, 64, 128),
+    "w8a8": (None,),
+    "int4": (32, 64),
+}
 WEIGHTS = (*DTYPES, *_GROUPS)
 DIVISORS = np.arange(6.5, 9.75, 0.25).astype(np.float32)
 _BLOCK = 2**20  # elements that are rounded at once while a file is read
 
-Storage = np.dtype | tuple[int, int | None]  # of one array: its dtype, or bits and group size
+
+class Codes(NamedTuple):
+    """How one matrix is quantized: the attributes of `QuantizedMatrix`."""
+
+    bits: int
+    group_size: int | None
+    x_bits: int = 16
+
+
+Storage = np.dtype | Codes  # of one array
 
 
 class WeightFormat(NamedTuple):
@@ -67,6 +84,11 @@ class WeightFormat(NamedTuple):
             raise QuantizationError(f"group_size: expected one of {known} for {name} weights, got {group_size!r:.80}")
         return cls(name, int(group_size))
 
+    @property
+    def arrays(self) -> "WeightFormat":
+        """The format that stores the same arrays and computes with activations as they are."""
+        return self._replace(name="int8") if self.name == "w8a8" else self
+
     def storage(self, path: tuple[Any, ...], leaf: Any) -> Storage | None:
         """How one array is stored, given its path in `Params` and something of its shape; None leaves it as it is."""
         if self.name in DTYPES:
@@ -74,21 +96,23 @@ class WeightFormat(NamedTuple):
         field = path[0].name
         if field == "wpe" or len(leaf.shape) != 2:
             return None
-        bits = 8 if self.name == "int8" or field in ("wte", "lm_head") else 4
-        return bits, self.group_size
+        every_logit = field in ("wte", "lm_head")
+        bits = 4 if self.name == "int4" and not every_logit else 8
+        return Codes(bits, self.group_size, 8 if self.name == "w8a8" and not every_logit else 16)
 
 
 def quantize(params: Params, weights: str, group_size: int | None = None) -> Params:
     """Parameters whose weights are stored in another format; a pure function of trees.
 
-    int8 and int4 apply to every matrix that is multiplied: those of the blocks, the token embedding, which is also the
-    output projection if the two are tied, and an untied output projection. With int4, the embedding and
-    the output projection take int8. Position embeddings, norms and biases stay as they are. A dtype applies to every
-    array.
+    int8, w8a8 and int4 apply to every matrix that is multiplied: those of the blocks, the token embedding, which is
+    also the output projection if the two are tied, and an untied output projection. With int4, the embedding and the
+    output projection take int8. With w8a8, the weights are those of int8, and the matrices of the blocks also round
+    what they are multiplied with to 8 bits. Position embeddings, norms and biases stay as they are. A dtype applies to
+    every array.
 
     Args:
         params: in floating point.
-        weights: "float32", "bfloat16", "float16", "int8" or "int4".
+        weights: "float32", "bfloat16", "float16", "int8", "w8a8" or "int4".
         group_size: columns that share a scale: None (whole rows), 32, 64 or 128 for int8; 32 (also by None) or 64 for
             int4; only None for the others.
 
@@ -109,8 +133,8 @@ def quantize(params: Params, weights: str, group_size: int | None = None) -> Par
         if storage is None:
             return leaf
         name = jax.tree_util.keystr(path).lstrip(".")
-        if isinstance(storage, tuple):
-            return quantize_matrix(leaf, *storage, name=name)
+        if isinstance(storage, Codes):
+            return quantize_matrix(leaf, storage, name=name)
         return _cast(leaf, storage, name)
 
     return jax.tree_util.tree_map_with_path(stored, params)
@@ -139,53 +163,52 @@ def check_float(params: Params, advice: str) -> None:
             raise QuantizationError(f"params: expected floating point, got int{leaf.bits} in {name}; {advice}")
 
 
-def quantize_matrix(weight: Any, bits: int, group_size: int | None, *, name: str = "weight") -> QuantizedMatrix:
+def quantize_matrix(weight: Any, form: Codes, *, name: str = "weight") -> QuantizedMatrix:
     """A matrix rounded to codes and scales.
 
     Args:
         weight: [out, in], in floating point.
-        bits: 8 or 4.
-        group_size: columns per scale, or None for one scale per row (only 8 bits).
+        form: 8 or 4 bits; one scale per row only with 8.
         name: of the matrix, for the error.
 
     Raises:
         QuantizationError: a value is not finite, or a group's scale exceeds the range of float16.
     """
-    matrix, fits = _quantized(weight, bits, group_size)
-    _check_fits(fits, name, f"int{bits}")
+    matrix, fits = _quantized(weight, form)
+    _check_fits(fits, name, f"int{form.bits}")
     return matrix
 
 
 def quantize_by_rows(
-    shape: tuple[int, ...], rows: Callable[[int, int], np.ndarray], bits: int, group_size: int | None, *, name: str
+    shape: tuple[int, ...], rows: Callable[[int, int], np.ndarray], form: Codes, *, name: str
 ) -> QuantizedMatrix:
     """`quantize_matrix` of a matrix that is read some rows at a time, so that it is never whole in memory.
 
     Args:
         shape: (out, in).
         rows: gives the rows from one number up to another, [count, in].
-        bits: as for `quantize_matrix`.
-        group_size: likewise.
+        form: as for `quantize_matrix`.
         name: likewise.
 
     Raises:
         QuantizationError: as `quantize_matrix`.
     """
     step = max(_BLOCK // shape[1], 1)
-    like: QuantizedMatrix = jax.eval_shape(lambda: _quantized(jnp.zeros(shape), bits, group_size)[0])
+    like: QuantizedMatrix = jax.eval_shape(lambda: _quantized(jnp.zeros(shape), form)[0])
     codes = np.empty(like.codes.shape, like.codes.dtype)
     scales = np.empty(like.scales.shape, like.scales.dtype)
     for start in range(0, shape[0], step):
         stop = min(start + step, shape[0])
-        part = quantize_matrix(jnp.asarray(rows(start, stop)), bits, group_size, name=name)
+        part = quantize_matrix(jnp.asarray(rows(start, stop)), form, name=name)
         codes[start:stop] = part.codes
         scales[start:stop] = part.scales
     return like.replace(codes=jnp.asarray(codes), scales=jnp.asarray(scales))  # type: ignore[attr-defined]
 
 
-@partial(jax.jit, static_argnames=("bits", "group_size"))
-def _quantized(weight: jax.Array, bits: int, group_size: int | None) -> tuple[QuantizedMatrix, jax.Array]:
+@partial(jax.jit, static_argnames="form")
+def _quantized(weight: jax.Array, form: Codes) -> tuple[QuantizedMatrix, jax.Array]:
     """The quantized matrix, and whether every value is finite and every scale in range."""
+    bits, group_size, x_bits = form
     rows, columns = weight.shape
     size = columns if group_size is None else group_size
     padding = -columns % size
@@ -198,7 +221,7 @@ def _quantized(weight: jax.Array, bits: int, group_size: int | None) -> tuple[Qu
         codes = _nearest(grouped, scales, -127, 127).astype(jnp.int8).reshape(rows, -1)
     else:
         codes = _packed(_nearest(grouped, scales, -8, 7))
-    return QuantizedMatrix(codes, scales, bits, group_size, padding), fits
+    return QuantizedMatrix(codes, scales, bits, group_size, padding, x_bits), fits
 
 
 def _absmax_scales(grouped: jax.Array, dtype: Any) -> jax.Array:

@@ -9,7 +9,7 @@ from cache_cases import CONFIGS, make_params
 import llorch_jax as lj
 from llorch_jax.linear import QuantizedMatrix
 from llorch_jax.params import nbytes
-from llorch_jax.quantization import DIVISORS, quantize_by_rows, quantize_matrix, quantized_shapes
+from llorch_jax.quantization import DIVISORS, Codes, quantize_by_rows, quantize_matrix, quantized_shapes
 
 TINY = CONFIGS[0]
 FORMATS = [(8, None), (8, 32), (8, 64), (8, 128), (4, 32), (4, 64)]
@@ -58,7 +58,7 @@ def stored(matrix):
 @pytest.mark.parametrize("group_size", [None, 32, 64, 128])
 def test_int8_is_rounded_as_documented(shape, group_size):
     weight = random_matrix(shape)
-    matrix = quantize_matrix(weight, 8, group_size)
+    matrix = quantize_matrix(weight, Codes(8, group_size))
     groups = grouped(weight, group_size or shape[1])
     scales = (np.abs(groups).max(2) * np.float32(1 / 127)).astype(np.float16 if group_size else np.float32)
     assert matrix.scales.dtype == scales.dtype
@@ -72,7 +72,7 @@ def test_int8_is_rounded_as_documented(shape, group_size):
 @pytest.mark.parametrize("group_size", [32, 64])
 def test_int4_takes_the_scale_with_the_least_error(shape, group_size):
     weight = random_matrix(shape)
-    matrix = quantize_matrix(weight, 4, group_size)
+    matrix = quantize_matrix(weight, Codes(4, group_size))
     groups = grouped(weight, group_size)
     errors, candidates = errors_of_int4(weight, group_size)
     scales = np.asarray(matrix.scales)
@@ -90,13 +90,13 @@ def test_int4_takes_the_scale_with_the_least_error(shape, group_size):
 def test_the_search_beats_a_fixed_scale():
     weight = random_matrix((64, 256))
     errors, _ = errors_of_int4(weight, 32)
-    error = np.square(weight - quantize_matrix(weight, 4, 32).dequantize()).sum()
+    error = np.square(weight - quantize_matrix(weight, Codes(4, 32)).dequantize()).sum()
     assert error < 0.95 * errors[DIVISORS == 8].sum()
 
 
 @pytest.mark.parametrize(("bits", "group_size"), FORMATS)
 def test_dequantized_values_are_code_times_scale(bits, group_size):
-    matrix = quantize_matrix(random_matrix((7, 150)), bits, group_size)
+    matrix = quantize_matrix(random_matrix((7, 150)), Codes(bits, group_size))
     expected = stored(matrix).astype(np.float32) * np.asarray(matrix.scales, np.float32)[:, :, None]
     np.testing.assert_array_equal(jax.jit(QuantizedMatrix.dequantize)(matrix), expected.reshape(7, -1)[:, :150])
 
@@ -120,7 +120,7 @@ def test_groups_hold_blocks_of_q8_0_and_q4_0():
 
 @pytest.mark.parametrize(("bits", "group_size"), FORMATS)
 def test_zeros_stay_zeros(bits, group_size):
-    matrix = quantize_matrix(np.zeros((3, 40), np.float32), bits, group_size)
+    matrix = quantize_matrix(np.zeros((3, 40), np.float32), Codes(bits, group_size))
     assert np.all(np.isfinite(matrix.scales))
     assert not np.any(matrix.dequantize())
 
@@ -131,16 +131,16 @@ def test_values_that_are_not_finite_are_refused(bits, group_size, value):
     weight = random_matrix((7, 150))
     weight[3, 70] = value
     with pytest.raises(lj.QuantizationError, match=f"w: expected finite values that fit int{bits}, got others"):
-        quantize_matrix(weight, bits, group_size, name="w")
+        quantize_matrix(weight, Codes(bits, group_size), name="w")
 
 
 def test_scales_beyond_float16_are_refused():
     weight = random_matrix((7, 150))
     weight[3, 70] = 1e8
-    quantize_matrix(weight, 8, None)
+    quantize_matrix(weight, Codes(8, None))
     for bits, group_size in FORMATS[1:]:
         with pytest.raises(lj.QuantizationError, match="expected finite values"):
-            quantize_matrix(weight, bits, group_size)
+            quantize_matrix(weight, Codes(bits, group_size))
 
 
 @pytest.mark.parametrize(("bits", "group_size"), FORMATS)
@@ -153,8 +153,8 @@ def test_rows_at_a_time_equal_the_whole(bits, group_size, monkeypatch):
         seen.append((start, stop))
         return weight[start:stop]
 
-    by_rows = quantize_by_rows(weight.shape, rows, bits, group_size, name="w")
-    jax.tree.map(np.testing.assert_array_equal, by_rows, quantize_matrix(weight, bits, group_size))
+    by_rows = quantize_by_rows(weight.shape, rows, Codes(bits, group_size), name="w")
+    jax.tree.map(np.testing.assert_array_equal, by_rows, quantize_matrix(weight, Codes(bits, group_size)))
     assert seen == [(0, 2), (2, 4), (4, 6), (6, 7)]
 
 
@@ -176,6 +176,18 @@ class TestModels:
         assert quantized.output_projection is quantized.wte
         assert lj.count_params(quantized) == lj.count_params(params)
         assert nbytes(quantized) == sum(leaf.nbytes for leaf in jax.tree.leaves(quantized)) < nbytes(params) / 2
+
+    def test_w8a8_stores_int8_and_rounds_activations_in_the_blocks_alone(self):
+        params = make_params(TINY)
+        quantized, int8 = lj.quantize(params, "w8a8"), lj.quantize(params, "int8")
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(quantized), jax.tree.leaves(int8))
+        bits = {
+            name: getattr(quantized.blocks[0], name).weight.x_bits for name in ("qkv", "attn_proj", "fc", "mlp_proj")
+        }
+        assert set(bits.values()) == {8}
+        assert quantized.wte.x_bits == 16
+        assert {matrix.x_bits for matrix in (int8.wte, int8.blocks[0].fc.weight)} == {16}
+        assert lj.fingerprint(quantized, TINY) != lj.fingerprint(int8, TINY)
 
     @pytest.mark.parametrize("weights", ["float16", "bfloat16"])
     def test_dtypes_apply_to_all_arrays(self, weights):
@@ -207,9 +219,10 @@ class TestModels:
     @pytest.mark.parametrize(
         ("weights", "group_size", "message"),
         [
-            ("int2", None, "weights: expected one of float32, bfloat16, float16, int8, int4; got 'int2'"),
+            ("int2", None, "weights: expected one of float32, bfloat16, float16, int8, w8a8, int4; got 'int2'"),
             (None, None, "weights: expected one of .* got 'None'"),
             ("int8", 16, "group_size: expected one of None, 32, 64, 128 for int8 weights, got 16"),
+            ("w8a8", 32, "group_size: expected one of None for w8a8 weights, got 32"),
             ("int4", 128, "group_size: expected one of 32, 64 for int4 weights, got 128"),
             ("int8", True, "group_size: .* got True"),
             ("int8", "32", "group_size: .* got '32'"),

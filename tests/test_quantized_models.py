@@ -43,6 +43,16 @@ def test_forward(weights):
     assert np.abs(logits - lj.forward(FLOAT, CONFIG, PROMPT)).max() > 1e-4  # these are other weights
 
 
+def test_w8a8_computes_what_its_twin_computes():
+    """An exported program contains the twins."""
+    params = lj.quantize(FLOAT, "w8a8")
+    twin = jax.export.export(jax.jit(lambda *given: lj.forward(given[0], CONFIG, given[1])))(params, PROMPT)
+    logits, int8 = (np.asarray(lj.forward(given, CONFIG, PROMPT)) for given in (params, lj.quantize(FLOAT, "int8")))
+    scale = np.abs(logits).max()
+    assert np.abs(logits - twin.call(params, PROMPT)).max() < 2e-3 * scale  # a code is rounded otherwise here or there
+    assert 1e-3 * scale < np.abs(logits - int8).max() < 0.1 * scale
+
+
 def test_an_output_projection_of_its_own():
     config = dataclasses.replace(CONFIG, tie_word_embeddings=False)
     params = lj.quantize(tiny.random_params(config), "int8", 32)
@@ -80,6 +90,21 @@ def test_tokens(way):
     np.testing.assert_array_equal(WAYS[way](PARAMS), WAYS[way](EXPECTED))
 
 
+@pytest.mark.parametrize("way", ["generate", "stream", "session", "lookup", "draft"])
+def test_tokens_with_rounded_activations(way):
+    params = lj.quantize(FLOAT, "w8a8")
+    lengths = np.full(2, PROMPT.shape[1]) if way in ("session", "lookup", "draft") else LENGTHS
+    expected = [[*row[:length]] for row, length in zip(PROMPT, lengths, strict=True)]
+    for _ in range(6):
+        width = max(map(len, expected))
+        padded = np.array([row + [0] * (width - len(row)) for row in expected], np.int32)
+        logits = np.asarray(lj.forward(params, CONFIG, np.pad(padded, ((0, 0), (0, 15 - width)))))
+        for number, row in enumerate(expected):
+            row.append(int(logits[number, len(row) - 1].argmax()))
+    got = WAYS[way](params)
+    np.testing.assert_array_equal((got.T if way == "stream" else got)[:, :6], [row[-6:] for row in expected])
+
+
 def test_texts():
     texts = []
     for params in (PARAMS, EXPECTED):
@@ -90,6 +115,6 @@ def test_texts():
 
 
 def test_fingerprints_tell_formats_apart():
-    forms = [FLOAT, *(lj.quantize(FLOAT, *form) for form in (("int8",), ("int8", 32), ("int8", 64), ("int4",)))]
+    forms = [FLOAT, *(lj.quantize(FLOAT, *form) for form in (("int8",), ("w8a8",), ("int8", 32), ("int4",)))]
     assert len({lj.fingerprint(params, CONFIG) for params in forms}) == len(forms)
     assert lj.fingerprint(PARAMS, CONFIG) == lj.fingerprint(lj.quantize(FLOAT, "int4"), CONFIG)

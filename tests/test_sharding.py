@@ -185,7 +185,7 @@ def made(weights=None, group_size=None, **changes):
     params = jax.tree.map(lambda x: x * 10 if x.ndim == 2 else x, lj.init_params(config, jax.random.key(0)))
     return lj.Model(config, lj.quantize(params, weights, group_size) if weights else params)
 
-def compared(model):
+def compared(model, mesh=mesh):
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         spread = lj.shard(model, mesh)
@@ -202,6 +202,7 @@ def refused(call):
 sharded = lj.shard(made(), mesh)
 print(json.dumps({
     "weights": [compared(made(*form)) for form in (("bfloat16",), ("int8",), ("int8", 32), ("int4", 32))],
+    "rounded": compared(made("w8a8"), lj.make_mesh(data=2, model=1)),
     "grouped": compared(made(num_kv_heads=4)),
     "shared": compared(made(num_kv_heads=2)),
     "single": compared(made(num_kv_heads=1)),
@@ -212,6 +213,7 @@ print(json.dumps({
         "inner": refused(lambda: lj.shard(made(n_inner=30), mesh)),
         "key/value heads": refused(lambda: lj.shard(made(n_embd=96, n_head=12, num_kv_heads=3), lj.make_mesh(1, 2))),
         "groups": refused(lambda: lj.shard(made("int4", 64), mesh)),
+        "rounded": refused(lambda: lj.shard(made("w8a8"), mesh)),
         "axes": refused(lambda: lj.shard(made(), jax.sharding.Mesh(np.array(jax.devices()), ("x",)))),
         "twice": refused(lambda: lj.shard(sharded, mesh)),
         "config": refused(lambda: lj.forward(sharded.params, made(num_kv_heads=1).config, tokens)),
@@ -230,6 +232,7 @@ def test_quantized_weights_are_cut_by_rows_and_by_whole_groups(models):
     floats, *codes = (error for error, _, _ in models["weights"])
     assert floats < 1e-5
     assert max(codes) < 5e-4  # native kernels, which serve on the mesh only, round activations to 16 bits
+    assert models["rounded"][0] < 2e-3  # to 8 bits, everywhere: a code is rounded otherwise here or there
 
 
 def test_heads_that_are_too_few_are_repeated_with_a_warning(models):
@@ -253,6 +256,7 @@ def test_refusals_say_what_was_expected_and_what_was_given(models):
         "inner": ("inner width 30", "model=4"),
         "key/value heads": ("3", "model=2"),
         "groups": ("block 0, attn_proj", "2 groups"),
+        "rounded": ("block 0, attn_proj: expected weights whose activations are not rounded", "w8a8"),
         "axes": ("data and model", "Mesh"),
         "twice": ("single device", "already"),
         "config": ("the model that shard returned", "1 key/value heads"),

@@ -35,4 +35,4 @@ def _generator(directory: str, converted: str, kind: str, threads: int) -> Gener
 
 
 if __name__ == "__main__":
-    serve(load, {"float32": "float32", "int8": "int8"}, ["ctranslate2"])
+    serve(load, {"float32": "float32", "int8": "w8a8"}, ["ctranslate2"])

@@ -20,6 +20,7 @@ from llorch_jax.cache.rotating import RotatingCache
 from llorch_jax.cache.static import StaticCache
 from llorch_jax.config import GPT2Config
 from llorch_jax.errors import CacheError
+from llorch_jax.linear import QuantizedMatrix
 from llorch_jax.params import Params
 from llorch_jax.tracing import is_concrete, on_host
 
@@ -38,6 +39,9 @@ def fingerprint(params: Params, config: GPT2Config) -> str:
         array = on_host(leaf)
         digest.update(f"{array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    for matrix in jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, QuantizedMatrix)):
+        if isinstance(matrix, QuantizedMatrix) and matrix.x_bits != 16:
+            digest.update(f"x_bits {matrix.x_bits}".encode())
     return digest.hexdigest()
 
 

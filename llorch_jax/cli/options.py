@@ -112,7 +112,7 @@ CACHE = (
     Setting("residual", int, "N", "Number of newest tokens also kept in float32 (32 with int8 and int4)."),
 )
 WEIGHTS = (
-    Setting("weights", str, "FORMAT", "Storage format of the weights: float32, bfloat16, float16, int8 or int4."),
+    Setting("weights", str, "FORMAT", "Storage format of the weights: float32, bfloat16, float16, int8, w8a8 or int4."),
     Setting("group_size", int, "N", "Number of weights that share a scale: 32, 64 or 128 in int8, 32 or 64 in int4."),
 )
 DEVICES = (Setting("mesh", str, "AXES", "Devices, as data=N,model=N: parts of the rows and of the heads."),)

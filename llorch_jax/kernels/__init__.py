@@ -22,5 +22,5 @@ class Description(NamedTuple):
 def describe() -> Description:
     """Loads the library, unless it has been loaded already, and describes the outcome."""
     isa, reason = library()
-    formats = ("float32", "bfloat16", "float16", "int8", "int8 in groups", "int4 in groups")
+    formats = ("float32", "bfloat16", "float16", "int8", "w8a8", "int8 in groups", "int4 in groups")
     return Description(isa, formats if isa else (), reason)

@@ -5,7 +5,8 @@ columns by any weights but float32 ones, for which XLA is as fast. Both run on t
 docs/kernels.md. A column's result has the same bits whatever the other columns contain and however many threads there
 are. If the weights are codes, each column of x is rounded to 16 bits relative to its largest magnitude, except by the
 second kernel with groups, which computes in float32: the error's norm is at most sqrt(in) / 113,000 of the column's,
-and usually about ten times smaller. A column that contains an infinity or a NaN then gives NaN.
+and usually about ten times smaller. A column that contains an infinity or a NaN then gives NaN. Where a matrix asks for
+columns of 8 bits, both kernels add up integers and scale the sum once, so that they give the same bits.
 
 `linear` documents how codes and scales are laid out in memory. It also has the twins: the same products in jnp, which
 are used where the kernels are not, and for derivatives and `vmap`.
@@ -26,6 +27,7 @@ _FLOATS = ("float32", "bfloat16", "float16")
 _STEP = 128  # the kernel's workspace is padded to a multiple of this many columns of the weights
 _PACKED = 32  # with many columns of x, it has room for a multiple of this many
 _MIN_ROWS = 48  # of the weights, if x has many columns
+_MAX_EXACT = 65536  # columns of the weights whose products of 8-bit codes 32 bits can add up
 
 
 class Form(NamedTuple):
@@ -34,10 +36,12 @@ class Form(NamedTuple):
     Attributes:
         bits: bits per element: 32 or 16 for floating point, 8 or 4 for codes.
         group_size: columns per scale; None for one scale per row, or none at all.
+        x_bits: bits that an element of x is rounded to if the matrix has codes: 16, if there is a kernel, or 8.
     """
 
     bits: int
     group_size: int | None
+    x_bits: int = 16
 
 
 def serves(form: Form, weight: jax.Array, x: jax.Array) -> bool:
@@ -58,6 +62,8 @@ def serves(form: Form, weight: jax.Array, x: jax.Array) -> bool:
 def _has_kernel(form: Form, weight: jax.Array) -> bool:
     if form.bits > 8:
         return str(weight.dtype) in _FLOATS
+    if form.x_bits == 8:
+        return form.bits == 8 and form.group_size is None and weight.shape[1] <= _MAX_EXACT
     if form.group_size is None:
         return form.bits == 8
     return form.group_size == 32 or (form.group_size % 64 == 0 and form.group_size <= 1024)
@@ -95,4 +101,5 @@ def _call(form: Form, weight: jax.Array, scales: jax.Array, x: jax.Array) -> jax
     y = jax.ShapeDtypeStruct((weight.shape[0], columns), jnp.float32)
     workspace = jax.ShapeDtypeStruct((4 * floats,), jnp.uint8)
     call = jax.ffi.ffi_call("llorch_matmul", (y, workspace))
-    return call(weight, scales, x, bits=np.int64(form.bits), group=np.int64(form.group_size or 0))[0]
+    attributes = {"bits": form.bits, "group": form.group_size or 0, "x_bits": form.x_bits}
+    return call(weight, scales, x, **{name: np.int64(value) for name, value in attributes.items()})[0]

@@ -78,7 +78,7 @@ def load(
         source: "demo", the model bundled with this package; or a directory with `config.json` and
             `model.safetensors`; or a GGUF file; or a hub id such as "openai-community/gpt2", downloaded once into the
             hub's cache.
-        weights: the format of the weights in memory: "float32", "bfloat16", "float16", "int8" or "int4"; see
+        weights: the format of the weights in memory: "float32", "bfloat16", "float16", "int8", "w8a8" or "int4"; see
             `quantize`. None keeps the format of GGUF files and of directories that `quantize_model` wrote, and is
             float32 for all others. Computation is in float32.
         group_size: number of columns that share a scale, for int8 and int4; None for the format's default.
@@ -203,7 +203,7 @@ def quantize_model(
     Args:
         source: as for `load`.
         directory: the directory to write; it may be the source, with `overwrite`.
-        weights: "bfloat16", "float16", "int8" or "int4"; see `quantize`.
+        weights: "bfloat16", "float16", "int8", "w8a8" or "int4"; see `quantize`.
         group_size: columns that share a scale, for int8 and int4; None for the format's default.
         revision: branch, tag or commit of a hub repository.
         progress: called repeatedly with the number of bytes read so far and in total.

@@ -62,13 +62,13 @@ def format_of(config: GPT2Config, params: Params) -> WeightFormat:
     """
     matrix = params.blocks[0].qkv.weight
     if isinstance(matrix, QuantizedMatrix):
-        name, group_size = f"int{matrix.bits}", matrix.group_size
+        name, group_size = "w8a8" if matrix.x_bits == 8 else f"int{matrix.bits}", matrix.group_size
     else:
         name, group_size = matrix.dtype.name, None
     form = WeightFormat.of(name, group_size)
     given, expected = (
-        {name: (leaf.shape, leaf.dtype.name) for name, leaf in _named(tree).items()}
-        for tree in (params, quantized_shapes(config, *form))
+        ({name: (leaf.shape, leaf.dtype.name) for name, leaf in _named(tree).items()}, jax.tree.structure(tree))
+        for tree in (dataclasses.replace(params, mesh=None), quantized_shapes(config, *form))
     )
     if given != expected:
         raise QuantizationError(

@@ -33,7 +33,7 @@ from llorch_jax.loading.safetensors_files import (
 )
 from llorch_jax.meshes import HEADS, check_divisible, specs_of
 from llorch_jax.params import Params, param_shapes
-from llorch_jax.quantization import DTYPES, Storage, WeightFormat, quantize, quantize_by_rows, quantized_shapes
+from llorch_jax.quantization import DTYPES, Codes, Storage, WeightFormat, quantize, quantize_by_rows, quantized_shapes
 
 PathLike = str | os.PathLike[str]
 Progress = Callable[[int, int], Any]  # called with (bytes read so far, bytes in total)
@@ -96,7 +96,7 @@ def format_for(stored: WeightFormat | None, weights: Any, group_size: int | None
     same = asked.name == stored.name and group_size in (None, stored.group_size)
     if same:
         return stored
-    if asked.name == "float32" and stored.name in DTYPES:
+    if asked.arrays == stored.arrays or (asked.name == "float32" and stored.name in DTYPES):
         return asked  # exact
     size = "" if stored.group_size is None else f" in groups of {stored.group_size}"
     raise QuantizationError(
@@ -137,8 +137,9 @@ def load_params(
     stored_as = format_in(directory)
     form = format_for(stored_as, weights, group_size)
     if stored_as is not None:
-        as_stored = load_quantized(directory, config, stored_as, progress, mesh)
-        return as_stored if form == stored_as else quantize(as_stored, form.name)
+        if form.arrays == stored_as.arrays:
+            return load_quantized(directory, config, form, progress, mesh)
+        return quantize(load_quantized(directory, config, stored_as, progress, mesh), form.name)
     family = _read_family(directory)
     entries = find_tensors(directory)
     check_blocks(directory, config.n_layer, entries)
@@ -170,12 +171,12 @@ def in_parts(directory: PathLike, config: GPT2Config, weights: Any, group_size: 
     """
     stored = format_in(directory)
     form = format_for(stored, weights, group_size)
-    as_stored = form == stored if stored is not None else form.name in DTYPES
+    as_stored = form.arrays == stored.arrays if stored is not None else form.name in DTYPES
     if not as_stored:
         return False
     if config.n_head % mesh.shape[HEADS] or config.kv_heads % mesh.shape[HEADS]:
         return False
-    shapes = param_shapes(config) if stored is None else quantized_shapes(config, *stored)
+    shapes = param_shapes(config) if stored is None else quantized_shapes(config, *form)
     check_divisible(config, shapes, mesh.shape[HEADS])
     return True
 
@@ -196,8 +197,8 @@ def _read_family(directory: Path) -> str:
 
 def _load_param(tensor: StoredTensor, entry: Entry, storage: Storage | None, place: NamedSharding | None) -> Matrix:
     where = f"{tensor.name} in {entry.path.name}"
-    if isinstance(storage, tuple):
-        return quantize_by_rows(tensor.param_shape, _rows(tensor, entry, where), *storage, name=where)
+    if isinstance(storage, Codes):
+        return quantize_by_rows(tensor.param_shape, _rows(tensor, entry, where), storage, name=where)
     if place is not None:
         dtype = storage or _FLOAT32
         read = partial(_read_part, tensor, entry, dtype, where)

@@ -37,6 +37,20 @@ struct PairSteps {
   }
 };
 
+#if LLORCH_BYTES == 64
+// Four 8-bit codes. Those of the weights have 128 added, which makes them unsigned; see `offsets`.
+struct FourSteps {
+  using Sum = Ints;
+  static constexpr size_t kElements = 4;
+  static constexpr size_t kSteps = kGemmSteps;
+  static LLORCH_INLINE Sum add(Sum sum, Words weight, Words x) { return add_products_of_bytes(sum, weight, x); }
+};
+using ExactSteps = FourSteps;
+#else
+using ExactSteps = PairSteps;
+#endif
+constexpr int32_t kWeightOffset = ExactSteps::kElements == 4 ? 128 : 0;
+
 template <typename Steps>
 LLORCH_INLINE size_t steps_of(size_t depth) {
   return (depth + Steps::kElements - 1) / Steps::kElements;
@@ -68,8 +82,9 @@ LLORCH_INLINE Floats choose(Ints mask, Floats yes, Floats no) {
   return (Floats)((mask & (Ints)yes) | (~mask & (Ints)no));
 }
 
-// The codes of `quantize` in products.h, with those of elements 2i and 2i + 1 next to each other.
-static void pack_codes(const Product& product, size_t column) {
+// The codes of `quantize` in products.h, with those of one step next to each other.
+template <typename Steps>
+void pack_codes(const Product& product, size_t column) {
   constexpr int32_t kInfinity = 0x7f800000;
   constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   constexpr int32_t kRounderBits = 0x4b400000;
@@ -81,28 +96,37 @@ static void pack_codes(const Product& product, size_t column) {
   }
   const Ints finite = largest < kInfinity;
   const Ints zero = (Floats)largest < broadcast(1e-30f);
-  const Floats scale = choose(zero, Floats{}, (Floats)largest / 32767.0f);
+  const float most = largest_code(product);
+  const Floats scale = choose(zero, Floats{}, (Floats)largest / most);
   store(product.code_scales + column, choose(finite, scale, broadcast(__builtin_nanf(""))));
-  const Floats inverse = choose(finite & ~zero, 32767.0f / (Floats)largest, Floats{});
+  const Floats inverse = choose(finite & ~zero, most / (Floats)largest, Floats{});
   const Ints used = inverse > Floats{};  // where it is 0, x may be infinite or NaN: none of it may reach the codes
-  const size_t steps = steps_of<PairSteps>(product.depth);
+  constexpr size_t kElements = Steps::kElements;
+  constexpr int kBits = 32 / kElements;
+  const size_t steps = steps_of<Steps>(product.depth);
   float* to = product.vectors + place_of_column(column, steps);
+  Ints total{};
   for (size_t step = 0; step < steps; ++step) {
-    Ints codes[2] = {};
-    for (size_t i = 0; i < 2 && 2 * step + i < product.depth; ++i) {
-      const Floats x = columns_at(product, 2 * step + i, column, left);
-      codes[i] = ((Ints)(x * inverse + kRounder) - kRounderBits) & used;
+    Ints word{};
+    for (size_t i = 0; i < kElements && kElements * step + i < product.depth; ++i) {
+      const Floats x = columns_at(product, kElements * step + i, column, left);
+      const Ints code = ((Ints)(x * inverse + kRounder) - kRounderBits) & used;
+      total += code;
+      word |= (code & ((1 << kBits) - 1)) << (i * kBits);
     }
-    store(to + step * kPanel, (codes[0] & 0xffff) | (codes[1] << 16));
+    store(to + step * kPanel, word);
   }
+  if (product.x_bits == 8) store(product.offsets + column, total * -kWeightOffset);
 }
 
 // Packs kPackedColumns columns, or as many as there are, with zeros up to whole panels.
 static void pack(const Product& product, size_t block) {
   const size_t first = block * kPackedColumns;
   for (size_t column = first; column < first + kPackedColumns; column += kLanes) {
-    if (product.format == Format::kInt8 && product.group == 0) {
-      pack_codes(product, column);
+    if (product.format == Format::kInt8 && product.x_bits == 8) {
+      pack_codes<ExactSteps>(product, column);
+    } else if (product.format == Format::kInt8 && product.group == 0) {
+      pack_codes<PairSteps>(product, column);
     } else {
       pack_floats(product, column);
     }
@@ -114,6 +138,7 @@ static void pack(const Product& product, size_t block) {
 template <typename Weight>
 struct FloatRows {
   using Steps = FloatSteps;
+  static constexpr bool kExact = false;
   static constexpr size_t kBytesTimes2 = 2 * sizeof(typename Weight::Stored);
   static LLORCH_INLINE void convert(const Product& product, size_t row, size_t k, size_t count, float* to) {
     using Stored = typename Weight::Stored;
@@ -129,6 +154,7 @@ struct FloatRows {
 
 struct Int8Rows {
   using Steps = PairSteps;
+  static constexpr bool kExact = false;
   static constexpr size_t kBytesTimes2 = 2;
   static LLORCH_INLINE void convert(const Product& product, size_t row, size_t k, size_t count, float* to) {
     const int8_t* from = static_cast<const int8_t*>(product.weights) + row * product.width + k;
@@ -142,10 +168,29 @@ struct Int8Rows {
   }
 };
 
+// For columns of 8-bit codes.
+struct ExactRows : Int8Rows {
+  using Steps = ExactSteps;
+  static constexpr bool kExact = true;
+#if LLORCH_BYTES == 64
+  static LLORCH_INLINE void convert(const Product& product, size_t row, size_t k, size_t count, float* to) {
+    const uint8_t* from = static_cast<const uint8_t*>(product.weights) + row * product.width + k;
+    uint8_t* codes = reinterpret_cast<uint8_t*>(to);
+    size_t i = 0;
+    for (; i + kBytes <= count; i += kBytes) store(codes + i, load<Bytes>(from + i) ^ 128);
+    if (i == count) return;
+    uint8_t rest[kBytes] = {};
+    copy(rest, from + i, count - i);
+    store(codes + i, load<Bytes>(rest) ^ 128);
+  }
+#endif
+};
+
 // Groups are multiples of 32 columns: a vector of elements never leaves its half of a group.
 template <bool kNibbles>
 struct GroupRows {
   using Steps = FloatSteps;
+  static constexpr bool kExact = false;
   static constexpr size_t kBytesTimes2 = kNibbles ? 1 : 2;
   static LLORCH_INLINE void convert(const Product& product, size_t row, size_t k, size_t count, float* to) {
     const size_t group = product.group;
@@ -203,22 +248,33 @@ LLORCH_INLINE Floats scaled(const Product& product, size_t row, size_t column, I
   return to_floats(sum) * (load<Floats>(product.code_scales + column) * scale);
 }
 
+// Adds the sum over some steps to what earlier ones have left in y. Sums of integers stay integers up to the last step.
+template <bool kExact, typename Sum>
+LLORCH_INLINE void put(const Product& product, size_t row, size_t column, size_t step, bool last, Sum sum) {
+  const size_t count = columns_left(product, column);
+  float* to = product.y + row * product.columns + column;
+  if constexpr (kExact) {
+    sum += step > 0 ? (Ints)load_some(to, count) : load<Ints>(product.offsets + column);
+    store_some(to, last ? scaled(product, row, column, sum) : (Floats)sum, count);
+  } else {
+    Floats y = scaled(product, row, column, sum);
+    if (step > 0) y += load_some(to, count);
+    store_some(to, y, count);
+  }
+}
+
 template <typename Rows, int kVectors, bool kAsk>
 LLORCH_INLINE void multiply_panel(const Product& product, const float* tile, size_t first_row, size_t rows, size_t step,
                                   size_t steps, size_t column, Ahead& ahead) {
   using Steps = typename Rows::Steps;
   typename Steps::Sum sums[kGemmRows][kGemmVectors] = {};
   const size_t panel_steps = steps_of<Steps>(product.depth);
+  const bool last = step + steps == panel_steps;
   add_up<Steps, kVectors, kAsk>(tile, product.vectors + column * panel_steps + step * kPanel, steps, ahead, sums);
   LLORCH_UNROLL for (int r = 0; r < kGemmRows; ++r) {
     if (static_cast<size_t>(r) >= rows) break;
     LLORCH_UNROLL for (int v = 0; v < kVectors; ++v) {
-      const size_t at = column + v * kLanes;
-      const size_t count = columns_left(product, at);
-      float* to = product.y + (first_row + r) * product.columns + at;
-      Floats sum = scaled(product, first_row + r, at, sums[r][v]);
-      if (step > 0) sum += load_some(to, count);
-      store_some(to, sum, count);
+      put<Rows::kExact>(product, first_row + r, column + v * kLanes, step, last, sums[r][v]);
     }
   }
 }
@@ -264,6 +320,7 @@ static void multiply_panels(const Product& product, size_t first, size_t last) {
     case Format::kBFloat16: return multiply_panels_as<FloatRows<BFloat16>>(product, first, last);
     case Format::kFloat16: return multiply_panels_as<FloatRows<Float16>>(product, first, last);
     case Format::kInt8:
+      if (product.x_bits == 8) return multiply_panels_as<ExactRows>(product, first, last);
       if (product.group == 0) return multiply_panels_as<Int8Rows>(product, first, last);
       return multiply_panels_as<GroupRows<false>>(product, first, last);
     case Format::kInt4: return multiply_panels_as<GroupRows<true>>(product, first, last);

@@ -12,6 +12,7 @@ constexpr size_t kMaxColumns = 16;     // of `multiply`; more are left to `multi
 constexpr size_t kPackedColumns = 16;  // per block
 constexpr size_t kWidestPanel = 32;    // columns, of any instruction set
 constexpr size_t kPadding = 128;  // columns of the weights are processed in steps that divide this
+constexpr size_t kMaxExactWidth = 65536;  // columns of the weights whose products of 8-bit codes 32 bits can add up
 
 __attribute__((always_inline)) constexpr size_t padded(size_t width) { return (width + kPadding - 1) / kPadding * kPadding; }
 
@@ -21,6 +22,7 @@ struct Product {
   const void* weights;
   const void* scales;  // float32 [rows, 1] without groups, float16 [rows, width / group] with groups
   size_t group;        // columns per scale; 0 for one scale per row
+  int x_bits;          // of the codes that a column is rounded to if the weights are codes: 16, or 8 without groups
   const float* x;
   float* y;
   size_t rows;
@@ -32,6 +34,7 @@ struct Product {
   float* vectors;
   int16_t* codes;
   float* code_scales;
+  int32_t* offsets;  // of the sums of each column in the panels, with 8-bit codes
 };
 
 __attribute__((always_inline)) constexpr size_t packed_blocks(size_t columns) {
@@ -54,6 +57,7 @@ __attribute__((always_inline)) inline void use_workspace(void* workspace, Produc
   if (product.columns > kMaxColumns) {
     product.vectors = product.code_scales + panel_columns(product.columns);
     product.codes = reinterpret_cast<int16_t*>(product.vectors);
+    product.offsets = reinterpret_cast<int32_t*>(product.vectors + panel_columns(product.columns) * product.width);
   } else {
     product.vectors = product.code_scales;
     product.codes = reinterpret_cast<int16_t*>(product.code_scales + product.columns);

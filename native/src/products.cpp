@@ -52,6 +52,15 @@ ffi::Error read_scales(const ffi::AnyBuffer& scales, int64_t group, Product& pro
   return kCall.check("scales", scales, ffi::DataType::F16, "float16", {product.rows, product.width / product.group});
 }
 
+ffi::Error read_x_bits(int64_t bits, Product& product) {
+  product.x_bits = static_cast<int>(bits);
+  if (bits == 16) return ffi::Error::Success();
+  const bool whole_rows = product.format == Format::kInt8 && product.group == 0 && product.width <= kMaxExactWidth;
+  if (bits == 8 && whole_rows) return ffi::Error::Success();
+  return kCall.wrong("x_bits", "16, or 8 with int8 codes of up to " + std::to_string(kMaxExactWidth) +
+                     " columns and no groups", std::to_string(bits));
+}
+
 ffi::Error read_columns(const ffi::AnyBuffer& x, Product& product) {
   const auto dimensions = x.dimensions();
   if (dimensions.size() != 2) return kCall.wrong("x", "[in, M]", shape_of(x));
@@ -99,12 +108,14 @@ void pack_block(const void* context, size_t block) {
 }
 
 ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer weights, ffi::AnyBuffer scales, ffi::AnyBuffer x,
-                  ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> workspace, int64_t bits, int64_t group) {
+                  ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> workspace, int64_t bits, int64_t group,
+                  int64_t x_bits) {
   const Kernels* found = kernels();
   if (found == nullptr) return kCall.wrong("LLORCH_JAX_ISA", "an instruction set of this machine", "another");
   Product product{};
   if (ffi::Error error = read_weights(weights, bits, product); error.failure()) return error;
   if (ffi::Error error = read_scales(scales, group, product); error.failure()) return error;
+  if (ffi::Error error = read_x_bits(x_bits, product); error.failure()) return error;
   if (ffi::Error error = read_columns(x, product); error.failure()) return error;
   if (ffi::Error error = kCall.check("y", *y, ffi::DataType::F32, "float32", {product.rows, product.columns});
       error.failure()) {
@@ -142,5 +153,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(llorch_matmul, llorch::matmul,
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Attr<int64_t>("bits")
-                                  .Attr<int64_t>("group"));
+                                  .Attr<int64_t>("group")
+                                  .Attr<int64_t>("x_bits"));
 #pragma GCC visibility pop

@@ -58,9 +58,13 @@ LLORCH_INLINE void find_largest(const Product& product, uint32_t (&largest)[kCol
 }
 
 // The code of the largest magnitude. The high byte of a split code must be within -127 .. 127.
-LLORCH_INLINE float largest_code(const Product& product) { return product.format == Format::kInt4 ? 32639.0f : 32767.0f; }
+LLORCH_INLINE float largest_code(const Product& product) {
+  if (product.x_bits == 8) return 127.0f;
+  return product.format == Format::kInt4 ? 32639.0f : 32767.0f;
+}
 
-// Rounds each column to 16-bit codes with one scale: an element's error is at most 1/65278 of the largest magnitude.
+// Rounds each column to codes with one scale. The error of an element is at most 1/65278 of the largest magnitude with 16
+// bits, 1/254 with 8.
 template <int kColumns>
 void quantize(const Product& product) {
   constexpr uint32_t kInfinity = 0x7f800000;
@@ -180,9 +184,12 @@ struct FloatTiles {
   }
 };
 
-// 8-bit codes with one scale per row. Sums are converted to float32 before they can overflow 32 bits: a step adds at
-// most 2 * 128 * 32767 to a lane.
-template <int kRows, int kColumns>
+LLORCH_INLINE void add_to(Floats& total, Ints sums) { total += to_floats(sums); }
+LLORCH_INLINE void add_to(Ints& total, Ints sums) { total += sums; }
+
+// 8-bit codes with one scale per row. If the columns have 16-bit codes, sums are converted to float32 before they can
+// overflow 32 bits: a step adds at most 2 * 128 * 32767 to a lane. If they have 8-bit codes, a Total is a sum of integers.
+template <typename Total, int kRows, int kColumns>
 LLORCH_INLINE void int8_row_tile(const Product& product, const Tile& at, Ahead& ahead) {
   constexpr size_t kBlock = 128 * kShorts;
   const size_t width = product.width;
@@ -193,7 +200,7 @@ LLORCH_INLINE void int8_row_tile(const Product& product, const Tile& at, Ahead& 
   const size_t whole = width / kShorts * kShorts;
   int8_t rest[kRows][kShorts] = {};
   for (int r = 0; r < kRows; ++r) copy(rest[r], weights + r * distance + whole, width - whole);
-  Floats totals[kRows][kColumns] = {};
+  Total totals[kRows][kColumns] = {};
   for (size_t begin = 0; begin < width; begin += kBlock) {
     const size_t end = begin + kBlock < width ? begin + kBlock : width;
     Ints sums[kRows][kColumns] = {};
@@ -209,7 +216,7 @@ LLORCH_INLINE void int8_row_tile(const Product& product, const Tile& at, Ahead& 
       }
     }
     LLORCH_UNROLL for (int r = 0; r < kRows; ++r) {
-      LLORCH_UNROLL for (int c = 0; c < kColumns; ++c) totals[r][c] += to_floats(sums[r][c]);
+      LLORCH_UNROLL for (int c = 0; c < kColumns; ++c) add_to(totals[r][c], sums[r][c]);
     }
   }
   const float* scales = static_cast<const float*>(product.scales) + at.row;
@@ -221,12 +228,13 @@ LLORCH_INLINE void int8_row_tile(const Product& product, const Tile& at, Ahead& 
   }
 }
 
+template <typename Total>
 struct Int8RowTiles {
   static constexpr size_t kStepBytes = kShorts;
   static size_t row_bytes(const Product& product) { return product.width; }
   template <int kRows, int kColumns>
   static LLORCH_INLINE void tile(const Product& product, const Tile& at, Ahead& ahead) {
-    int8_row_tile<kRows, kColumns>(product, at, ahead);
+    int8_row_tile<Total, kRows, kColumns>(product, at, ahead);
   }
 };
 
@@ -343,7 +351,8 @@ LLORCH_INLINE void multiply_nibbles(const Product& product, size_t first, size_t
     case Format::kBFloat16: return multiply_as<FloatTiles<BFloat16>>(product, first, last);
     case Format::kFloat16: return multiply_as<FloatTiles<Float16>>(product, first, last);
     case Format::kInt8:
-      if (product.group == 0) return multiply_as<Int8RowTiles, kCodeRows, kCodeColumns>(product, first, last);
+      if (product.x_bits == 8) return multiply_as<Int8RowTiles<Ints>, kCodeRows, kCodeColumns>(product, first, last);
+      if (product.group == 0) return multiply_as<Int8RowTiles<Floats>, kCodeRows, kCodeColumns>(product, first, last);
       return multiply_as<Int8GroupTiles>(product, first, last);
     case Format::kInt4: return multiply_nibbles(product, first, last);
   }

@@ -102,6 +102,13 @@ LLORCH_INLINE Ints add_products_of_pairs(Ints sums, Shorts a, Shorts b) {
 #endif
 }
 
+#if LLORCH_BYTES == 64
+// Adds to each lane the products of its four bytes, unsigned ones of a and signed ones of b.
+LLORCH_INLINE Ints add_products_of_bytes(Ints sums, Words a, Words b) {
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
+}
+#endif
+
 // Adds to each lane the products of its four codes, 0 to 15, and four signed bytes, for two vectors of codes.
 LLORCH_INLINE Ints add_products_of_fours(Ints sums, const Bytes (&codes)[2], const int8_t* first, const int8_t* second) {
 #if LLORCH_BYTES == 64
@@ -203,6 +210,7 @@ LLORCH_INLINE Floats from_float16(HalfWords bits) {
 // The sum of all lanes, always added in the same order: one half to the other, repeatedly. It uses registers only: an
 // array in memory, even a short-lived one, would keep the arguments in memory all the time.
 typedef float Quarter __attribute__((vector_size(16)));
+typedef int32_t QuarterInts __attribute__((vector_size(16)));
 
 LLORCH_INLINE float sum_quarter(Quarter values) { return (values[0] + values[2]) + (values[1] + values[3]); }
 
@@ -215,6 +223,21 @@ LLORCH_INLINE float sum(Floats values) {
 #else
   return sum_quarter(values);
 #endif
+}
+
+LLORCH_INLINE int32_t sum(Ints values) {
+#if LLORCH_BYTES == 64
+  const __m256i half = _mm256_add_epi32(_mm512_maskz_extracti32x8_epi32(0xff, (__m512i)values, 0),
+                                        _mm512_maskz_extracti32x8_epi32(0xff, (__m512i)values, 1));
+#elif LLORCH_BYTES == 32
+  const __m256i half = (__m256i)values;
+#endif
+#if LLORCH_BYTES >= 32
+  const auto quarter = (QuarterInts)_mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+#else
+  const auto quarter = (QuarterInts)values;
+#endif
+  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
 }
 
 // Indices from 0 on, as template arguments.

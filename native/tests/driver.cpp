@@ -26,6 +26,7 @@ using llorch::Product;
 struct Case {
   Format format;
   size_t rows, depth, width, group, columns;
+  int x_bits;
   std::vector<uint8_t> weights;
   std::vector<float> row_scales, x;
   std::vector<uint16_t> group_scales;
@@ -74,6 +75,7 @@ Case make_case() {
   Case c;
   c.format = static_cast<Format>(between(0, 4));
   c.group = c.format == Format::kInt8 ? groups[between(0, 4)] : c.format == Format::kInt4 ? groups[between(1, 4)] : 0;
+  c.x_bits = c.format == Format::kInt8 && c.group == 0 && between(0, 1) ? 8 : 16;
   c.rows = between(1, 40);
   c.columns = between(0, 2) > 0 || c.format == Format::kFloat32 ? between(1, 16) : between(17, 70);
   c.width = c.group ? c.group * between(1, 19) : between(1, 700);
@@ -112,7 +114,7 @@ bool agrees(const Case& c, const float* y) {
         squares += weight * weight;
         largest = std::fmax(largest, std::fabs(x));
       }
-      const double rounding = codes ? largest / 65278 : 0;
+      const double rounding = c.x_bits == 8 ? largest / 254 : codes ? largest / 65278 : 0;
       const double allowed = std::sqrt(squares) * (std::sqrt(c.depth) * rounding + 1e-5 * largest) + 1e-6;
       const double got = y[row * c.columns + column];
       if (!(std::fabs(got - sum) <= allowed)) {
@@ -138,6 +140,7 @@ bool run(const Kernels& kernels, const Case& c) {
   p.weights = weights.data + 3;
   p.scales = c.group ? static_cast<const void*>(group_scales.data) : row_scales.data;
   p.group = c.group;
+  p.x_bits = c.x_bits;
   p.x = x.data;
   p.y = y.data;
   p.rows = c.rows;

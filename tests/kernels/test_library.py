@@ -24,10 +24,10 @@ PROBE = """
 import jax, numpy as np
 from llorch_jax.kernels import describe
 from llorch_jax.linear import matmul, plain_matmul
-from llorch_jax.quantization import quantize_matrix
+from llorch_jax.quantization import Codes, quantize_matrix
 weight = np.random.default_rng(0).standard_normal((300, 200), dtype=np.float32)
 x = np.random.default_rng(1).standard_normal((200, 3), dtype=np.float32)
-for matrix in (weight, quantize_matrix(weight, 8, None), quantize_matrix(weight, 4, 32)):
+for matrix in (weight, quantize_matrix(weight, Codes(8, None)), quantize_matrix(weight, Codes(4, 32))):
     np.testing.assert_allclose(jax.jit(matmul)(matrix, x), jax.jit(plain_matmul)(matrix, x), atol=5e-3)
 print(describe().isa, "|", describe().reason)
 """

@@ -18,7 +18,7 @@ from llorch_jax.linear import QuantizedMatrix, matmul, plain_matmul
 pytestmark = pytest.mark.skipif(describe().isa is None, reason=f"no native kernels: {describe().reason}")
 
 FLOATS = ("float32", "bfloat16", "float16")
-CODES = [(8, None), (8, 32), (8, 64), (8, 128), (4, 32), (4, 64)]
+CODES = [(8, None), (8, None, 8), (8, 32), (8, 64), (8, 128), (4, 32), (4, 64)]
 FORMATS = [*FLOATS, *CODES]
 
 
@@ -27,7 +27,7 @@ def make_weight(form, rows, width, seed=0):
     rng = np.random.default_rng(seed)
     if isinstance(form, str):
         return jnp.asarray(rng.standard_normal((rows, width)), form)
-    bits, group = form
+    bits, group, *x_bits = form
     padding = -width % (group or 1)
     groups = (width + padding) // group if group else 1
     scales = rng.standard_normal((rows, groups))
@@ -36,7 +36,7 @@ def make_weight(form, rows, width, seed=0):
     else:
         codes = rng.integers(0, 256, (rows, (width + padding) // 2)).astype(np.uint8)
     dtype = jnp.float16 if group else jnp.float32
-    return QuantizedMatrix(jnp.asarray(codes), jnp.asarray(scales, dtype), bits, group, padding)
+    return QuantizedMatrix(jnp.asarray(codes), jnp.asarray(scales, dtype), bits, group, padding, *x_bits)
 
 
 def values(weight):
@@ -73,8 +73,8 @@ def test_products_equal_those_of_numpy(form, rows_and_columns, width):
     weight, x = make_weight(form, rows, width), make_x(width, columns)
     assert runs_natively(matmul, weight, x) == (form != "float32" or columns <= 16)
     dense = values(weight)
-    # 16-bit codes err by up to half a step of the largest element; what float32 adds is smaller.
-    per_element = np.abs(x).max() * (1e-6 if isinstance(form, str) else 1 / 65534)
+    # Codes err by up to half a step of the largest element; what float32 adds is smaller.
+    per_element = np.abs(x).max() * (1e-6 if isinstance(form, str) else 1 / 254 if form[2:] == (8,) else 1 / 65534)
     allowed = np.linalg.norm(dense, axis=1, keepdims=True) * per_element * np.sqrt(width) + 1e-6
     np.testing.assert_array_less(np.abs(product()(weight, x) - dense @ x), np.broadcast_to(allowed, (rows, columns)))
 
@@ -97,8 +97,25 @@ def test_a_column_among_many_has_the_same_bits_wherever_it_stands(form):
         np.testing.assert_array_equal(some, together[:, 100 - columns :], f"{columns} columns")
 
 
+@examples(15)
+@given(
+    rows_and_columns=st.tuples(st.integers(1, 40), st.integers(1, 16)) | many_columns(),
+    width=st.integers(1, 300) | st.integers(1000, 1050) | st.just(3072),
+)
+def test_products_with_8_bit_columns_are_sums_of_integers_scaled_once(rows_and_columns, width):
+    """So neither the number of columns nor the kernel nor the instruction set changes a bit."""
+    rows, columns = rows_and_columns
+    weight, x = make_weight((8, None, 8), rows, width), make_x(width, columns)
+    largest = np.abs(x).max(axis=0)
+    codes = np.round(x * (np.float32(127) / largest)).astype(np.int64)
+    sums = np.asarray(weight.codes, np.int64) @ codes
+    expected = sums.astype(np.float32) * (np.asarray(weight.scales) * (largest / np.float32(127)))
+    np.testing.assert_array_equal(product()(weight, x), expected)
+    np.testing.assert_allclose(jax.jit(plain_matmul)(weight, x), expected, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("columns", [4, 40])
-@pytest.mark.parametrize("form", ["float32", (8, None), (4, 32)], ids=str)
+@pytest.mark.parametrize("form", ["float32", (8, None), (8, None, 8), (4, 32)], ids=str)
 def test_what_is_not_a_number_stays_in_its_column(form, columns):
     weight, x = make_weight(form, 50, 70), make_x(70, columns)
     clean = np.asarray(product()(weight, x))
@@ -111,7 +128,7 @@ def test_what_is_not_a_number_stays_in_its_column(form, columns):
 
 
 @pytest.mark.parametrize("columns", [3, 18])
-@pytest.mark.parametrize("form", [(8, None), (4, 32)], ids=str)
+@pytest.mark.parametrize("form", [(8, None), (8, None, 8), (4, 32)], ids=str)
 def test_columns_of_zeros_and_of_huge_numbers_keep_their_scale(form, columns):
     weight, x = make_weight(form, 50, 64), make_x(64, columns)
     scales = np.resize(np.float32([0, 1e30, 1e-20]), columns)
@@ -119,7 +136,8 @@ def test_columns_of_zeros_and_of_huge_numbers_keep_their_scale(form, columns):
     np.testing.assert_array_equal(got[:, scales == 0], 0)
     plain = values(weight) @ x
     some = scales > 0
-    np.testing.assert_allclose(got[:, some] / scales[some], plain[:, some], atol=1e-3 * np.abs(plain).max())
+    tolerance = 0.05 if form[2:] == (8,) else 1e-3
+    np.testing.assert_allclose(got[:, some] / scales[some], plain[:, some], atol=tolerance * np.abs(plain).max())
 
 
 def test_subnormal_float16_weights_count():
@@ -171,6 +189,10 @@ WRONG = {
     "y of another shape": (r"y: expected float32 \[4, 2\], got \[4, 3\]", {"y": (4, 3)}),
     "a small workspace": ("workspace: expected 1032 bytes, got 8", {"workspace": 8}),
     "a group of floats": ("group: expected 0 for floating point, got 32", {"group": 32}),
+    "rounded columns of groups": (
+        "x_bits: expected 16, or 8 with int8 codes of up to 65536 columns and no groups, got 8",
+        {"weight": (4, 32), "weight_type": jnp.int8, "bits": 8, "group": 32, "x_bits": 8},
+    ),
     "codes in odd groups": ("group: expected 32", {"weight": (4, 48), "weight_type": jnp.int8, "bits": 8, "group": 48}),
     "codes in half a group": (
         "weights: expected a width",
@@ -194,7 +216,7 @@ def test_a_wrong_call_names_the_argument(name):
         "x_type": jnp.float32,
         "y": (4, 2),
     }
-    call |= {"workspace": 1032, "bits": 32, "group": 0} | wrong
+    call |= {"workspace": 1032, "bits": 32, "group": 0, "x_bits": 16} | wrong
     results = (jax.ShapeDtypeStruct(call["y"], jnp.float32), jax.ShapeDtypeStruct((call["workspace"],), jnp.uint8))
     arrays = [
         jnp.zeros(call["weight"], call["weight_type"]),
@@ -202,8 +224,9 @@ def test_a_wrong_call_names_the_argument(name):
         jnp.zeros(call["x"], call["x_type"]),
     ]
     native = jax.ffi.ffi_call("llorch_matmul", results)
+    attributes = {name: np.int64(call[name]) for name in ("bits", "group", "x_bits")}
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"llorch_matmul: {message}"):
-        jax.block_until_ready(native(*arrays, bits=np.int64(call["bits"]), group=np.int64(call["group"])))
+        jax.block_until_ready(native(*arrays, **attributes))
 
 
 def test_programs_of_several_threads_do_not_disturb_each_other():

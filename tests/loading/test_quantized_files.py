@@ -1,5 +1,6 @@
 """Models stored in low precision: read as they were written, and refused by name where that cannot be."""
 
+import dataclasses
 import json
 import shutil
 
@@ -12,7 +13,8 @@ from tiny import random_model
 import llorch_jax as lj
 from llorch_jax.cli import app, loading
 
-FORMATS = [("int8", None), ("int8", 32), ("int4", 32), ("int4", 64), ("bfloat16", None), ("float16", None)]
+WHOLE_ROWS = [("int8", None), ("w8a8", None), ("bfloat16", None), ("float16", None)]
+FORMATS = [*WHOLE_ROWS, ("int8", 32), ("int4", 32), ("int4", 64)]
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,27 @@ def stored(source, tmp_path_factory):
     path = tmp_path_factory.mktemp("int8") / "model"
     lj.quantize_model(source, path, "int8")
     return path
+
+
+@pytest.mark.parametrize(("kept", "asked"), [("int8", "w8a8"), ("w8a8", "int8")])
+def test_the_same_arrays_serve_with_activations_rounded_or_not(source, tmp_path, kept, asked):
+    lj.quantize_model(source, tmp_path / "model", kept)
+    same(lj.load(tmp_path / "model", weights=asked).params, lj.load(source, weights=asked).params)
+    with pytest.raises(lj.QuantizationError, match=f"weights: expected {kept}, as the model stores them, got int4"):
+        lj.load(tmp_path / "model", weights="int4")
+    grouped = tmp_path / "grouped"
+    lj.quantize_model(source, grouped, "int8", group_size=32)
+    with pytest.raises(lj.QuantizationError, match="weights: expected int8 in groups of 32"):
+        lj.load(grouped, weights="w8a8")
+
+
+def test_parameters_of_two_formats_are_refused(source, tmp_path):
+    model = lj.load(source, weights="int8")
+    mixed = dataclasses.replace(model.params, lm_head=lj.load(source, weights="w8a8").params.blocks[0].fc.weight)
+    blocks = lj.load(source, weights="w8a8").params.blocks
+    for params in (mixed, dataclasses.replace(model.params, blocks=(model.params.blocks[0], *blocks[1:]))):
+        with pytest.raises(lj.QuantizationError, match="params: expected all of a model as `quantize` makes"):
+            lj.save_quantized(tmp_path / "model", model.config, params, model.tokenizer)
 
 
 @pytest.fixture
