@@ -38,7 +38,7 @@ struct PairSteps {
 };
 
 #if LLORCH_BYTES == 64
-// Four 8-bit codes. Those of the weights have 128 added, which makes them unsigned; see `offsets`.
+// Four 8-bit codes.
 struct FourSteps {
   using Sum = Ints;
   static constexpr size_t kElements = 4;
@@ -49,7 +49,6 @@ using ExactSteps = FourSteps;
 #else
 using ExactSteps = PairSteps;
 #endif
-constexpr int32_t kWeightOffset = ExactSteps::kElements == 4 ? 128 : 0;
 
 template <typename Steps>
 LLORCH_INLINE size_t steps_of(size_t depth) {
@@ -82,12 +81,10 @@ LLORCH_INLINE Floats choose(Ints mask, Floats yes, Floats no) {
   return (Floats)((mask & (Ints)yes) | (~mask & (Ints)no));
 }
 
-// The codes of `quantize` in products.h, with those of one step next to each other.
+// The codes of `quantize` in columns.h, with those of one step next to each other.
 template <typename Steps>
 void pack_codes(const Product& product, size_t column) {
   constexpr int32_t kInfinity = 0x7f800000;
-  constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  constexpr int32_t kRounderBits = 0x4b400000;
   const size_t left = columns_left(product, column);
   Ints largest{};
   for (size_t k = 0; k < product.depth; ++k) {
@@ -100,7 +97,6 @@ void pack_codes(const Product& product, size_t column) {
   const Floats scale = choose(zero, Floats{}, (Floats)largest / most);
   store(product.code_scales + column, choose(finite, scale, broadcast(__builtin_nanf(""))));
   const Floats inverse = choose(finite & ~zero, most / (Floats)largest, Floats{});
-  const Ints used = inverse > Floats{};  // where it is 0, x may be infinite or NaN: none of it may reach the codes
   constexpr size_t kElements = Steps::kElements;
   constexpr int kBits = 32 / kElements;
   const size_t steps = steps_of<Steps>(product.depth);
@@ -110,13 +106,13 @@ void pack_codes(const Product& product, size_t column) {
     Ints word{};
     for (size_t i = 0; i < kElements && kElements * step + i < product.depth; ++i) {
       const Floats x = columns_at(product, kElements * step + i, column, left);
-      const Ints code = ((Ints)(x * inverse + kRounder) - kRounderBits) & used;
+      const Ints code = codes_of(x, inverse);
       total += code;
       word |= (code & ((1 << kBits) - 1)) << (i * kBits);
     }
     store(to + step * kPanel, word);
   }
-  if (product.x_bits == 8) store(product.offsets + column, total * -kWeightOffset);
+  if (product.x_bits == 8) store(product.offsets + column, total * (kUnsignedWeights ? -128 : 0));
 }
 
 // Packs kPackedColumns columns, or as many as there are, with zeros up to whole panels.
@@ -177,11 +173,11 @@ struct ExactRows : Int8Rows {
     const uint8_t* from = static_cast<const uint8_t*>(product.weights) + row * product.width + k;
     uint8_t* codes = reinterpret_cast<uint8_t*>(to);
     size_t i = 0;
-    for (; i + kBytes <= count; i += kBytes) store(codes + i, load<Bytes>(from + i) ^ 128);
+    for (; i + kBytes <= count; i += kBytes) store(codes + i, unsigned_codes(load<Bytes>(from + i)));
     if (i == count) return;
     uint8_t rest[kBytes] = {};
     copy(rest, from + i, count - i);
-    store(codes + i, load<Bytes>(rest) ^ 128);
+    store(codes + i, unsigned_codes(load<Bytes>(rest)));
   }
 #endif
 };

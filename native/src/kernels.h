@@ -34,7 +34,7 @@ struct Product {
   float* vectors;
   int16_t* codes;
   float* code_scales;
-  int32_t* offsets;  // of the sums of each column in the panels, with 8-bit codes
+  int32_t* offsets;  // of each column's sums, if it has 8-bit codes
 };
 
 __attribute__((always_inline)) constexpr size_t packed_blocks(size_t columns) {
@@ -61,6 +61,7 @@ __attribute__((always_inline)) inline void use_workspace(void* workspace, Produc
   } else {
     product.vectors = product.code_scales;
     product.codes = reinterpret_cast<int16_t*>(product.code_scales + product.columns);
+    product.offsets = reinterpret_cast<int32_t*>(product.codes + product.columns * padded(product.width));
   }
 }
 

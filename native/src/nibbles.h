@@ -18,34 +18,48 @@ constexpr size_t kCodeBytes = 4 * kBytes;  // of a column, for one step: two byt
 // For all steps of a column: the bytes of its elements (high and low bytes for the first codes, then for the second),
 // and -8 times the sum of the elements that each lane adds up, because a code c stands for c - 8.
 struct SplitColumn {
-  int8_t* bytes;
-  int32_t* offsets;
+  int8_t* bytes;     // of its first step; those of the next one are `columns` times kCodeBytes further
+  int32_t* offsets;  // likewise, `columns` times kLanes
+  size_t columns;
 };
 
 LLORCH_INLINE SplitColumn split_column(const Product& product, size_t column) {
   const size_t elements = padded(product.width);
   char* begin = reinterpret_cast<char*>(product.codes);
   const size_t all_bytes = product.columns * elements * 2;
-  return {reinterpret_cast<int8_t*>(begin + column * elements * 2),
-          reinterpret_cast<int32_t*>(begin + all_bytes + column * elements / 2)};
+  return {reinterpret_cast<int8_t*>(begin + column * kCodeBytes),
+          reinterpret_cast<int32_t*>(begin + all_bytes) + column * kLanes, product.columns};
 }
 
-// Splits sixteen or fewer consecutive integers, which stay together because groups are multiples of 32.
-LLORCH_INLINE void split(const int32_t* codes, size_t k, size_t group, const SplitColumn& to) {
+// A last step that the row does not fill has zeros after it.
+LLORCH_INLINE void clear_last_step(const Product& product) {
+  const size_t row_bytes = product.width / 2;
+  if (row_bytes % kBytes == 0) return;
+  int8_t* last = split_column(product, 0).bytes + row_bytes / kBytes * product.columns * kCodeBytes;
+  for (size_t i = 0; i < product.columns * kCodeBytes; i += kBytes) store(last + i, Bytes{});
+}
+
+// Splits consecutive integers, which stay together because half a group is a multiple of 16.
+LLORCH_INLINE void split(Ints codes, size_t k, size_t group, const SplitColumn& to) {
   const size_t half = group / 2;
   const size_t within = k % group;
   const size_t second = within >= half;
   const size_t byte = k / group * half + within - second * half;
-  int8_t* high = to.bytes + byte / kBytes * kCodeBytes + second * 2 * kBytes + byte % kBytes;
-  int8_t* low = high + kBytes;
-  for (size_t i = 0; i < 16; ++i) {
-    const int32_t upper = (codes[i] + 128) >> 8;
-    high[i] = static_cast<int8_t>(upper);
-    low[i] = static_cast<int8_t>(codes[i] - upper * 256);
-  }
-  for (size_t lane = 0; lane < 4; ++lane) {
-    const int32_t* from = codes + 4 * lane;
-    to.offsets[byte / 4 + lane] -= 8 * ((from[0] + from[1]) + (from[2] + from[3]));
+  int8_t* high = to.bytes + byte / kBytes * to.columns * kCodeBytes + second * 2 * kBytes + byte % kBytes;
+  const Ints upper = (codes + 128) >> 8;
+  store(high, narrow<QuarterBytes>(upper));
+  store(high + kBytes, narrow<QuarterBytes>(codes - upper * 256));
+}
+
+LLORCH_INLINE void put_offsets(const Product& product) {
+  const size_t steps = (product.width / 2 + kBytes - 1) / kBytes;
+  const Bytes ones[2] = {Bytes{} + 1, Bytes{} + 1};
+  for (size_t i = 0; i < steps * product.columns; ++i) {
+    const SplitColumn all = split_column(product, 0);
+    const int8_t* x = all.bytes + i * kCodeBytes;
+    const Ints high = add_products_of_fours(Ints{}, ones, x, x + 2 * kBytes);
+    const Ints low = add_products_of_fours(Ints{}, ones, x + kBytes, x + 3 * kBytes);
+    store(all.offsets + i * kLanes, (high * 256 + low) * -8);
   }
 }
 
@@ -90,9 +104,9 @@ LLORCH_INLINE void nibble_tile(const Product& product, const Tile& at, Ahead& ah
         const Bytes codes[2] = {pairs & 15, (Bytes)((Words)pairs >> 4) & 15};
         const Floats by = lane_scales<kGroups>(scale[r], byte - begin, half);
         LLORCH_UNROLL for (int c = 0; c < kColumns; ++c) {
-          const int8_t* x = columns[c].bytes + step * kCodeBytes;
+          const int8_t* x = columns[c].bytes + step * product.columns * kCodeBytes;
           const Ints high = add_products_of_fours(Ints{}, codes, x, x + 2 * kBytes);
-          const Ints low = add_products_of_fours(load<Ints>(columns[c].offsets + step * kLanes), codes, x + kBytes, x + 3 * kBytes);
+          const Ints low = add_products_of_fours(load<Ints>(columns[c].offsets + step * product.columns * kLanes), codes, x + kBytes, x + 3 * kBytes);
           totals[r][c] = multiply_add(to_floats((high << 8) + low), by, totals[r][c]);
         }
       }
@@ -101,11 +115,7 @@ LLORCH_INLINE void nibble_tile(const Product& product, const Tile& at, Ahead& ah
     for (; byte + kBytes <= end; byte += kBytes) add_step(byte, kBytes);
     if (byte < end) add_step(byte, end - byte);
   }
-  LLORCH_UNROLL for (int r = 0; r < kRows; ++r) {
-    LLORCH_UNROLL for (int c = 0; c < kColumns; ++c) {
-      product.y[(at.row + r * at.distance) * product.columns + at.column + c] = sum(totals[r][c]) * product.code_scales[at.column + c];
-    }
-  }
+  put_sums(product, at, totals, kOnes);
 }
 
 template <int kGroups>

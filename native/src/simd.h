@@ -28,6 +28,7 @@ typedef float Floats __attribute__((vector_size(LLORCH_BYTES)));
 typedef int32_t Ints __attribute__((vector_size(LLORCH_BYTES)));
 typedef uint32_t Words __attribute__((vector_size(LLORCH_BYTES)));
 typedef int16_t Shorts __attribute__((vector_size(LLORCH_BYTES)));
+typedef int16_t HalfShorts __attribute__((vector_size(LLORCH_BYTES / 2)));
 typedef uint16_t HalfWords __attribute__((vector_size(LLORCH_BYTES / 2)));
 typedef uint8_t Bytes __attribute__((vector_size(LLORCH_BYTES)));
 typedef int8_t HalfBytes __attribute__((vector_size(LLORCH_BYTES / 2)));
@@ -148,7 +149,19 @@ LLORCH_INLINE Floats spread(const float* values) {
   return of;
 }
 
+#if LLORCH_BYTES == 64
+// Four elements, four times.
+LLORCH_INLINE Words repeat(const void* four) {
+  return (Words)_mm512_maskz_broadcast_f32x4(0xffff, load<__m128>(four));
+}
+#endif
+
 LLORCH_INLINE Floats to_floats(Ints values) { return __builtin_convertvector(values, Floats); }
+
+template <typename Narrow>
+LLORCH_INLINE Narrow narrow(Ints values) {
+  return __builtin_convertvector(values, Narrow);
+}
 
 LLORCH_INLINE Shorts widen(HalfBytes values) {
 #if LLORCH_BYTES == 64
@@ -257,8 +270,8 @@ constexpr int first_half(int lane) {
 }
 
 // For each group of 2 * kWidth lanes of a, then of b, the sum of its two halves.
-template <int kWidth, int... kIndices>
-LLORCH_INLINE Floats fold(Floats a, Floats b, Sequence<kIndices...>) {
+template <int kWidth, typename Vector, int... kIndices>
+LLORCH_INLINE Vector fold(Vector a, Vector b, Sequence<kIndices...>) {
 #if defined(__clang__)
   return __builtin_shufflevector(a, b, first_half<kWidth>(kIndices)...) +
          __builtin_shufflevector(a, b, (first_half<kWidth>(kIndices) + kWidth)...);
@@ -269,8 +282,8 @@ LLORCH_INLINE Floats fold(Floats a, Floats b, Sequence<kIndices...>) {
 }
 
 // Lane i of the result is sum(vectors[i]), added in the same order.
-template <int kCount = kLanes>
-LLORCH_INLINE Floats sums(Floats (&vectors)[kLanes]) {
+template <int kCount = kLanes, typename Vector>
+LLORCH_INLINE Vector sums(Vector (&vectors)[kLanes]) {
   if constexpr (kCount == 1) {
     return vectors[0];
   } else {

@@ -31,6 +31,39 @@ class Ahead {
   size_t step_bytes_;
 };
 
+// The factors of rows whose vectors have been multiplied by their scales already.
+constexpr float kOnes[8] = {1, 1, 1, 1, 1, 1, 1, 1};
+
+// Stores the sum of each vector of a tile; times a factor of its row and the scale of its column, if there are factors.
+template <int kRows, int kColumns, typename Total>
+LLORCH_INLINE void put_sums(const Product& product, const Tile& at, const Total (&totals)[kRows][kColumns],
+                            const float* factors, const int32_t* offsets = nullptr) {
+  float* const to = product.y + at.row * product.columns + at.column;
+  const size_t distance = at.distance * product.columns;
+#if LLORCH_BYTES == 64
+  if constexpr (kRows == 4 && kColumns == 4) {
+    Total vectors[kLanes];
+    LLORCH_UNROLL for (int i = 0; i < kLanes; ++i) vectors[i] = totals[i / kColumns][i % kColumns];
+    Total all = sums(vectors);
+    if (offsets != nullptr) all += (Total)repeat(offsets);
+    Floats y = __builtin_convertvector(all, Floats);
+    if (factors != nullptr) y *= spread<4>(factors) * (Floats)repeat(product.code_scales + at.column);
+    float rows[kLanes];
+    store(rows, y);
+    LLORCH_UNROLL for (int r = 0; r < kRows; ++r) store(to + r * distance, load<Quarter>(rows + r * kColumns));
+    return;
+  }
+#endif
+  LLORCH_UNROLL for (int r = 0; r < kRows; ++r) {
+    LLORCH_UNROLL for (int c = 0; c < kColumns; ++c) {
+      auto total = sum(totals[r][c]);
+      if (offsets != nullptr) total += offsets[c];
+      const float y = static_cast<float>(total);
+      to[r * distance + c] = factors == nullptr ? y : y * (factors[r] * product.code_scales[at.column + c]);
+    }
+  }
+}
+
 // The scales of some consecutive groups of one row, in float32.
 constexpr size_t kScales = 16;
 
