@@ -84,7 +84,7 @@ def test_the_page_shows_what_each_method_takes():
         elif "layout" in row[0]:
             names = ["cache layout"]
         elif "one per prompt" in row[0]:
-            names = ["max_new_tokens per prompt"]
+            names = [f"{names[0]} per prompt"]
         for method, cell in zip(head[2:], row[2:], strict=True):
             for name in names:
                 if name in ("regex", "json_schema", "grammar", "choices"):
