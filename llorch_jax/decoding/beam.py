@@ -19,7 +19,7 @@ from llorch_jax.buckets import bucket
 from llorch_jax.cache.base import KVCache
 from llorch_jax.cache.placement import pinned, placed
 from llorch_jax.config import GPT2Config
-from llorch_jax.decoding.branching import check_numbers, check_real, check_untraced, feed, span
+from llorch_jax.decoding.branching import check_numbers, check_real, check_untraced, count_ids, feed, span
 from llorch_jax.decoding.params import EosIds
 from llorch_jax.decoding.request import Request, prepare
 from llorch_jax.decoding.steps import first_logits
@@ -153,6 +153,7 @@ def beam_search(
     """
     whole("max_new_tokens", max_new_tokens, CapacityError)
     check_beams(num_beams, num_return, num_beam_groups, length_penalty, diversity_penalty, early_stopping)
+    whole("num_beams", num_beams, SearchError, most=num_beam_groups * count_ids(config, allowed))  # first tokens differ
     request = prepare(config, prompt_tokens, max_new_tokens, cache, lengths, eos_id=eos_id, mesh=params.mesh)
     check_untraced(request)
     rules = _Rules(

@@ -53,6 +53,13 @@ def check_untraced(request: Request) -> None:
         raise SearchError("search: expected a call outside jit, got traced arrays")
 
 
+def count_ids(config: GPT2Config, allowed: Any) -> int:
+    """The number of ids that a search may choose: of bits int32 [1, ceil(V / 32)], or of the vocabulary where None."""
+    if allowed is None:
+        return config.vocab_size
+    return int(np.bitwise_count(np.asarray(allowed, np.int32).view(np.uint32)).sum())
+
+
 def check_numbers(values: Any) -> None:
     """Raises NonFiniteError where scores or probabilities are NaN, as those of NaN or infinite logits are."""
     if np.any(np.isnan(np.asarray(values))):

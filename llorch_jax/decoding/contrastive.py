@@ -13,7 +13,7 @@ from llorch_jax.buckets import bucket
 from llorch_jax.cache.base import KVCache
 from llorch_jax.cache.placement import pinned, placed
 from llorch_jax.config import GPT2Config
-from llorch_jax.decoding.branching import check_numbers, check_real, check_untraced, feed, span
+from llorch_jax.decoding.branching import check_numbers, check_real, check_untraced, count_ids, feed, span
 from llorch_jax.decoding.params import DecodingParams, EosIds
 from llorch_jax.decoding.request import Request, prepare
 from llorch_jax.errors import CapacityError, SearchError
@@ -94,7 +94,7 @@ def contrastive_search(
         NonFiniteError: the model's logits are NaN or infinite.
     """
     whole("max_new_tokens", max_new_tokens, CapacityError, most=2**30)
-    whole("top_k", top_k, SearchError, most=config.vocab_size)
+    whole("top_k", top_k, SearchError, most=count_ids(config, allowed))
     check_real("penalty_alpha", penalty_alpha, least=0.0, most=1.0)
     request = prepare(config, prompt_tokens, max_new_tokens + 1, cache, lengths, eos_id=eos_id, mesh=params.mesh)
     check_untraced(request)

@@ -1,6 +1,5 @@
 """Answers in the format of OpenAI's API."""
 
-import itertools
 import time
 import uuid
 from collections.abc import Sequence
@@ -11,6 +10,20 @@ from llorch_jax.text.results import Generation, Piece, TopLogprobs
 from llorch_jax.tokenizer import Tokenizer
 
 _INCOMPLETE = "\ufffd"
+
+
+class Places:
+    """Where the tokens of one text begin, as numbers of characters; a character in progress is not counted."""
+
+    def __init__(self, tokenizer: Tokenizer, start: int) -> None:
+        self._decoder = tokenizer.stream()
+        self._next = start
+
+    def take(self, id: int) -> int:
+        """Where the text's next token begins."""
+        place = self._next
+        self._next += len(self._decoder.push(id))
+        return place
 
 
 class Format:
@@ -36,7 +49,7 @@ class Format:
         for index, (result, echo) in enumerate(zip(results, echoes, strict=True)):
             top: Sequence[TopLogprobs | None] = result.top_logprobs or [None] * len(result.token_ids)
             tokens = list(zip(result.token_ids, result.logprobs, top, strict=True))
-            choice: dict[str, Any] = {"index": index, "logprobs": self._logprobs(tokens, len(echo))}
+            choice: dict[str, Any] = {"index": index, "logprobs": self._logprobs(tokens, self.places(echo))}
             if self.chat:
                 choice["message"] = {"role": "assistant", "content": result.text}
             else:
@@ -44,16 +57,21 @@ class Format:
             choices.append({**choice, "finish_reason": result.finish_reason, "stop_reason": result.stop_reason})
         return {**self._head("chat.completion" if self.chat else "text_completion"), "choices": choices, "usage": usage}
 
-    def part(self, index: int, text: str, piece: Piece | None, offset: int = 0) -> dict[str, Any]:
-        """A chunk of a stream: some text, and the token of a piece."""
+    def places(self, echo: str) -> Places:
+        """Where the tokens of a text begin that follow an echo of the prompt or nothing."""
+        return Places(self._tokenizer, len(echo))
+
+    def part(self, index: int, text: str, found: tuple[Piece, Places] | None = None) -> dict[str, Any]:
+        """A chunk of a stream: some text, and the token of a piece, if there is one, of the text with these places."""
         choice: dict[str, Any] = {"index": index, "logprobs": None, "finish_reason": None}
-        if piece is not None:
+        if found is not None:
+            piece, places = found
             choice["finish_reason"] = piece.finish_reason
-            choice["logprobs"] = self._logprobs([(piece.token_id, piece.logprob, piece.top_logprobs)], offset)
+            choice["logprobs"] = self._logprobs([(piece.token_id, piece.logprob, piece.top_logprobs)], places)
             if piece.finish_reason is not None:
                 choice["stop_reason"] = piece.stop_reason
         if self.chat:
-            choice["delta"] = {"content": text} if piece is not None else {"role": "assistant", "content": text}
+            choice["delta"] = {"content": text} if found is not None else {"role": "assistant", "content": text}
         else:
             choice["text"] = text
         return {**self._chunk(), "choices": [choice]}
@@ -68,7 +86,9 @@ class Format:
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self.model}
 
-    def _logprobs(self, tokens: Sequence[tuple[int, float, TopLogprobs | None]], offset: int) -> dict[str, Any] | None:
+    def _logprobs(
+        self, tokens: Sequence[tuple[int, float, TopLogprobs | None]], places: Places
+    ) -> dict[str, Any] | None:
         if self.logprobs is None:
             return None
         if self.chat:
@@ -78,13 +98,11 @@ class Format:
                     for id, logprob, top in tokens
                 ]
             }
-        texts = [self._text(id) for id, _, _ in tokens]
-        offsets = list(itertools.accumulate(map(len, texts[:-1]), initial=offset))
         return {
-            "tokens": texts,
+            "tokens": [self._text(id) for id, _, _ in tokens],
             "token_logprobs": [logprob for _, logprob, _ in tokens],
             "top_logprobs": [{self._text(id): logprob for id, logprob in top or []} for _, _, top in tokens],
-            "text_offset": offsets,
+            "text_offset": [places.take(id) for id, _, _ in tokens],
         }
 
     def _text(self, id: int) -> str:

@@ -186,7 +186,7 @@ class _Server:
     async def _answer(self, request: Request, job: jobs.Job, *, chat: bool) -> Response:
         answer = Format(self._tokenizer, self._settings.name, chat=chat, logprobs=job.logprobs)
         handles = await run_in_threadpool(job.start, self._engine)
-        echoes = [str(prompt) if job.echo else "" for prompt in job.prompts for _ in range(job.samples)]
+        echoes = [echo for echo in job.echoes for _ in range(job.samples)]
         if job.stream:
             events = _stream(answer, handles, echoes, job)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
@@ -227,14 +227,13 @@ async def _stream(
     answer: Format, handles: Sequence[Handle], echoes: Sequence[str], job: jobs.Job
 ) -> AsyncIterator[bytes]:
     """The events of a streamed answer. Whatever ends the stream ends its requests, too."""
-    offsets = [len(echo) for echo in echoes]
+    places = [answer.places(echo) for echo in echoes]
     try:
         for index, echo in enumerate(echoes):
             if echo or answer.chat:
-                yield _event(json.dumps(answer.part(index, echo, None)))
+                yield _event(json.dumps(answer.part(index, echo)))
         async for index, piece in _merged(handles):
-            yield _event(json.dumps(answer.part(index, piece.text, piece, offsets[index])))
-            offsets[index] += len(piece.text)
+            yield _event(json.dumps(answer.part(index, piece.text, (piece, places[index]))))
         if job.usage:
             yield _event(json.dumps(answer.usage_part(usage_of(handles, job.samples))))
         yield _event("[DONE]")

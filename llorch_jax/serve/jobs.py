@@ -8,9 +8,10 @@ from llorch_jax.engine.device import TOP_LOGPROBS
 from llorch_jax.errors import EngineFullError, LlorchError
 from llorch_jax.serve.bodies import MOST_SAMPLES, BadRequest, Fields, refusal
 from llorch_jax.serve.templates import ChatTemplate, check_messages
-from llorch_jax.text.engine import Engine
+from llorch_jax.text.engine import Engine, check_ids
 from llorch_jax.text.handles import Handle
 from llorch_jax.text.options import GenerationOptions
+from llorch_jax.tracing import is_whole
 
 Prompt = str | list[int]
 _DEFAULT_TOKENS = 16  # maximum number of new tokens of a completion, as in OpenAI's API
@@ -25,7 +26,7 @@ class Job:
         prompts: prompts to continue.
         options: generation options for all prompts.
         samples: number of texts for each prompt.
-        echo: whether texts begin with their prompts.
+        echoes: what the texts of each prompt begin with: the prompt as a text, or nothing.
         logprobs: number of alternatives to show with each token; None for no log-probabilities.
         stream: whether the answer is streamed.
         usage: whether a stream reports the usage at its end.
@@ -36,7 +37,7 @@ class Job:
     prompts: Sequence[Prompt]
     options: GenerationOptions
     samples: int
-    echo: bool
+    echoes: Sequence[str]
     logprobs: int | None
     stream: bool
     usage: bool
@@ -90,13 +91,8 @@ def completion(engine: Engine, body: Mapping[str, Any], most_samples: int) -> Jo
     echo = fields.flag("echo")
     if echo and shown is not None:
         raise BadRequest("echo: expected false with logprobs, which are those of new tokens only, got true", "echo")
-    if echo and any(not isinstance(prompt, str) for prompt in prompts):
-        prompts = [prompt if isinstance(prompt, str) else _decoded(engine, prompt) for prompt in prompts]
-    job = _job(engine, fields, prompts, shown, most_samples, _DEFAULT_TOKENS, echo=echo)
-    best_of = body.get("best_of", job.samples)
-    if best_of != job.samples:
-        raise BadRequest(f"best_of: expected n={job.samples}, got {best_of!r:.40}", "best_of")
-    return job
+    echoes = [_text(engine, prompt) if echo else "" for prompt in prompts]
+    return _job(engine, fields, prompts, echoes, shown, most_samples, _DEFAULT_TOKENS)
 
 
 def chat(engine: Engine, template: ChatTemplate | None, body: Mapping[str, Any], most_samples: int) -> Job:
@@ -120,7 +116,7 @@ def chat(engine: Engine, template: ChatTemplate | None, body: Mapping[str, Any],
     except LlorchError as error:
         raise refusal(error, {"text": "messages"}) from None
     room = max(engine.model.config.n_positions + 1 - len(ids), 1)
-    return _job(engine, fields, [ids], None if shown is None else top, most_samples, room, source="messages")
+    return _job(engine, fields, [ids], [""], None if shown is None else top, most_samples, room, source="messages")
 
 
 def fields_number(name: str, value: Any) -> int:
@@ -132,26 +128,29 @@ def _job(
     engine: Engine,
     fields: Fields,
     prompts: Sequence[Prompt],
+    echoes: Sequence[str],
     logprobs: int | None,
     most_samples: int,
     default_tokens: int,
     *,
-    echo: bool = False,
     source: str = "prompt",
 ) -> Job:
     samples = fields.number("n", 1, 1, MOST_SAMPLES)
     if samples * len(prompts) > most_samples:
         raise BadRequest(f"n: expected at most {most_samples} texts in all, got {samples * len(prompts)}", "n")
-    fields.take("best_of")
+    best_of = fields.take("best_of", samples)
+    if not is_whole(best_of) or best_of != samples:
+        raise BadRequest(f"best_of: expected n={samples}, got {best_of!r:.40}", "best_of")
     stream = fields.flag("stream")
     extra = fields.take("stream_options", {})
-    if not isinstance(extra, dict) or set(extra) - {"include_usage", "include_obfuscation"}:
-        raise BadRequest(f"stream_options: expected include_usage, got {extra!r:.80}", "stream_options")
+    known = isinstance(extra, dict) and not set(extra) - {"include_usage", "include_obfuscation"}
+    if not known or not all(each is None or isinstance(each, bool) for each in extra.values()):
+        raise BadRequest(f"stream_options: expected include_usage, true or false, got {extra!r:.80}", "stream_options")
     deadline = fields.take("deadline")
     job = Job(
         prompts=prompts,
         samples=samples,
-        echo=echo,
+        echoes=echoes,
         logprobs=logprobs,
         stream=stream,
         usage=bool(extra.get("include_usage")),
@@ -185,9 +184,12 @@ def _prompts(value: Any) -> list[Prompt]:
     raise BadRequest(f"prompt: expected a text, token ids, or a list of either, got {value!r:.80}", "prompt")
 
 
-def _decoded(engine: Engine, ids: list[int]) -> str:
+def _text(engine: Engine, prompt: Prompt) -> str:
+    """A prompt as a text; it is not encoded again, which could give other ids."""
+    if isinstance(prompt, str):
+        return prompt
     assert engine.model.tokenizer is not None
     try:
-        return engine.model.tokenizer.decode(ids)
+        return engine.model.tokenizer.decode(check_ids(prompt, engine.model.config.vocab_size))
     except LlorchError as error:
-        raise BadRequest(f"prompt: {error}"[:300], "prompt") from None
+        raise refusal(error) from None

@@ -21,7 +21,7 @@ from llorch_jax.cache.files import fingerprint
 from llorch_jax.decoding.overflow import check_overflow
 from llorch_jax.decoding.request import prepare
 from llorch_jax.decoding.streaming import Segment
-from llorch_jax.errors import CacheError, CapacityError, ChatError, OptionError
+from llorch_jax.errors import CacheError, CapacityError, ChatError
 from llorch_jax.loading.checkpoint import Model
 from llorch_jax.sampling import History
 from llorch_jax.text.conversation_file import CONVERSATION, SavedConversation
@@ -100,13 +100,12 @@ class Chat:
         self.options = GenerationOptions.create(**options)
         self.options.check_method("chat")
         self.options.check_model(model.config)
-        if isinstance(self.options.seed, tuple):
-            raise OptionError(f"seed: expected one for a conversation, got {len(self.options.seed)}")
         self.model = model
         self.template = template
         self.layout: Any = self.options.cache
         self.system = system
-        self._seed: int = self.options.seed
+        assert isinstance(self.options.seed, int)  # several are refused above
+        self._seed = self.options.seed
         self._sampler = self.options.sampler_for(model)
         self._tokenizer = tokenizer_of(model)
         self._begin()

@@ -27,7 +27,7 @@ from llorch_jax.text.constrained.matching import can_constrain
 from llorch_jax.text.ending import Ending
 from llorch_jax.text.handles import Handle
 from llorch_jax.text.options import GenerationOptions
-from llorch_jax.text.prompts import encode_prompts, row_keys
+from llorch_jax.text.prompts import encode_prompts, row_key
 from llorch_jax.text.vocabulary import known_ids, tokenizer_of
 from llorch_jax.tracing import is_whole, whole
 
@@ -207,7 +207,9 @@ class Engine:
             raise OptionError(f"cache_salt: expected a text, got {cache_salt!r:.80}")
         given = prompt if isinstance(prompt, str) else check_ids(prompt, model.config.vocab_size)
         (ids,) = encode_prompts(model, [given])
-        (limit,) = options.limits(1)
+        limit, seed = options.max_new_tokens, options.seed
+        assert isinstance(limit, int)  # one per prompt has been refused
+        assert isinstance(seed, int)
         ending = Ending.of(model, options, limit)
         handle = Handle(Growing(tokenizer_of(model), ending, ids), notify)
         sample = whole("sample", sample, OptionError, least=0, most=2**31 - 1)
@@ -215,7 +217,7 @@ class Engine:
             tokens=np.asarray(ids, np.int32),
             max_new_tokens=limit,
             settings=settings,
-            key=np.asarray(jax.random.key_data(row_keys(options.seed, 1, sample + 1)[sample])),
+            key=np.asarray(jax.random.key_data(row_key(seed, sample))),
             eos_ids=ending.ids,
             guide=None if options.constraint is None else Rows(model, options.constraint, 1, ending.ids),
             top_logprobs=options.top_logprobs,

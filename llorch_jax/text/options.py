@@ -46,7 +46,7 @@ _BEAMS = ("num_beams", "num_beam_groups", "diversity_penalty", "length_penalty",
 _DRAWING = ("temperature", "top_k", "sampling settings", "mirostat", "sampler")
 _ALWAYS = ("max_new_tokens", "seed", "cache layout", "codec", "residual", "stop_ids")
 
-_SAMPLED = (*_ALWAYS, *_DRAWING, "max_new_tokens per prompt")
+_SAMPLED = (*_ALWAYS, *_DRAWING, "max_new_tokens per prompt", "seed per prompt")
 
 # What each method takes; docs/options.md shows this table.
 TAKES: dict[Method, tuple[str, ...]] = {
@@ -54,8 +54,8 @@ TAKES: dict[Method, tuple[str, ...]] = {
     "constrained generation": (*_SAMPLED, "cache object", "overflow", "top_logprobs", "constraint"),
     "generate_n": (*_SAMPLED, "overflow", "stop", "top_logprobs"),
     "speculative decoding": (*_SAMPLED, "cache object", "stop"),
-    "beam search": (*_ALWAYS, *_BEAMS),
-    "contrastive search": (*_ALWAYS, "top_k", "penalty_alpha", "stop"),
+    "beam search": (*_ALWAYS, *_BEAMS, "seed per prompt"),
+    "contrastive search": (*_ALWAYS, "top_k", "penalty_alpha", "stop", "seed per prompt"),
     "chat": (*_ALWAYS, *_DRAWING, "overflow", "stop"),
     "the engine": (
         "max_new_tokens",
@@ -182,11 +182,11 @@ class GenerationOptions:
             kind = name
             if name in SAMPLING and name != "top_k":
                 kind = "mirostat" if name.startswith("mirostat") else "sampling settings"
-            if name == "max_new_tokens" and isinstance(value, tuple):
-                kind = "max_new_tokens per prompt"
+            if name in ("max_new_tokens", "seed") and isinstance(value, tuple):
+                kind = f"{name} per prompt"
             if kind not in TAKES[method]:
                 shown = "cache" if name in ("cache object", "cache layout") else name
-                if kind == "max_new_tokens per prompt":
+                if kind.endswith(" per prompt"):
                     raise OptionError(f"{shown}: expected one number with {method}, got {_brief(value)}")
                 raise OptionError(f"{shown}: expected none with {method}, which cannot use it, got {_brief(value)}")
 

@@ -107,6 +107,11 @@ def key_of_seed(seed: int) -> jax.Array:
     return jax.random.key(int(seed) % 2**32)
 
 
+def row_key(seed: int, number: int) -> jax.Array:
+    """The key that `row_keys` gives one row for a seed, however many rows come before it."""
+    return jax.random.fold_in(key_of_seed(seed), number)
+
+
 def row_keys(seed: int | Sequence[int], prompts: int, copies: int = 1) -> jax.Array:
     """A key for each row [prompts * copies].
 

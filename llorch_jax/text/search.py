@@ -13,7 +13,7 @@ from llorch_jax.decoding.steps import Generated
 from llorch_jax.loading.checkpoint import Model
 from llorch_jax.text.collecting import Growing, collect, steps_of
 from llorch_jax.text.ending import Ending
-from llorch_jax.text.options import CANDIDATES, GenerationOptions
+from llorch_jax.text.options import CANDIDATES, GenerationOptions, Method, per_prompt
 from llorch_jax.text.prompts import Prompt, encode_prompts
 from llorch_jax.text.results import Generation
 from llorch_jax.text.timing import Stopwatch
@@ -30,8 +30,7 @@ def search_texts(model: Model, prompts: Sequence[Prompt], options: GenerationOpt
 def beams(model: Model, prompts: Sequence[Prompt], options: GenerationOptions, n: int) -> list[list[Generation]]:
     """The n best beams for each prompt, best first."""
     watch = Stopwatch()
-    options.check_method("beam search")
-    options.check_model(model.config)
+    _check(model, prompts, options, "beam search")
     width = options.num_beams or 1
     ids = encode_prompts(model, prompts)
     (limit,) = set(options.limits(len(prompts)))
@@ -59,10 +58,17 @@ def beams(model: Model, prompts: Sequence[Prompt], options: GenerationOptions, n
     return [outputs[start : start + n] for start in range(0, len(outputs), n)]
 
 
+def _check(model: Model, prompts: Sequence[Prompt], options: GenerationOptions, method: Method) -> None:
+    """Raises LlorchError for options that fit neither the search nor the model, or not as many prompts."""
+    options.check_method(method)
+    options.check_model(model.config)
+    if isinstance(options.seed, tuple):  # without effect, but wrong all the same
+        per_prompt("seed", options.seed, len(prompts))
+
+
 def _contrastive(model: Model, prompts: Sequence[Prompt], options: GenerationOptions) -> list[Generation]:
     watch = Stopwatch()
-    options.check_method("contrastive search")
-    options.check_model(model.config)
+    _check(model, prompts, options, "contrastive search")
     width = options.sampling.get("top_k", CANDIDATES)
     ids = encode_prompts(model, prompts)
     (limit,) = set(options.limits(len(prompts)))

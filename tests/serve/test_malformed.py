@@ -15,7 +15,7 @@ from llorch_jax.serve.app import Settings, make_app
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 MESSAGES = [{"role": "user", "content": "hi"}]
 NUMBERS = [-1, 0, 1.5, -1e300, 1e300, float("inf"), 10**30]
-OTHERS = ["", "x", "\ud800", [], [[[]]], [1, "a"], {}, {"a": 1}, {"": None}, True, False]
+OTHERS = ["", "x", "\ud800", [], [[[]]], [1, "a"], [1], {}, {"a": 1}, {"": None}, {"include_usage": "no"}, True, False]
 # For each field the values among these that are valid; null always is, as leaving the field out.
 VALID = {
     "max_tokens": [],
@@ -25,11 +25,12 @@ VALID = {
     "top_k": [-1, 0],
     "min_p": [0],
     "n": [],
+    "best_of": [],
     "logprobs": [0],
     "stream": [True, False],
     "echo": [True, False],
     "stop": ["x", "\ud800", []],
-    "stop_token_ids": [[]],
+    "stop_token_ids": [[], [1]],
     "seed": [-1, 0, 10**30],
     "presence_penalty": [-1, 0, 1.5],
     "repetition_penalty": [1.5],
@@ -51,10 +52,10 @@ VALID = {
     "structured_outputs": [],
 }
 WHOLE = {  # what must be there
-    "/v1/completions": {"prompt": ["x"]},
+    "/v1/completions": {"prompt": ["x", [1]]},
     "/v1/chat/completions": {"messages": []},
     "/tokenize": {"prompt": ["", "x"], "add_special_tokens": [True, False]},
-    "/detokenize": {"tokens": [[]]},
+    "/detokenize": {"tokens": [[], [1]]},
 }
 GOOD = {"prompt": "the cat", "messages": MESSAGES, "tokens": [1], "add_special_tokens": False}
 

@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 
+import jax
 import pytest
 from tiny import random_model
 
@@ -49,6 +50,14 @@ def test_a_result_is_that_of_generate(model, engine, options):
     assert "".join(piece.text for piece in handle) == wanted.text
     if options.get("top_logprobs"):
         assert [[id for id, _ in top] for top in got.top_logprobs] == [[id for id, _ in t] for t in wanted.top_logprobs]
+
+
+@pytest.mark.parametrize("sample", [1, 2**31 - 1])
+def test_a_sample_of_any_number_is_drawn_at_once(model, engine, sample):
+    got = engine.submit(PROMPT, max_new_tokens=9, temperature=0.9, seed=3, sample=sample).result(60)
+    ids, keys = model.tokenizer.encode(PROMPT), jax.random.fold_in(jax.random.key(3), sample)[None]
+    wanted, _ = lj.generate_tokens(model.params, model.config, [ids], 9, sampler=lj.Sampling.create(0.9), key=keys)
+    assert got.token_ids == wanted[0].tolist()
 
 
 def test_a_stop_string_ends_the_text(model, engine):
@@ -159,6 +168,7 @@ def test_a_prefix_hit_is_counted(engine):
         ({"mirostat_tau": 4.0, "temperature": 1.0}, lj.OptionError, "mirostat_tau: expected none with the engine"),
         ({"temperature": [0.5]}, lj.SamplerError, "temperature"),
         ({"max_new_tokens": [3]}, lj.OptionError, "max_new_tokens: expected one number with the engine"),
+        ({"seed": [3]}, lj.OptionError, "seed: expected one number with the engine"),
         ({"max_new_tokens": 100}, lj.CapacityError, "within the context of 64, got 7 and 100"),
         ({"top_logprobs": 21}, lj.OptionError, r"top_logprobs: expected 0 \.\. 20"),
         ({"logit_bias": {999: 1.0}}, lj.SamplerError, "logit_bias: expected ids in 0"),

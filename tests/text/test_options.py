@@ -84,7 +84,7 @@ def test_the_page_shows_what_each_method_takes():
         elif "layout" in row[0]:
             names = ["cache layout"]
         elif "one per prompt" in row[0]:
-            names = ["max_new_tokens per prompt"]
+            names = [f"{names[0]} per prompt"]
         for method, cell in zip(head[2:], row[2:], strict=True):
             for name in names:
                 if name in ("regex", "json_schema", "grammar", "choices"):
@@ -166,6 +166,9 @@ def test_a_number_of_new_tokens_for_each_prompt():
         lj.generate(MODEL, prompts, [3, 5])
     with pytest.raises(lj.OptionError, match="max_new_tokens: expected one number with beam search"):
         lj.generate(MODEL, prompts, [3, 5, 1], num_beams=2)
+    for search in ({"num_beams": 2}, {"penalty_alpha": 0.5}):
+        with pytest.raises(lj.OptionError, match="seed: expected one, or 3, one per prompt, got 2"):
+            lj.generate(MODEL, prompts, 3, seed=[1, 2], **search)
 
 
 def test_a_pinned_capacity_compiles_nothing_for_other_lengths():
@@ -275,6 +278,11 @@ class TestWideVocabulary:
         for out in lj.generate(wide, ["Once", "A"], 8, **options):
             assert max(out.token_ids) < 257
             assert out.text == wide.tokenizer.decode(out.token_ids)
+
+    @pytest.mark.parametrize("options", [{"num_beams": 258}, {"penalty_alpha": 1.0, "top_k": 258}], ids=str)
+    def test_a_search_wider_than_the_known_ids_is_refused(self, wide, options):
+        with pytest.raises(lj.SearchError, match=r"(num_beams|top_k): expected a whole number in 1 .. 257, got 258"):
+            lj.generate(wide, "Once", 2, **options)
 
     def test_none_is_drawn_by_other_methods(self, wide):
         outs = [*lj.generate_n(wide, "Once", 2, 8), lj.generate_speculative(wide, "Once", 8)[0]]

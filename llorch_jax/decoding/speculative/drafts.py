@@ -11,7 +11,6 @@ from flax import struct
 from llorch_jax.buckets import bucket
 from llorch_jax.cache.placement import new_cache
 from llorch_jax.cache.static import StaticCache
-from llorch_jax.checks import check_context
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.params import DecodingParams
 from llorch_jax.decoding.steps import DecodeState, choose, prefill_step
@@ -102,7 +101,7 @@ class PromptLookup:
     def init(self, config: GPT2Config, tokens: np.ndarray, lengths: np.ndarray, new_tokens: np.ndarray) -> None:
         """It has no state; checks its settings."""
         whole("ngram", self.ngram, DraftError)
-        whole("length", self.length, DraftError)
+        whole("length", self.length, DraftError, most=config.n_positions)
 
     def propose(self, state: None, context: Context) -> Proposal:
         """What followed the newest match."""
@@ -159,13 +158,14 @@ class DraftModel:
 
     def init(self, config: GPT2Config, tokens: np.ndarray, lengths: np.ndarray, new_tokens: np.ndarray) -> StaticCache:
         """The draft model's cache of the prompts without their last tokens."""
-        whole("length", self.length, DraftError)
+        whole("length", self.length, DraftError, most=config.n_positions)
         if self.config.vocab_size != config.vocab_size:
             raise DraftError(
                 f"draft: expected the model's vocab_size={config.vocab_size}, got {self.config.vocab_size}"
             )
-        check_context(self.config, lengths, new_tokens - 1)
-        limit = self.config.n_positions
+        limit, longest = self.config.n_positions, int(np.max(np.asarray(lengths) + new_tokens)) - 1
+        if longest > limit:
+            raise DraftError(f"draft: expected a context of {longest} tokens, as long as the texts, got {limit}")
         capacity = bucket(tokens.shape[1] + int(np.max(new_tokens)), limit)
         cache = new_cache(
             self.params.mesh, StaticCache.init, self.config, batch_size=tokens.shape[0], capacity=capacity

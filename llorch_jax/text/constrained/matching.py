@@ -115,7 +115,7 @@ class Compiler:
         if matcher.is_error():
             raise ConstraintError(f"{constraint.kind}: {_reason(matcher.get_error())}, got {constraint.source[:60]!r}")
         ends = mask[0, self._eos_id // 32] >> self._eos_id % 32 & 1
-        if np.bitwise_count(mask).sum() == ends:
+        if np.bitwise_count(mask.view(np.uint32)).sum() == ends:
             raise ConstraintError(
                 f"{constraint.kind}: expected one that some text of a character matches, got {constraint.source[:60]!r}"
             )

@@ -1,5 +1,6 @@
 """Speculative decoding: plain decoding's tokens, or its distribution, whatever the draft is worth."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -261,9 +262,15 @@ def test_a_draft_of_another_vocabulary_is_refused(params, prompts):
         speculate_tokens(params, CONFIG, prompts, 4, draft)
 
 
-@pytest.mark.parametrize("draft", [PromptLookup(ngram=0), PromptLookup(length=0), PromptLookup(length=2.0)])
+def test_a_draft_of_a_shorter_context_than_the_texts_is_refused_by_name(params, prompts):
+    config = dataclasses.replace(SMALL, n_positions=16)
+    with pytest.raises(DraftError, match=r"draft: expected a context of \d+ tokens, as long as the texts, got 16"):
+        speculate_tokens(params, CONFIG, prompts, NEW, DraftModel(sharp(config, 0), config))
+
+
+@pytest.mark.parametrize("draft", [PromptLookup(0), *(PromptLookup(length=each) for each in (0, 2.0, 49, 2**31))])
 def test_impossible_settings_are_refused(params, prompts, draft):
-    with pytest.raises(DraftError, match="expected a whole number from 1 up"):
+    with pytest.raises(DraftError, match=r"expected a whole number (from 1 up|in 1 \.\. 48)"):
         speculate_tokens(params, CONFIG, prompts, 4, draft)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from profiles import examples
@@ -145,6 +146,16 @@ def test_masks_name_exactly_what_some_choice_goes_on_with(texts, number):
             goes_on = matcher.push(target[count])
             assert goes_on or target[: count + 1] in choices
     assert not mask[0].any()
+
+
+def test_all_bits_of_a_word_of_the_mask_are_counted():
+    described = json.loads(TOKENIZER.to_json())  # its ids, with the end-of-text id as the first
+    described["model"]["vocab"] = {token: (id + 1) % 257 for token, id in described["model"]["vocab"].items()}
+    described["added_tokens"][0]["id"] = 0
+    tokenizer = lj.Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(described)))
+    mask = np.zeros((1, 9), np.int32)
+    compiler_of(tokenizer, 257, (0,)).matcher(Constraint.regex("[!-?]*"), (0,)).fill(mask, 0)
+    assert mask.tolist() == [[-1, *[0] * 8]]  # which as a number has one bit
 
 
 def test_the_mask_is_applied_as_llguidance_applies_it_and_before_the_samplers_settings():
