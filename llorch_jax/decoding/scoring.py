@@ -1,14 +1,16 @@
 """The log-probabilities of tokens that are known."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from llorch_jax.buckets import bucket
+from llorch_jax.cache.placement import new_cache
+from llorch_jax.cache.static import StaticCache
 from llorch_jax.config import GPT2Config
 from llorch_jax.errors import NonFiniteError
 from llorch_jax.model import run
@@ -39,6 +41,53 @@ def token_logprobs(params: Params, config: GPT2Config, ids: Sequence[int] | np.n
     return found
 
 
+class Scores(NamedTuple):
+    """Log-probabilities of some known tokens.
+
+    Attributes:
+        logprobs: float32 [T], the natural log-probability of each after those before it.
+        top_ids: int32 [T, K], the most likely ids in their places.
+        top_logprobs: float32 [T, K], their log-probabilities.
+    """
+
+    logprobs: np.ndarray
+    top_ids: np.ndarray
+    top_logprobs: np.ndarray
+
+
+def scores_by_chunks(
+    params: Params, config: GPT2Config, ids: Sequence[int], top: int, chunk: int = 64
+) -> Iterator[Scores]:
+    """`token_logprobs` a chunk at a time, each computed when it is asked for, with alternatives.
+
+    Args:
+        params: the model's parameters.
+        config: the model's hyperparameters.
+        ids: checked token ids [T + 1], T in 0 .. n_positions.
+        top: number K of alternatives.
+        chunk: maximum number of tokens per chunk.
+
+    Raises:
+        NonFiniteError: the model's logits are NaN or infinite.
+    """
+    known = np.asarray(ids, np.int32)
+    count = len(known) - 1
+    if count < 1:
+        return
+    capacity = bucket(count, config.n_positions)
+    size = min(chunk, capacity)
+    cache = new_cache(params.mesh, StaticCache.init, config, batch_size=1, capacity=capacity)
+    padded = np.pad(known, (0, capacity + 1 - len(known)))
+    for done in range(0, count, size):
+        # The last chunk begins early enough to be whole: some tokens are then computed twice, alike.
+        start = min(done, capacity - size)
+        part, stop = padded[start : start + size + 1], min(done + size, count)
+        found, cache = _score_chunk(params, config, cache, np.array([start], np.int32), part, top)
+        scores = Scores(*(np.asarray(array)[done - start : stop - start] for array in found))
+        check_finite(scores.logprobs)
+        yield scores
+
+
 def check_finite(logprobs: Any) -> None:
     """Raises NonFiniteError unless log-probabilities of known tokens, or sums of them, are finite; host only."""
     if not np.isfinite(np.asarray(logprobs)).all():
@@ -51,3 +100,16 @@ def _logprobs(params: Params, config: GPT2Config, inputs: jax.Array, targets: ja
     logits = run(params, config, inputs, None).logits
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+@partial(jax.jit, static_argnames=("config", "top"), donate_argnames="cache")
+def _score_chunk(
+    params: Params, config: GPT2Config, cache: StaticCache, start: jax.Array, part: jax.Array, top: int
+) -> tuple[tuple[jax.Array, ...], StaticCache]:
+    """`Scores` of the tokens part[1:] after the first `start` [1] tokens of a cache, which then has part[:-1] too."""
+    out = run(params, config, part[None, :-1], cache.replace(lengths=start))
+    logits = out.logits[0]
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    values, ids = jax.lax.top_k(logits, top)
+    chosen = jnp.take_along_axis(logits, part[1:, None], axis=-1)
+    return ((chosen - total)[:, 0], ids.astype(jnp.int32), values - total), out.cache

@@ -1,23 +1,39 @@
 """Answers in the format of OpenAI's API."""
 
+import dataclasses
 import time
 import uuid
 from collections.abc import Sequence
 from typing import Any
 
 from llorch_jax.text.handles import Handle
-from llorch_jax.text.results import Generation, Piece, TopLogprobs
+from llorch_jax.text.results import Generation, Piece, PromptLogprobs, TopLogprobs
 from llorch_jax.tokenizer import Tokenizer
 
 _INCOMPLETE = "\ufffd"
 
 
+@dataclasses.dataclass(frozen=True)
+class Echo:
+    """What a text begins with.
+
+    Attributes:
+        text: the prompt, or nothing.
+        scores: log-probabilities of its tokens, if they are shown.
+        silent: whether nothing follows it.
+    """
+
+    text: str
+    scores: PromptLogprobs | None = None
+    silent: bool = False
+
+
 class Places:
     """Where the tokens of one text begin, as numbers of characters; a character in progress is not counted."""
 
-    def __init__(self, tokenizer: Tokenizer, start: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, echo: Echo) -> None:
         self._decoder = tokenizer.stream()
-        self._next = start
+        self._next = len(echo.text) if echo.scores is None else 0
 
     def take(self, id: int) -> int:
         """Where the text's next token begins."""
@@ -43,23 +59,35 @@ class Format:
         self._id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._created = int(time.time())
 
-    def whole(self, results: Sequence[Generation], echoes: Sequence[str], usage: dict[str, Any]) -> dict[str, Any]:
+    def whole(self, results: Sequence[Generation], echoes: Sequence[Echo], usage: dict[str, Any]) -> dict[str, Any]:
         """The answer with whole texts, each preceded by an echo of its prompt or by nothing."""
         choices = []
         for index, (result, echo) in enumerate(zip(results, echoes, strict=True)):
             top: Sequence[TopLogprobs | None] = result.top_logprobs or [None] * len(result.token_ids)
-            tokens = list(zip(result.token_ids, result.logprobs, top, strict=True))
+            tokens: list[_Token] = list(zip(result.token_ids, result.logprobs, top, strict=True))
+            tokens = _tokens_of(echo) + ([] if echo.silent else tokens)
             choice: dict[str, Any] = {"index": index, "logprobs": self._logprobs(tokens, self.places(echo))}
             if self.chat:
                 choice["message"] = {"role": "assistant", "content": result.text}
             else:
-                choice["text"] = echo + result.text
-            choices.append({**choice, "finish_reason": result.finish_reason, "stop_reason": result.stop_reason})
+                choice["text"] = echo.text if echo.silent else echo.text + result.text
+            reason = ("length", None) if echo.silent else (result.finish_reason, result.stop_reason)
+            choices.append({**choice, "finish_reason": reason[0], "stop_reason": reason[1]})
         return {**self._head("chat.completion" if self.chat else "text_completion"), "choices": choices, "usage": usage}
 
-    def places(self, echo: str) -> Places:
-        """Where the tokens of a text begin that follow an echo of the prompt or nothing."""
-        return Places(self._tokenizer, len(echo))
+    def places(self, echo: Echo) -> Places:
+        """Where the tokens of a text begin: those of its echo, if they are shown, and those that follow."""
+        return Places(self._tokenizer, echo)
+
+    def opening(self, index: int, echo: Echo, places: Places) -> dict[str, Any]:
+        """The chunk of a stream before all new tokens."""
+        part = self.part(index, echo.text)
+        (choice,) = part["choices"]
+        if echo.scores is not None:
+            choice["logprobs"] = self._logprobs(_tokens_of(echo), places)
+        if echo.silent:
+            choice |= {"finish_reason": "length", "stop_reason": None}
+        return part
 
     def part(self, index: int, text: str, found: tuple[Piece, Places] | None = None) -> dict[str, Any]:
         """A chunk of a stream: some text, and the token of a piece, if there is one, of the text with these places."""
@@ -86,9 +114,7 @@ class Format:
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self.model}
 
-    def _logprobs(
-        self, tokens: Sequence[tuple[int, float, TopLogprobs | None]], places: Places
-    ) -> dict[str, Any] | None:
+    def _logprobs(self, tokens: "Sequence[_Token]", places: Places) -> dict[str, Any] | None:
         if self.logprobs is None:
             return None
         if self.chat:
@@ -101,9 +127,12 @@ class Format:
         return {
             "tokens": [self._text(id) for id, _, _ in tokens],
             "token_logprobs": [logprob for _, logprob, _ in tokens],
-            "top_logprobs": [{self._text(id): logprob for id, logprob in top or []} for _, _, top in tokens],
+            "top_logprobs": [None if own is None else self._alternatives(top) for _, own, top in tokens],
             "text_offset": [places.take(id) for id, _, _ in tokens],
         }
+
+    def _alternatives(self, top: TopLogprobs | None) -> dict[str, float]:
+        return {self._text(id): logprob for id, logprob in top or []}
 
     def _text(self, id: int) -> str:
         """A token as text; like OpenAI's API, spells out its bytes where they are not whole characters."""
@@ -112,7 +141,7 @@ class Format:
             return text
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self._tokenizer.bytes_of(id))
 
-    def _token(self, id: int, logprob: float) -> dict[str, Any]:
+    def _token(self, id: int, logprob: float | None) -> dict[str, Any]:
         return {
             "token": self._text(id),
             "logprob": logprob,
@@ -120,10 +149,20 @@ class Format:
         }
 
 
-def usage_of(handles: Sequence[Handle], samples: int) -> dict[str, Any]:
-    """The token counts of some handles, of which each prompt has `samples`."""
+_Token = tuple[int, float | None, TopLogprobs | None]  # id, log-probability and alternatives
+
+
+def _tokens_of(echo: Echo) -> list[_Token]:
+    """The tokens of a prompt that are shown."""
+    if echo.scores is None:
+        return []
+    return list(zip(echo.scores.token_ids, echo.scores.logprobs, echo.scores.top_logprobs, strict=True))
+
+
+def usage_of(handles: Sequence[Handle], samples: int, *, silent: bool = False) -> dict[str, Any]:
+    """The token counts of some handles, of which each prompt has `samples`; without new tokens if they are left out."""
     prompt = sum(len(handle.prompt_ids) for handle in handles[::samples])
-    completion = sum(handle.count for handle in handles)
+    completion = 0 if silent else sum(handle.count for handle in handles)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,

@@ -5,8 +5,10 @@ import contextlib
 import dataclasses
 import hmac
 import json
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -17,7 +19,7 @@ from starlette.routing import Route
 
 from llorch_jax.errors import EngineError, LlorchError
 from llorch_jax.serve import jobs
-from llorch_jax.serve.answers import Format, error_body, usage_of
+from llorch_jax.serve.answers import Echo, Format, error_body, usage_of
 from llorch_jax.serve.bodies import BadRequest, Fields, parse, refusal
 from llorch_jax.serve.cache_map import snapshot
 from llorch_jax.serve.metrics import Collector, exposition
@@ -28,6 +30,8 @@ from llorch_jax.text.handles import Handle
 from llorch_jax.text.results import Generation, Piece
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+Echoes = Callable[[], Coroutine[Any, Any, list[Echo]]]
+Result = TypeVar("Result")
 _METRICS = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -186,26 +190,38 @@ class _Server:
     async def _answer(self, request: Request, job: jobs.Job, *, chat: bool) -> Response:
         answer = Format(self._tokenizer, self._settings.name, chat=chat, logprobs=job.logprobs)
         handles = await run_in_threadpool(job.start, self._engine)
-        echoes = [echo for echo in job.echoes for _ in range(job.samples)]
         if job.stream:
-            events = _stream(answer, handles, echoes, job)
+            events = _stream(answer, handles, partial(self._echoes, job), job)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         try:
-            results = await _unless_gone(request, _all(handles))
+            found = await _unless_gone(request, _both(partial(self._echoes, job), handles))
         except LlorchError as error:
             raise BadRequest(str(error), status=_status(error)) from None
         finally:
             _cancel(handles)
-        if results is None:
+        if found is None:
             return Response(status_code=499)  # nobody reads it
-        return JSONResponse(answer.whole(results, echoes, usage_of(handles, job.samples)))
+        echoes, results = found
+        return JSONResponse(answer.whole(results, echoes, usage_of(handles, job.samples, silent=job.silent)))
+
+    async def _echoes(self, job: jobs.Job) -> list[Echo]:
+        """What each text of a job begins with. If nobody waits for it any longer, the rest is not computed."""
+        texts = [text for text in job.echoes for _ in range(job.samples)]
+        if not job.scored:
+            return [Echo(text, None, job.silent) for text in texts]
+        gone = threading.Event()
+        try:
+            scores = await asyncio.to_thread(job.scores, self._engine, lambda: not gone.is_set())
+        finally:
+            gone.set()
+        return [Echo(text, each, job.silent) for text, each in zip(texts, scores, strict=True)]
 
 
-async def _all(handles: Sequence[Handle]) -> list[Generation]:
-    return [await handle.wait() for handle in handles]
+async def _both(echoes: Echoes, handles: Sequence[Handle]) -> tuple[list[Echo], list[Generation]]:
+    return await echoes(), [await handle.wait() for handle in handles]
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, list[Generation]]) -> list[Generation] | None:
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result | None:
     """The result of some work, or None if the client disconnects, which cancels the work."""
 
     async def gone() -> None:
@@ -223,19 +239,19 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, list[Generati
             await asyncio.gather(working, watching, return_exceptions=True)
 
 
-async def _stream(
-    answer: Format, handles: Sequence[Handle], echoes: Sequence[str], job: jobs.Job
-) -> AsyncIterator[bytes]:
+async def _stream(answer: Format, handles: Sequence[Handle], echoes_of: Echoes, job: jobs.Job) -> AsyncIterator[bytes]:
     """The events of a streamed answer. Whatever ends the stream ends its requests, too."""
-    places = [answer.places(echo) for echo in echoes]
     try:
+        echoes = await echoes_of()
+        places = [answer.places(echo) for echo in echoes]
         for index, echo in enumerate(echoes):
-            if echo or answer.chat:
-                yield _event(json.dumps(answer.part(index, echo)))
+            if echo.text or echo.scores or answer.chat:
+                yield _event(json.dumps(answer.opening(index, echo, places[index])))
         async for index, piece in _merged(handles):
-            yield _event(json.dumps(answer.part(index, piece.text, (piece, places[index]))))
+            if not job.silent:
+                yield _event(json.dumps(answer.part(index, piece.text, (piece, places[index]))))
         if job.usage:
-            yield _event(json.dumps(answer.usage_part(usage_of(handles, job.samples))))
+            yield _event(json.dumps(answer.usage_part(usage_of(handles, job.samples, silent=job.silent))))
         yield _event("[DONE]")
     except LlorchError as error:
         yield _event(json.dumps(error_body(str(error), _status(error))))

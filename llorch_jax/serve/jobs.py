@@ -1,7 +1,7 @@
 """Turns the body of an HTTP request into requests to the engine, of which either all or none are queued."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llorch_jax.engine.device import TOP_LOGPROBS
@@ -11,10 +11,12 @@ from llorch_jax.serve.templates import ChatTemplate, check_messages
 from llorch_jax.text.engine import Engine, check_ids
 from llorch_jax.text.handles import Handle
 from llorch_jax.text.options import GenerationOptions
+from llorch_jax.text.results import PromptLogprobs
 from llorch_jax.tracing import is_whole
 
 Prompt = str | list[int]
 _DEFAULT_TOKENS = 16  # maximum number of new tokens of a completion, as in OpenAI's API
+_LIMITS = ("max_tokens", "max_completion_tokens", "max_new_tokens")
 _BUSY = {"Retry-After": "1"}
 
 
@@ -27,6 +29,8 @@ class Job:
         options: generation options for all prompts.
         samples: number of texts for each prompt.
         echoes: what the texts of each prompt begin with: the prompt as a text, or nothing.
+        scored: whether the log-probabilities of the echoed prompts are shown, too.
+        silent: whether the new tokens are left out.
         logprobs: number of alternatives to show with each token; None for no log-probabilities.
         stream: whether the answer is streamed.
         usage: whether a stream reports the usage at its end.
@@ -38,6 +42,8 @@ class Job:
     options: GenerationOptions
     samples: int
     echoes: Sequence[str]
+    scored: bool
+    silent: bool
     logprobs: int | None
     stream: bool
     usage: bool
@@ -76,6 +82,18 @@ class Job:
             raise
         return handles
 
+    def scores(self, engine: Engine, wanted: Callable[[], bool]) -> list[PromptLogprobs | None]:
+        """For each text the log-probabilities of its prompt's tokens, if they are shown, or None; see `Engine`.
+
+        Raises:
+            LlorchError: they cannot be computed.
+        """
+        found = [
+            engine.prompt_logprobs(prompt, self.logprobs or 0, wanted=wanted) if self.scored else None
+            for prompt in self.prompts
+        ]
+        return [each for each in found for _ in range(self.samples)]
+
 
 def completion(engine: Engine, body: Mapping[str, Any], most_samples: int) -> Job:
     """The job for a body sent to /v1/completions.
@@ -83,16 +101,19 @@ def completion(engine: Engine, body: Mapping[str, Any], most_samples: int) -> Jo
     Raises:
         BadRequest: a field is missing, invalid or unknown.
     """
-    fields = Fields(body)
+    # With an echo, a limit of 0 asks for the prompt alone. One token is then computed all the same, and left out.
+    silent = [name for name in _LIMITS if body.get("echo") is True and is_whole(body.get(name)) and body[name] == 0]
+    fields = Fields({**body, **dict.fromkeys(silent, 1)})
     prompts = _prompts(fields.take("prompt"))
     shown = fields.take("logprobs")
     if shown is not None:
         shown = fields_number("logprobs", shown)
     echo = fields.flag("echo")
-    if echo and shown is not None:
-        raise BadRequest("echo: expected false with logprobs, which are those of new tokens only, got true", "echo")
     echoes = [_text(engine, prompt) if echo else "" for prompt in prompts]
-    return _job(engine, fields, prompts, echoes, shown, most_samples, _DEFAULT_TOKENS)
+    scored = echo and shown is not None
+    return _job(
+        engine, fields, prompts, echoes, shown, most_samples, _DEFAULT_TOKENS, scored=scored, silent=bool(silent)
+    )
 
 
 def chat(engine: Engine, template: ChatTemplate | None, body: Mapping[str, Any], most_samples: int) -> Job:
@@ -134,6 +155,8 @@ def _job(
     default_tokens: int,
     *,
     source: str = "prompt",
+    scored: bool = False,
+    silent: bool = False,
 ) -> Job:
     samples = fields.number("n", 1, 1, MOST_SAMPLES)
     if samples * len(prompts) > most_samples:
@@ -151,6 +174,8 @@ def _job(
         prompts=prompts,
         samples=samples,
         echoes=echoes,
+        scored=scored,
+        silent=silent,
         logprobs=logprobs,
         stream=stream,
         usage=bool(extra.get("include_usage")),

@@ -11,6 +11,8 @@ import jax
 import numpy as np
 
 from llorch_jax.cache.paged.cache import PAGE_SIZE
+from llorch_jax.checks import check_context
+from llorch_jax.decoding.scoring import scores_by_chunks
 from llorch_jax.engine.core import Core
 from llorch_jax.engine.device import TOP_LOGPROBS, Plot
 from llorch_jax.engine.host_pages import OffloadCounts
@@ -28,6 +30,7 @@ from llorch_jax.text.ending import Ending
 from llorch_jax.text.handles import Handle
 from llorch_jax.text.options import GenerationOptions
 from llorch_jax.text.prompts import encode_prompts, row_key
+from llorch_jax.text.results import PromptLogprobs
 from llorch_jax.text.vocabulary import known_ids, tokenizer_of
 from llorch_jax.tracing import is_whole, whole
 
@@ -142,6 +145,7 @@ class Engine:
         known = known_ids(tokenizer_of(model), config.vocab_size)
         max_waiting = whole("max_waiting", max_waiting, EngineError)
         self.model = model
+        self._chunk = limits.chunk
         self._worker = Worker(lambda: Core(model.params, config, plot, known), max_waiting)
 
     def __enter__(self) -> Self:
@@ -205,8 +209,7 @@ class Engine:
             raise OptionError(f"deadline: expected seconds above 0, got {deadline!r:.80}")
         if not isinstance(cache_salt, str):
             raise OptionError(f"cache_salt: expected a text, got {cache_salt!r:.80}")
-        given = prompt if isinstance(prompt, str) else check_ids(prompt, model.config.vocab_size)
-        (ids,) = encode_prompts(model, [given])
+        ids = self._encoded(prompt)
         limit, seed = options.max_new_tokens, options.seed
         assert isinstance(limit, int)  # one per prompt has been refused
         assert isinstance(seed, int)
@@ -229,6 +232,41 @@ class Engine:
         )
         handle.attach(self._worker, self._worker.submit(request))
         return handle
+
+    def prompt_logprobs(
+        self, prompt: str | Sequence[int], top_logprobs: int = 0, *, wanted: Callable[[], bool] = lambda: True
+    ) -> PromptLogprobs:
+        """Log-probabilities of a prompt's tokens, computed in chunks between the steps of other requests.
+
+        Args:
+            prompt: a text, or token ids.
+            top_logprobs: number of alternatives for each token.
+            wanted: called before each chunk; once it returns False, the rest is not computed.
+
+        Raises:
+            OptionError: top_logprobs is out of range, or an id not in the vocabulary.
+            TokenError: the prompt is empty, or has characters that are not in the vocabulary.
+            CapacityError: the prompt has more tokens than the context, and one that needs no position.
+            NonFiniteError: the model's logits are NaN or infinite.
+            EngineError: the engine is closed.
+        """
+        model = self.model
+        most = min(TOP_LOGPROBS, model.config.vocab_size)
+        top = whole("top_logprobs", top_logprobs, OptionError, least=0, most=most)
+        ids = self._encoded(prompt)
+        check_context(model.config, np.int32(len(ids)), -1)
+        found = PromptLogprobs(ids, [None], [None])
+        chunks = scores_by_chunks(model.params, model.config, ids, most if top else 0, self._chunk)
+        while wanted() and (scores := self.inspect(lambda _: next(chunks, None))) is not None:
+            found.logprobs.extend(scores.logprobs.tolist())
+            pairs = zip(scores.top_ids[:, :top].tolist(), scores.top_logprobs[:, :top].tolist(), strict=True)
+            found.top_logprobs.extend(list(zip(*pair, strict=True)) for pair in pairs)
+        return found
+
+    def _encoded(self, prompt: str | Sequence[int]) -> list[int]:
+        given = prompt if isinstance(prompt, str) else check_ids(prompt, self.model.config.vocab_size)
+        (ids,) = encode_prompts(self.model, [given])
+        return list(ids)
 
     def warm_up(self) -> None:
         """Compiles all programs, which otherwise happens when each is first needed.

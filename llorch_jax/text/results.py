@@ -34,6 +34,21 @@ class Generation:
 
 
 @dataclasses.dataclass(frozen=True)
+class PromptLogprobs:
+    """How likely the tokens of a prompt are.
+
+    Attributes:
+        token_ids: ids of the prompt's tokens.
+        logprobs: natural log-probability of each after those before it; None for the first, which has none before it.
+        top_logprobs: for each token but the first the most likely ids in its place, with their log-probabilities.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float | None]
+    top_logprobs: list[TopLogprobs | None]
+
+
+@dataclasses.dataclass(frozen=True)
 class Piece:
     """One step of a stream.
 

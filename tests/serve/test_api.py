@@ -206,7 +206,6 @@ BAD = [
     ({"prompt": PROMPT, "stream": "yes"}, "stream"),
     ({"prompt": PROMPT, "stream_options": {"x": 1}}, "stream_options"),
     ({"prompt": PROMPT, "logprobs": 21}, "logprobs"),
-    ({"prompt": PROMPT, "logprobs": 1, "echo": True}, "echo"),
     ({"prompt": PROMPT, "logit_bias": {"x": 1}}, "logit_bias"),
     ({"prompt": PROMPT, "stop_ids": [999]}, "stop_ids"),
     ({"prompt": PROMPT, "max_new_tokens": [1]}, "max_new_tokens"),

@@ -1,10 +1,12 @@
 """The engine as its users see it: texts, handles, threads, event loops, refusals."""
 
 import asyncio
+import dataclasses
 import threading
 import time
 
 import jax
+import numpy as np
 import pytest
 from tiny import random_model
 
@@ -240,3 +242,53 @@ def test_closing_without_draining_gives_requests_up_within_a_step(model):
 def test_a_reader_that_never_reads_blocks_nobody(engine):
     engine.submit(PROMPT, max_new_tokens=20)
     assert engine.submit("a dog", max_new_tokens=3).result(60).finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"sliding_window": 7}, {"num_kv_heads": 1, "tie_word_embeddings": False}], ids=str
+)
+def test_the_log_probabilities_of_a_prompt_are_those_of_one_pass(settings):
+    model = random_model(**settings)
+    ids = list(range(40))
+    with lj.Engine(model, slots=1, page_size=8, chunk=16) as engine:
+        running = engine.submit("abc", max_new_tokens=30)
+        found = engine.prompt_logprobs(ids, top_logprobs=3)
+        same(running.result(60), lj.generate(model, "abc", max_new_tokens=30))
+    rows = np.asarray(jax.nn.log_softmax(lj.forward(model.params, model.config, [ids])[0]))
+    assert found.token_ids == ids
+    assert (found.logprobs[0], found.top_logprobs[0]) == (None, None)
+    np.testing.assert_allclose(found.logprobs[1:], [rows[i, id] for i, id in enumerate(ids[1:])], atol=1e-5)
+    for row, top in zip(rows, found.top_logprobs[1:], strict=False):
+        assert [id for id, _ in top] == np.argsort(-row, kind="stable")[:3].tolist()
+        np.testing.assert_allclose([value for _, value in top], np.sort(row)[:-4:-1], atol=1e-5)
+
+
+def test_the_rest_of_a_prompt_that_nobody_wants_is_not_scored(model):
+    chunks = iter([True, True, False])
+    with lj.Engine(model, slots=1, page_size=8, chunk=8) as engine:
+        found = engine.prompt_logprobs(list(range(50)), wanted=lambda: next(chunks))
+    assert len(found.logprobs) == 17
+
+
+@pytest.mark.parametrize(
+    ("prompt", "top", "error", "message"),
+    [
+        ("", 0, lj.TokenError, "prompt 0: expected at least one token"),
+        ([999], 0, lj.OptionError, "prompt: expected ids in 0"),
+        ([1] * 66, 0, lj.CapacityError, "expected at most n_positions=64 per row, got 65"),
+        ("a", 21, lj.OptionError, "top_logprobs: expected .* 0 .. 20, got 21"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(engine, prompt, top, error, message):
+    with pytest.raises(error, match=message):
+        engine.prompt_logprobs(prompt, top)
+
+
+def test_logits_that_are_not_numbers_are_reported_and_the_engine_goes_on(model):
+    final = jax.tree.map(lambda leaf: leaf * np.float32(np.nan), model.params.ln_f)
+    broken = lj.Model(model.config, dataclasses.replace(model.params, ln_f=final), model.tokenizer)
+    with lj.Engine(broken, slots=1, page_size=8) as engine:
+        for _ in range(2):
+            with pytest.raises(lj.NonFiniteError):
+                engine.prompt_logprobs("abc")
+        assert engine.stats().failures == 0
