@@ -65,7 +65,8 @@ if TYPE_CHECKING:
     from llorch_jax.sharding import shard
     from llorch_jax.text.asynchronous import astream
     from llorch_jax.text.constrained.constraint import Constraint
-    from llorch_jax.text.engine import Engine, EngineStats
+    from llorch_jax.text.engine import Engine
+    from llorch_jax.text.engine_stats import EngineStats
     from llorch_jax.text.generation import generate, stream
     from llorch_jax.text.handles import Handle
     from llorch_jax.text.options import GenerationOptions
@@ -92,7 +93,7 @@ _HOMES = {
     "DynamicCache": "cache",
     "Engine": "text.engine",
     "EngineError": "errors",
-    "EngineStats": "text.engine",
+    "EngineStats": "text.engine_stats",
     "EvictingCache": "cache",
     "ExportError": "errors",
     "GPT2Config": "config",

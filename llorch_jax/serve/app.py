@@ -1,14 +1,13 @@
 """The HTTP application: routes, limits, authentication, streams."""
 
 import asyncio
-import contextlib
 import dataclasses
 import hmac
 import json
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -18,7 +17,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from llorch_jax.errors import EngineError, LlorchError
-from llorch_jax.serve import jobs
+from llorch_jax.serve import jobs, streams
 from llorch_jax.serve.answers import Echo, Format, error_body, usage_of
 from llorch_jax.serve.bodies import BadRequest, Fields, parse, refusal
 from llorch_jax.serve.cache_map import snapshot
@@ -26,12 +25,8 @@ from llorch_jax.serve.metrics import Collector, exposition
 from llorch_jax.serve.page import PAGE
 from llorch_jax.serve.templates import ChatTemplate
 from llorch_jax.text.engine import Engine, check_ids
-from llorch_jax.text.handles import Handle
-from llorch_jax.text.results import Generation, Piece
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
-Echoes = Callable[[], Coroutine[Any, Any, list[Echo]]]
-Result = TypeVar("Result")
 _METRICS = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -171,7 +166,7 @@ class _Server:
             while True:
                 found = json.dumps(await run_in_threadpool(self._engine.inspect, snapshot))
                 if found != last:
-                    yield _event(found)
+                    yield streams.event(found)
                     last = found
                 await asyncio.sleep(self._settings.map_seconds)
 
@@ -191,14 +186,14 @@ class _Server:
         answer = Format(self._tokenizer, self._settings.name, chat=chat, logprobs=job.logprobs)
         handles = await run_in_threadpool(job.start, self._engine)
         if job.stream:
-            events = _stream(answer, handles, partial(self._echoes, job), job)
+            events = streams.stream(answer, handles, partial(self._echoes, job), job)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         try:
-            found = await _unless_gone(request, _both(partial(self._echoes, job), handles))
+            found = await streams.unless_gone(request, streams.both(partial(self._echoes, job), handles))
         except LlorchError as error:
-            raise BadRequest(str(error), status=_status(error)) from None
+            raise BadRequest(str(error), status=streams.status_of(error)) from None
         finally:
-            _cancel(handles)
+            streams.cancel(handles)
         if found is None:
             return Response(status_code=499)  # nobody reads it
         echoes, results = found
@@ -215,92 +210,6 @@ class _Server:
         finally:
             gone.set()
         return [Echo(text, each, job.silent) for text, each in zip(texts, scores, strict=True)]
-
-
-async def _both(echoes: Echoes, handles: Sequence[Handle]) -> tuple[list[Echo], list[Generation]]:
-    return await echoes(), [await handle.wait() for handle in handles]
-
-
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result | None:
-    """The result of some work, or None if the client disconnects, which cancels the work."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
-    finally:
-        for task in (working, watching):
-            task.cancel()
-        with contextlib.suppress(asyncio.CancelledError, Exception):
-            await asyncio.gather(working, watching, return_exceptions=True)
-
-
-async def _stream(answer: Format, handles: Sequence[Handle], echoes_of: Echoes, job: jobs.Job) -> AsyncIterator[bytes]:
-    """The events of a streamed answer. Whatever ends the stream ends its requests, too."""
-    try:
-        echoes = await echoes_of()
-        places = [answer.places(echo) for echo in echoes]
-        for index, echo in enumerate(echoes):
-            if echo.text or echo.scores or answer.chat:
-                yield _event(json.dumps(answer.opening(index, echo, places[index])))
-        async for index, piece in _merged(handles):
-            if not job.silent:
-                yield _event(json.dumps(answer.part(index, piece.text, (piece, places[index]))))
-        if job.usage:
-            yield _event(json.dumps(answer.usage_part(usage_of(handles, job.samples, silent=job.silent))))
-        yield _event("[DONE]")
-    except LlorchError as error:
-        yield _event(json.dumps(error_body(str(error), _status(error))))
-    finally:
-        _cancel(handles)
-
-
-async def _merged(handles: Sequence[Handle]) -> AsyncIterator[tuple[int, Piece]]:
-    """The pieces of several handles, each with the handle's number, as they arrive."""
-    queue: asyncio.Queue[tuple[int, Piece | BaseException | None]] = asyncio.Queue()
-
-    async def read(index: int, handle: Handle) -> None:
-        try:
-            async for piece in handle:
-                queue.put_nowait((index, piece))
-            queue.put_nowait((index, None))
-        except Exception as error:
-            queue.put_nowait((index, error))
-
-    tasks = [asyncio.ensure_future(read(index, handle)) for index, handle in enumerate(handles)]
-    left = len(tasks)
-    try:
-        while left:
-            index, found = await queue.get()
-            if isinstance(found, BaseException):
-                raise found
-            if found is None:
-                left -= 1
-            else:
-                yield index, found
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
-def _cancel(handles: Sequence[Handle]) -> None:
-    for handle in handles:
-        handle.cancel()
-
-
-def _event(data: str) -> bytes:
-    return f"data: {data}\n\n".encode()
-
-
-def _status(error: LlorchError) -> int:
-    """The HTTP status for a request that failed after it had been queued."""
-    if not isinstance(error, EngineError):
-        return 400
-    return 504 if str(error).startswith("deadline") else 503
 
 
 async def _bad_request(request: Request, error: BadRequest) -> Response:

@@ -1,6 +1,5 @@
 """An engine for many users: requests come and go at any time, and share one model, one cache and every step."""
 
-import dataclasses
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -15,8 +14,6 @@ from llorch_jax.checks import check_context
 from llorch_jax.decoding.scoring import scores_by_chunks
 from llorch_jax.engine.core import Core
 from llorch_jax.engine.device import TOP_LOGPROBS, Plot
-from llorch_jax.engine.host_pages import OffloadCounts
-from llorch_jax.engine.pages import PageCounts
 from llorch_jax.engine.scheduler import Limits
 from llorch_jax.engine.sequences import Request
 from llorch_jax.engine.worker import Worker
@@ -27,6 +24,7 @@ from llorch_jax.text.collecting import Growing
 from llorch_jax.text.constrained.decoding import Rows
 from llorch_jax.text.constrained.matching import can_constrain
 from llorch_jax.text.ending import Ending
+from llorch_jax.text.engine_stats import EngineStats
 from llorch_jax.text.handles import Handle
 from llorch_jax.text.options import GenerationOptions
 from llorch_jax.text.prompts import encode_prompts, row_key
@@ -37,54 +35,6 @@ from llorch_jax.tracing import is_whole, whole
 Value = TypeVar("Value")
 CHUNK = 64
 IDLE_CHUNK = 256
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineStats:
-    """What an engine is doing, and what it has done since it started.
-
-    Attributes:
-        slots: number of requests that can run at once.
-        running: requests that have a slot.
-        waiting: requests that wait for one.
-        pages: how the pages of the cache are used.
-        offload: how the second pool is used, if there is one.
-        requests: requests submitted so far.
-        finished: requests answered in full.
-        cancelled: requests cancelled by their callers.
-        expired: requests that missed their deadline.
-        preemptions: how often a running request has given up its pages, to be computed again later.
-        failures: steps that raised an exception.
-        steps: decode steps.
-        prompt_tokens: prompt tokens of the requests that have got a slot.
-        cached_tokens: how many of them the prefix cache had.
-        new_tokens: tokens generated.
-        first_token: mean seconds from submission to the first token; 0 before there is one.
-        between_tokens: mean seconds between two tokens of a request; 0 before there are any.
-    """
-
-    slots: int
-    running: int
-    waiting: int
-    pages: PageCounts
-    offload: OffloadCounts
-    requests: int
-    finished: int
-    cancelled: int
-    expired: int
-    preemptions: int
-    failures: int
-    steps: int
-    prompt_tokens: int
-    cached_tokens: int
-    new_tokens: int
-    first_token: float
-    between_tokens: float
-
-    @property
-    def hit_rate(self) -> float:
-        """The part of the prompt tokens that the prefix cache had, 0 .. 1."""
-        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
 
 class Engine:
@@ -285,7 +235,7 @@ class Engine:
         Raises:
             EngineError: the engine is closed.
         """
-        return self.inspect(_stats)
+        return self.inspect(EngineStats.of)
 
     def inspect(self, function: Callable[[Core], Value]) -> Value:
         """What a function returns that is called in the engine's thread between two steps, as for a monitor.
@@ -352,23 +302,3 @@ def _settings(model: Model, options: GenerationOptions) -> dict[str, Any]:
     settings = {"temperature": options.temperature, **options.sampling_for(model)}
     Sampling.superset([settings]).check_ids(model.config.vocab_size)
     return settings
-
-
-def _stats(core: Core) -> EngineStats:
-    found = core.statistics
-    first, between = found.first_token, found.between_tokens
-    counts = {
-        field.name: getattr(found, field.name)
-        for field in dataclasses.fields(found)
-        if isinstance(getattr(found, field.name), int)
-    }
-    return EngineStats(
-        slots=core.slots,
-        running=len(core.active),
-        waiting=core.waiting,
-        pages=core.pages.counts(),
-        offload=core.offload.store.counts(),
-        first_token=first.total / max(first.count, 1),
-        between_tokens=between.total / max(between.count, 1),
-        **counts,
-    )
