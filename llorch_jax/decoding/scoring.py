@@ -13,6 +13,7 @@ from llorch_jax.cache.placement import new_cache
 from llorch_jax.cache.static import StaticCache
 from llorch_jax.config import GPT2Config
 from llorch_jax.errors import NonFiniteError
+from llorch_jax.kernels.logits import logsumexp
 from llorch_jax.model import run
 from llorch_jax.params import Params
 
@@ -109,7 +110,7 @@ def _score_chunk(
     """`Scores` of the tokens part[1:] after the first `start` [1] tokens of a cache, which then has part[:-1] too."""
     out = run(params, config, part[None, :-1], cache.replace(lengths=start))
     logits = out.logits[0]
-    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    total = logsumexp(logits)[:, None]
     values, ids = jax.lax.top_k(logits, top)
     chosen = jnp.take_along_axis(logits, part[1:, None], axis=-1)
     return ((chosen - total)[:, 0], ids.astype(jnp.int32), values - total), out.cache

@@ -20,6 +20,7 @@ from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.params import DecodingParams
 from llorch_jax.decoding.request import Request
 from llorch_jax.errors import NonFiniteError, SamplerError
+from llorch_jax.kernels.logits import logsumexp
 from llorch_jax.model import run
 from llorch_jax.params import Params
 
@@ -139,7 +140,7 @@ def choose(decoding: DecodingParams, logits: jax.Array, before: DecodeState, pos
     done = before.done
     going = 1 - done.astype(jnp.int32)
     token = jnp.where(done, decoding.filler if before.token is None else before.token, token)
-    total = jax.nn.logsumexp(logits, axis=-1)
+    total = logsumexp(logits)
     logprob = jnp.take_along_axis(logits, jnp.maximum(token, 0)[:, None], axis=1)[:, 0] - total
     logprob = jnp.where(done, 0.0, jnp.where(token < 0, jnp.nan, logprob))
     top = None

@@ -18,6 +18,7 @@ from llorch_jax.cache.placement import pinned
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.params import DecodingParams
 from llorch_jax.decoding.steps import Alternatives, DecodeState, choose
+from llorch_jax.kernels.logits import logsumexp
 from llorch_jax.model import output_logits, run
 from llorch_jax.params import Params
 from llorch_jax.sampling import History, Sampling
@@ -222,8 +223,7 @@ def draw(
 def alternatives(logits: jax.Array, *, count: int) -> Alternatives:
     """The `count` most likely tokens given logits [A, V]; a separate program, since few requests ask for them."""
     values, ids = jax.lax.top_k(logits, count)
-    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    return Alternatives(ids.astype(jnp.int32), values - total)
+    return Alternatives(ids.astype(jnp.int32), values - logsumexp(logits)[:, None])
 
 
 def _rows_of(cache: PagedCache, lengths: jax.Array, tables: Any) -> PagedCache:

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import jax
 
 _NAMES = ("_native.so", "_native.dylib", "_native.dll")
-_TARGETS = ("llorch_matmul", "llorch_attention", "llorch_layer_norm", "llorch_write")
-_INTERFACE = 4  # to be raised, here and in dispatch.cpp, with what the custom calls take
+_TARGETS = ("llorch_matmul", "llorch_attention", "llorch_layer_norm", "llorch_summarize", "llorch_write")
+_INTERFACE = 5  # to be raised, here and in dispatch.cpp, with what the custom calls take
 
 
 class Library(NamedTuple):

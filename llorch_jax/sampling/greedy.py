@@ -1,8 +1,9 @@
 """The sampler that takes the most likely token."""
 
 import jax
-import jax.numpy as jnp
 from flax import struct
+
+from llorch_jax.kernels.logits import most_likely
 
 
 @struct.dataclass
@@ -23,9 +24,3 @@ class Greedy:
 
     def __repr__(self) -> str:
         return "Greedy()"
-
-
-def most_likely(logits: jax.Array) -> jax.Array:
-    """int32 [B], the id of each row's largest logit, of equal ones the lowest."""
-    # As argmax, which takes up to three times as long: XLA's CPU backend does not vectorise it.
-    return jax.lax.top_k(logits, 1)[1][..., 0].astype(jnp.int32)

@@ -13,11 +13,11 @@ import numpy as np
 from flax import struct
 
 from llorch_jax.errors import SamplerError
+from llorch_jax.kernels.logits import most_likely
 from llorch_jax.sampling import truncation
 from llorch_jax.sampling.base import MASKED, History
 from llorch_jax.sampling.chain import PENALTIES, TRUNCATIONS
 from llorch_jax.sampling.drawing import draw
-from llorch_jax.sampling.greedy import most_likely
 from llorch_jax.sampling.ids import ID_SETTINGS
 from llorch_jax.sampling.settings import (
     ALL,

@@ -48,4 +48,4 @@ extern "C" __attribute__((visibility("default"))) const char* llorch_isa() {
 }
 
 // For Python: the number in library.py at the time when this was built.
-extern "C" __attribute__((visibility("default"))) int llorch_interface() { return 4; }
+extern "C" __attribute__((visibility("default"))) int llorch_interface() { return 5; }

@@ -165,6 +165,15 @@ struct Norm {
   float epsilon;
 };
 
+// Rows of logits; for each the index of the largest and the logarithm of the sum of the exponentials.
+struct Logits {
+  const float* x;  // [rows, columns]
+  int32_t* ids;    // [rows]
+  float* totals;   // [rows]
+  size_t rows;
+  size_t columns;
+};
+
 struct Kernels {
   const char* name;
   void (*prepare)(const Product& product);
@@ -175,6 +184,7 @@ struct Kernels {
   void (*merge)(const Attention& attention);
   // Normalizes a block of columns.
   void (*normalize)(const Norm& norm, size_t block);
+  void (*summarize)(const Logits& logits, size_t row);
   const ManyKernels* many;
 };
 

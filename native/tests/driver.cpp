@@ -14,6 +14,7 @@
 #include "attention_cases.h"
 #include "common.h"
 #include "dispatch.h"
+#include "logits_cases.h"
 #include "norm_cases.h"
 #include "parallel.h"
 
@@ -197,7 +198,7 @@ int main(int count, char** arguments) {
     }
   }
   for (int i = 0; i < cases; ++i) {
-    if (!attention_agrees(*kernels) || !norm_agrees(*kernels)) return 1;
+    if (!attention_agrees(*kernels) || !norm_agrees(*kernels) || !logits_agree(*kernels)) return 1;
   }
   if (!loops_end()) return 1;
   std::printf("%s: %d cases\n", kernels->name, cases);
