@@ -99,7 +99,7 @@ class Chat:
         """
         self.options = GenerationOptions.create(**options)
         self.options.check_method("chat")
-        self.options.check_model(model.config)
+        self.options.check_model(model)
         self.model = model
         self.template = template
         self.layout: Any = self.options.cache

@@ -176,6 +176,8 @@ def test_a_prefix_hit_is_counted(engine):
         ({"logit_bias": {999: 1.0}}, lj.SamplerError, "logit_bias: expected ids in 0"),
         ({"priority": 1.5}, lj.OptionError, "priority: expected a whole number"),
         ({"deadline": 0}, lj.OptionError, "deadline: expected seconds above 0"),
+        ({"deadline": 10**400}, lj.OptionError, "deadline: expected seconds above 0"),
+        ({"deadline": True}, lj.OptionError, "deadline: expected seconds above 0"),
         ({"cache_salt": 3}, lj.OptionError, "cache_salt: expected a text"),
         ({"sample": -1}, lj.OptionError, "sample: expected a whole number"),
         ({"tempreature": 1}, lj.OptionError, "did you mean temperature"),
