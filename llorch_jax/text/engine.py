@@ -285,7 +285,7 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
         OptionError: they are not ids of the vocabulary.
     """
     known = ids.tolist() if isinstance(ids, np.ndarray | jax.Array) else ids
-    if not isinstance(known, Sequence):
+    if not isinstance(known, Sequence) or isinstance(known, bytes | bytearray):
         raise OptionError(f"prompt: expected a text or a list of token ids, got a {type(ids).__name__}")
     for id in known:
         if not is_whole(id) or not 0 <= id < vocab_size:
