@@ -84,7 +84,7 @@ def _is_bias(value: Any) -> bool:
     if not isinstance(value, dict) or not _is_ids(value):
         return False
     known = np.asarray([*value.values(), 0.0])
-    if known.dtype.kind not in "iuf":
+    if known.dtype.kind not in "iuf" or any(isinstance(each, bool | np.bool_) for each in value.values()):
         return False
     with np.errstate(all="ignore"):
         small = known.astype(np.float32)
