@@ -71,12 +71,12 @@ def inspect(source: str, cache: str, settings: dict[str, Any]) -> None:
         file = GGUF.open(directory)
         config = file.config()
         stored_weights = file.describe()
+    plan = plan_memory(config, cache, **settings)  # before anything is printed, as it may refuse
     table = Table("setting", "value", title=escape(source))
     for field in dataclasses.fields(config):
         table.add_row(field.name, str(getattr(config, field.name)))
     Console().print(table)
     print(f"parameters: {count_params(param_shapes(config)):,}; {stored_weights}")
-    plan = plan_memory(config, cache, **settings)
     stored = f" of {settings['codec']}" if "codec" in settings else ""
     print(f"{cache} cache{stored}: {show_bytes(plan.total)} per sequence of up to {config.n_positions} tokens")
     if plan.full != plan.total:

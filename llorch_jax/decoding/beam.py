@@ -6,6 +6,7 @@ by length ** length_penalty, and the best K others continue.
 """
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any, Literal
 
@@ -29,7 +30,9 @@ from llorch_jax.sampling.masking import only_allowed
 from llorch_jax.tracing import whole
 
 _MOST_BEAMS = 4096  # rows of one batch per prompt; more is probably a mistake, and would run out of memory
-_NEVER = -1e9  # a score that no text has
+_NEVER = -1e30  # a score that no text has
+_MOST_PENALTY = 1e6  # of diversity, and the largest power of a length: scores stay well above `_NEVER`
+_MOST_POWER = 1e12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +156,7 @@ def beam_search(
     """
     whole("max_new_tokens", max_new_tokens, CapacityError)
     check_beams(num_beams, num_return, num_beam_groups, length_penalty, diversity_penalty, early_stopping)
+    check_power(length_penalty, max_new_tokens)
     whole("num_beams", num_beams, SearchError, most=num_beam_groups * count_ids(config, allowed))  # first tokens differ
     request = prepare(config, prompt_tokens, max_new_tokens, cache, lengths, eos_id=eos_id, mesh=params.mesh)
     check_untraced(request)
@@ -194,9 +198,19 @@ def check_beams(
     if num_beams % num_beam_groups:
         raise SearchError(f"num_beam_groups: expected a divisor of num_beams={num_beams}, got {num_beam_groups}")
     check_real("length_penalty", length_penalty)
-    check_real("diversity_penalty", diversity_penalty, least=0.0)
+    check_real("diversity_penalty", diversity_penalty, least=0.0, most=_MOST_PENALTY)
     if not isinstance(early_stopping, bool | str) or early_stopping not in (True, False, "never"):
         raise SearchError(f"early_stopping: expected True, False or 'never', got {early_stopping!r:.80}")
+
+
+def check_power(length_penalty: float, max_new_tokens: int) -> None:
+    """Raises SearchError for a length penalty by which scores would leave the range of float32."""
+    most = math.log(_MOST_POWER) / max(math.log(max_new_tokens), 1e-9)
+    if abs(length_penalty) > most:
+        raise SearchError(
+            f"length_penalty: expected a number from -{most:.2g} to {most:.2g} with {max_new_tokens} new tokens, "
+            f"got {length_penalty!r:.40}"
+        )
 
 
 def _start(request: Request, num_beams: int, num_beam_groups: int, cache: KVCache) -> _State:

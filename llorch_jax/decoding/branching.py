@@ -17,6 +17,8 @@ from llorch_jax.tracing import is_concrete
 
 Cache = TypeVar("Cache", bound=KVCache)
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 
 def feed(
     params: Params, config: GPT2Config, token: jax.Array, cache: Cache, count: jax.Array | None = None
@@ -67,9 +69,9 @@ def check_numbers(values: Any) -> None:
 
 
 def check_real(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> None:
-    """Raises SearchError unless a setting is a finite number in a range."""
+    """Raises SearchError unless a setting is a finite number, in float32 too, in a range."""
     known = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    if known and math.isfinite(value) and least <= value <= most:
+    if known and max(least, -_LARGEST) <= value <= min(most, _LARGEST):
         return
     expected = "a finite number"
     if math.isfinite(least):

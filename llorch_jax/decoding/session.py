@@ -95,8 +95,8 @@ class Session:
             SamplerError, NonFiniteError: as `generate_tokens`; the session cannot be continued then.
         """
         wanted = new_token_counts(max_new_tokens, len(self.counts))
+        check_cache(config, self.state.cache)  # before anything of the state is read, which was donated with it
         finished = np.array(self.state.finished)
-        check_cache(config, self.state.cache)
         counts = wanted - self.pending
         needed = np.where(finished, 0, counts)
         check_context(config, self.state.cache.lengths, needed)

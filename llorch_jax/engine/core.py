@@ -223,11 +223,12 @@ class Core:
         del self._waiting[sequence.rank]
         pages = self._match(sequence)
         self.pages.hold(page for page in pages if page >= 0)
+        if sequence.cached is None:
+            self.statistics.prompt_tokens += sequence.target
+            self.statistics.cached_tokens += len(pages) * self._limits.page_size
         absent = sequence.begin(pages, self._limits.page_size)
         sequence.slot = self._free_slots.pop()
         self._running[sequence.rank] = sequence
-        self.statistics.prompt_tokens += sequence.target
-        self.statistics.cached_tokens += sequence.cached
         return absent
 
     def _store_evicted(self) -> None:

@@ -78,7 +78,7 @@ class Sequence:
         slot: its slot; None while it waits.
         dispatched: total number of new tokens whose computation has been dispatched.
         over: whether it has ended, failed or been cancelled.
-        cached: number of tokens that the prefix cache had when the request was last admitted.
+        cached: number of prompt tokens that the prefix cache had when the request first got a slot; None before that.
         submitted: `time.perf_counter()` when it was submitted.
         started: the same at its first token; None before that.
         latest: the same at its newest token.
@@ -97,7 +97,7 @@ class Sequence:
         self.slot: int | None = None
         self.dispatched = 0
         self.over = False
-        self.cached = 0
+        self.cached: int | None = None
         self.submitted = time.perf_counter()
         self.started: float | None = None
         self.latest = self.submitted
@@ -180,7 +180,9 @@ class Sequence:
     def begin(self, pages: list[int], page_size: int) -> list[tuple[int, bytes, bytes]]:
         """Starts with pages of the prefix cache; returns number, digest and tokens of those given as -1."""
         self.pages = list(pages)
-        self.cached = self.computed = len(pages) * page_size
+        self.computed = len(pages) * page_size
+        if self.cached is None:  # later it finds its own pages
+            self.cached = self.computed
         absent = []
         for number, page in enumerate(pages):
             content = self._chain.push(self.tokens[number * page_size : (number + 1) * page_size].tolist())

@@ -2,6 +2,7 @@
 
 from llorch_jax.sampling.base import History, KnowsProbabilities, Sampler, check_sampler
 from llorch_jax.sampling.greedy import Greedy
+from llorch_jax.sampling.ids import bias_of_json
 from llorch_jax.sampling.making import breakers_of, make_sampler
 from llorch_jax.sampling.mirostat import Mirostat
 from llorch_jax.sampling.penalties import (
@@ -54,6 +55,7 @@ __all__ = [
     "apply_top_p",
     "apply_typical_p",
     "apply_xtc",
+    "bias_of_json",
     "breakers_of",
     "check_sampler",
     "dynamic_temperature",

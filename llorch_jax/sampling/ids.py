@@ -5,15 +5,35 @@ nothing. Every setting has a value that does nothing, which rows of a superset h
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from llorch_jax.buckets import power_of_two
+from llorch_jax.errors import SamplerError
 from llorch_jax.tracing import is_whole
 
+_ID = re.compile("0|[1-9][0-9]{0,9}")  # as JSON writes it
 Sizes = tuple[int, ...]
+
+
+def bias_of_json(value: Any) -> dict[int, Any]:
+    """A logit bias with ids as keys from one with texts as keys, as JSON has it.
+
+    Raises:
+        SamplerError: it is not a dict, or a key or a value is wrong; the message names the key.
+    """
+    if not isinstance(value, dict):
+        raise SamplerError(f"logit_bias: expected an object from id to number, got {value!r:.80}")
+    for id, bias in value.items():
+        written = isinstance(id, str) and _ID.fullmatch(id)  # int would also take " 7", "0_7" and "٧"
+        if not written and not is_whole(id):
+            raise SamplerError(f"logit_bias: expected ids as keys, got {id!r:.40}")
+        if not _is_bias({0: bias}):
+            raise SamplerError(f"logit_bias: expected a number for the id {id}, got {bias!r:.40}")
+    return {int(id): bias for id, bias in value.items()}
 
 
 def _padded(rows: list[list[Any]], filler: Any, dtype: Any = np.int32, least: int = 0) -> np.ndarray:
@@ -64,7 +84,7 @@ def _is_bias(value: Any) -> bool:
     if not isinstance(value, dict) or not _is_ids(value):
         return False
     known = np.asarray([*value.values(), 0.0])
-    if known.dtype.kind not in "iuf":
+    if known.dtype.kind not in "iuf" or any(isinstance(each, bool | np.bool_) for each in value.values()):
         return False
     with np.errstate(all="ignore"):
         small = known.astype(np.float32)

@@ -1,19 +1,18 @@
 """Request bodies: JSON objects whose fields must all be known and valid, and are named in every error."""
 
 import json
-import re
 import secrets
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llorch_jax.errors import LlorchError
+from llorch_jax.sampling import bias_of_json
 from llorch_jax.serve.formats import GUIDED, response_format, structured_outputs
 from llorch_jax.text.constrained.constraint import KINDS
 from llorch_jax.text.options import SAMPLING, GenerationOptions
 from llorch_jax.tracing import is_whole
 
 MOST_SAMPLES = 128
-_MOST_BIAS = 3.4e38  # float32 has no larger numbers
 _IGNORED = ("model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 _REFUSED = {
     "suffix": "text is only continued at its end",
@@ -187,13 +186,8 @@ def refusal(error: Exception, names: Mapping[str, str] | None = None) -> BadRequ
 
 
 def _bias(value: Any) -> dict[int, Any]:
-    """A logit bias, whose keys are strings in JSON."""
-    if not isinstance(value, dict):
-        raise BadRequest(f"logit_bias: expected an object from id to number, got {value!r:.80}", "logit_bias")
-    for id, bias in value.items():
-        if not re.fullmatch("0|[1-9][0-9]{0,9}", id):  # as JSON writes it; int would also take " 7", "0_7" and "٧"
-            raise BadRequest(f"logit_bias: expected ids as keys, got {id!r:.40}", "logit_bias")
-        number = isinstance(bias, int | float) and not isinstance(bias, bool)
-        if not number or (abs(bias) > _MOST_BIAS and bias != float("-inf")):
-            raise BadRequest(f"logit_bias: expected a number for the id {id}, got {bias!r:.40}", "logit_bias")
-    return {int(id): bias for id, bias in value.items()}
+    """A logit bias by ids."""
+    try:
+        return bias_of_json(value)
+    except LlorchError as error:
+        raise refusal(error) from None

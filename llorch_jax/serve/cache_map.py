@@ -28,7 +28,7 @@ def _running(sequence: Sequence, page_size: int) -> dict[str, Any]:
         "id": sequence.rank.arrival,
         "slot": sequence.slot,
         "pages": [*sequence.pages],  # a copy, as the engine goes on
-        "cached": sequence.cached // page_size,
+        "cached": (sequence.cached or 0) // page_size,
         "computed": sequence.computed,
         "prompt": len(sequence.request.tokens),
         "tokens": sequence.length,

@@ -169,7 +169,6 @@ def _job(
     known = isinstance(extra, dict) and not set(extra) - {"include_usage", "include_obfuscation"}
     if not known or not all(each is None or isinstance(each, bool) for each in extra.values()):
         raise BadRequest(f"stream_options: expected include_usage, true or false, got {extra!r:.80}", "stream_options")
-    deadline = fields.take("deadline")
     job = Job(
         prompts=prompts,
         samples=samples,
@@ -180,19 +179,13 @@ def _job(
         stream=stream,
         usage=bool(extra.get("include_usage")),
         priority=fields.number("priority", 0, -(2**31), 2**31),
-        deadline=None if deadline is None else _seconds(deadline),
+        deadline=fields.take("deadline"),
         salt=fields.text("cache_salt"),
         options=fields.options(default_tokens, logprobs or 0, engine.model.config.eos_ids),
         names={"prompt": source, "text": source, **fields.names},
     )
     fields.end()
     return job
-
-
-def _seconds(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
-        raise BadRequest(f"deadline: expected seconds above 0, got {value!r:.80}", "deadline")
-    return float(value)
 
 
 def _prompts(value: Any) -> list[Prompt]:

@@ -99,7 +99,7 @@ class Chat:
         """
         self.options = GenerationOptions.create(**options)
         self.options.check_method("chat")
-        self.options.check_model(model.config)
+        self.options.check_model(model)
         self.model = model
         self.template = template
         self.layout: Any = self.options.cache
@@ -111,6 +111,7 @@ class Chat:
         self._begin()
 
     def _begin(self) -> None:
+        self._speaking = False  # whether a reply is under way, which has the cache
         self.tokens: list[int] = self._tokenizer.encode(self.system, add_special_tokens=True) if self.system else []
         self.turns: list[Turn] = []
         self.cache = self._empty()
@@ -137,6 +138,7 @@ class Chat:
             ChatError: there is no text to continue, or `words` is not a text.
             CapacityError: the turn does not fit into the context. The conversation is unchanged.
         """
+        self._check_quiet()
         if not isinstance(words, str):
             raise ChatError(f"words: expected a text, got {words!r:.80}")
         written = self.template.before + words + self.template.after
@@ -154,6 +156,7 @@ class Chat:
         Raises:
             ChatError: there is no turn.
         """
+        self._check_quiet()
         if not self.turns:
             raise ChatError("expected a turn with a reply to take back, got none")
         turn = self.turns[-1]
@@ -202,6 +205,7 @@ class Chat:
         self.cache = self._empty()
 
     def _reply(self, new: list[int], limit: int, at_limit: Ended, seed: int) -> Generator[str, None, None]:
+        self._check_quiet()  # again, as this runs when the first piece is asked for
         before = len(self.tokens)
         turn = Turn(before, before + len(new), timings=Timings(0.0, 0.0, 0.0, 0), ended="closed")
         watch = Stopwatch()
@@ -216,6 +220,7 @@ class Chat:
         ending = self._ending(limit)
         transcript = Transcript(self._tokenizer, ending)
         try:
+            self._speaking = True
             for step in segment.run():
                 turn.generated += 1
                 turn.timings = _timed(turn, watch)
@@ -230,6 +235,7 @@ class Chat:
                     return
                 watch.skip()  # what the caller did with the piece
         finally:
+            self._speaking = False
             self._settle(segment.state.cache, turn.reply, transcript.text)
 
     def _ending(self, limit: int) -> Ending:
@@ -286,6 +292,7 @@ class Chat:
         Raises:
             ChatError: there is none.
         """
+        self._check_quiet()
         if not self.turns:
             raise ChatError("expected a turn to take back, got none")
         before = self.turns.pop().start
@@ -294,10 +301,12 @@ class Chat:
 
     def new(self) -> None:
         """Begins a new conversation, with the same system text."""
+        self._check_quiet()
         self._begin()
 
     def fork(self) -> "Chat":
         """An independent conversation with the same past; its cache is a copy."""
+        self._check_quiet()
         twin = object.__new__(Chat)
         twin.__dict__ |= self.__dict__ | {"tokens": [*self.tokens], "turns": [*self.turns]}
         twin.cache = jax.tree.map(jnp.array, self.cache)
@@ -314,6 +323,8 @@ class Chat:
         Raises:
             ChatError: it cannot be written.
         """
+        if with_cache:
+            self._check_quiet()
         tokens = jnp.asarray(self.tokens, jnp.int32)
         turns = np.array([(turn.start, turn.reply) for turn in self.turns], np.int32).reshape(-1, 2)
         saved = SavedConversation(tokens, jnp.asarray(turns), self.cache if with_cache else None)
@@ -325,12 +336,18 @@ class Chat:
         Raises:
             ChatError: the file is missing or damaged, or is not a conversation with this model.
         """
+        self._check_quiet()
         saved = read_archive(Path(path), CONVERSATION, self._fingerprint())
         if np.asarray(saved.tokens).max(initial=0) >= self.model.config.vocab_size:
             raise ChatError(f"{path}: expected token ids below vocab_size={self.model.config.vocab_size}, got others")
         self.tokens = np.asarray(saved.tokens).tolist()
         self.turns = [Turn(start, reply) for start, reply in np.asarray(saved.turns).tolist()]
         self.cache = self._empty() if saved.cache is None else saved.cache
+
+    def _check_quiet(self) -> None:
+        """Raises ChatError while a reply is under way."""
+        if self._speaking:
+            raise ChatError("expected the reply before to be read to its end or closed, got one that is under way")
 
     def _fingerprint(self) -> str:
         return fingerprint(self.model.params, self.model.config)

@@ -35,6 +35,7 @@ from llorch_jax.tracing import is_whole, whole
 Value = TypeVar("Value")
 CHUNK = 64
 IDLE_CHUNK = 256
+_MOST_SECONDS = 1e9  # a deadline beyond this is probably a mistake, and one beyond float64 would be none
 
 
 class Engine:
@@ -155,8 +156,9 @@ class Engine:
         settings = _settings(model, options)
         if not is_whole(priority):
             raise OptionError(f"priority: expected a whole number, got {priority!r:.80}")
-        if deadline is not None and (not isinstance(deadline, int | float) or not deadline > 0):
-            raise OptionError(f"deadline: expected seconds above 0, got {deadline!r:.80}")
+        number = isinstance(deadline, int | float) and not isinstance(deadline, bool)
+        if deadline is not None and not (number and 0 < deadline < _MOST_SECONDS):
+            raise OptionError(f"deadline: expected seconds above 0 and below 1e9, got {deadline!r:.80}")
         if not isinstance(cache_salt, str):
             raise OptionError(f"cache_salt: expected a text, got {cache_salt!r:.80}")
         ids = self._encoded(prompt)
@@ -283,7 +285,7 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
         OptionError: they are not ids of the vocabulary.
     """
     known = ids.tolist() if isinstance(ids, np.ndarray | jax.Array) else ids
-    if not isinstance(known, Sequence):
+    if not isinstance(known, Sequence) or isinstance(known, bytes | bytearray):
         raise OptionError(f"prompt: expected a text or a list of token ids, got a {type(ids).__name__}")
     for id in known:
         if not is_whole(id) or not 0 <= id < vocab_size:
@@ -296,7 +298,7 @@ def _settings(model: Model, options: GenerationOptions) -> dict[str, Any]:
     options.check_method("the engine")
     if options.constraint is not None:
         options.check_method("constrained generation")
-    options.check_model(model.config)
+    options.check_model(model)
     if options.top_logprobs > TOP_LOGPROBS:
         raise OptionError(f"top_logprobs: expected 0 .. {TOP_LOGPROBS} with the engine, got {options.top_logprobs}")
     settings = {"temperature": options.temperature, **options.sampling_for(model)}

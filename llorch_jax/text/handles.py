@@ -59,7 +59,7 @@ class Handle:
         """Number of prompt tokens that the prefix cache had."""
         if self._sequence is None or not self._sequence.done():
             return 0
-        return min(self._sequence.result().cached, len(self.prompt_ids))
+        return self._sequence.result().cached or 0
 
     @property
     def text(self) -> str:

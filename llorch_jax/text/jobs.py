@@ -16,7 +16,7 @@ from llorch_jax.decoding.overflow import Reencode, check_overflow
 from llorch_jax.errors import BatchFileError, CapacityError, ConstraintError, LlorchError, OptionError
 from llorch_jax.files import read_text
 from llorch_jax.loading.checkpoint import Model
-from llorch_jax.sampling import Sampling, check_sampler
+from llorch_jax.sampling import Sampling, bias_of_json, check_sampler
 from llorch_jax.sampling.masking import Masked
 from llorch_jax.sampling.settings import rows_of
 from llorch_jax.text.constrained.constraint import KINDS, Constraint
@@ -95,6 +95,8 @@ class JobReader:
         for name, value in given.items():
             _check_writable(name, value)
         own = {name: value for name, value in given.items() if name not in _OWN}
+        if isinstance(own.get("logit_bias"), dict):
+            own["logit_bias"] = bias_of_json(own["logit_bias"])
         settings = dict(self._settings)
         if any(name in own for name in KINDS):  # a line's constraint takes the place of the file's
             settings = {name: value for name, value in settings.items() if name not in (*KINDS, "constraint")}
@@ -108,7 +110,7 @@ class JobReader:
             if isinstance(getattr(options, name), tuple):
                 raise OptionError(f"{name}: expected one whole number, got {getattr(options, name)!r:.80}")
         options.check_method(options.method)
-        options.check_model(config)
+        options.check_model(self._model)
         sampler: Any = options.sampler_for(self._model)
         _check_rows(options, sampler)
         check_sampler(sampler, config.vocab_size)

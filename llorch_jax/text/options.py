@@ -12,8 +12,8 @@ from llorch_jax.cache.layouts import fit_cache
 from llorch_jax.cache.placement import new_cache
 from llorch_jax.checks import check_cache
 from llorch_jax.config import GPT2Config
-from llorch_jax.decoding.beam import check_beams
-from llorch_jax.decoding.branching import check_real
+from llorch_jax.decoding.beam import check_beams, check_power
+from llorch_jax.decoding.branching import check_real, count_ids
 from llorch_jax.decoding.overflow import Reencode, check_overflow
 from llorch_jax.errors import CacheError, CapacityError, OptionError, SearchError, TokenError
 from llorch_jax.loading.checkpoint import Model
@@ -190,12 +190,17 @@ class GenerationOptions:
                     raise OptionError(f"{shown}: expected one number with {method}, got {_brief(value)}")
                 raise OptionError(f"{shown}: expected none with {method}, which cannot use it, got {_brief(value)}")
 
-    def check_model(self, config: GPT2Config) -> None:
+    def check_model(self, model: Model) -> None:
         """Raises LlorchError for an option that does not fit a model; nothing is allocated."""
+        config = model.config
         if self.top_logprobs > config.vocab_size:
             raise OptionError(f"top_logprobs: expected 0 .. vocab_size={config.vocab_size}, got {self.top_logprobs}")
-        if self.penalty_alpha is not None:
-            whole("top_k", self.sampling.get("top_k", CANDIDATES), SearchError, most=config.vocab_size)
+        if self.method in ("beam search", "contrastive search"):
+            ids = count_ids(config, known_ids(tokenizer_of(model), config.vocab_size))
+            if self.num_beams is not None:
+                whole("num_beams", self.num_beams, SearchError, most=self.num_beam_groups * ids)
+            else:
+                whole("top_k", self.sampling.get("top_k", CANDIDATES), SearchError, most=ids)
         for id in self.stop_ids:
             if not 0 <= id < config.vocab_size:
                 raise TokenError(f"stop_ids: expected ids in 0 .. {config.vocab_size - 1}, got {id}")
@@ -262,6 +267,8 @@ class GenerationOptions:
                 self.diversity_penalty,
                 self.early_stopping,
             )
+            for limit in self.max_new_tokens if isinstance(self.max_new_tokens, tuple) else (self.max_new_tokens,):
+                check_power(self.length_penalty, limit)
         if self.penalty_alpha is not None:
             check_real("penalty_alpha", self.penalty_alpha, least=0.0, most=1.0)
             whole("top_k", self.sampling.get("top_k", CANDIDATES), SearchError)

@@ -74,7 +74,7 @@ def make_batch(
         LlorchError: an option does not fit the method or the model, or a prompt does not fit the context.
     """
     options.check_method(method)
-    options.check_model(model.config)
+    options.check_model(model)
     # Tokens in the cache come before the prompts, which then do not begin a text.
     begins = not isinstance(options.cache, KVCache) or options.cache.is_empty()
     ids = [row for row in encode_prompts(model, prompts, begins=begins) for _ in range(copies)]

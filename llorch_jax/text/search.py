@@ -61,7 +61,7 @@ def beams(model: Model, prompts: Sequence[Prompt], options: GenerationOptions, n
 def _check(model: Model, prompts: Sequence[Prompt], options: GenerationOptions, method: Method) -> None:
     """Raises LlorchError for options that fit neither the search nor the model, or not as many prompts."""
     options.check_method(method)
-    options.check_model(model.config)
+    options.check_model(model)
     if isinstance(options.seed, tuple):  # without effect, but wrong all the same
         per_prompt("seed", options.seed, len(prompts))
 

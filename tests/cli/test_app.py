@@ -304,6 +304,7 @@ class TestErrors:
 
     def test_directories(self, run, folder, tmp_path):
         check_error(run("inspect", tmp_path), r"config\.json: missing")
+        check_error(run("inspect", folder, "--cache", "paged:1000"), "page-size: expected")
         check_error(run("convert", folder, tmp_path / "new", "--dtype", "int8"), "dtype: expected one of .*'int8'")
 
     @pytest.mark.parametrize(
@@ -314,6 +315,10 @@ class TestErrors:
             ["generate", PROMPT, "-n", "many"],
             ["generate", PROMPT, "--top-logprobs", "2"],
             ["generate", PROMPT, "--draft", "demo", "--speculative", "lookup"],
+            ["generate", PROMPT, "--batch-size", "2"],
+            ["generate", PROMPT, "--overwrite"],
+            ["generate", "--file", "prompts.jsonl", "--out", "out.jsonl", "--json"],
+            ["generate", "--file", "prompts.jsonl", "--out", "out.jsonl", "--timings"],
             ["no-such-command"],
             ["validate", "demo"],
         ],

@@ -102,6 +102,11 @@ def test_the_settings_matter(params):
     assert lengths.min() < NEW
 
 
+@pytest.mark.parametrize("penalty", [-13.0, 13.0])
+def test_scores_of_extreme_penalties_do_not_overflow(params, penalty):
+    check(params, search(params, length_penalty=penalty), eos=EOS, penalty=penalty)
+
+
 @pytest.mark.parametrize("groups", [2, 4])
 def test_diverse_search_equals_a_plain_one(params, groups):
     beams = search(params, num_beam_groups=groups, diversity_penalty=2.0)
@@ -147,7 +152,12 @@ def test_one_beam_is_greedy(params):
         ({"num_return": 5}, "at most num_beams=4, got 5"),
         ({"num_beam_groups": 3}, "a divisor of num_beams=4, got 3"),
         ({"length_penalty": float("nan")}, "length_penalty: expected a finite"),
+        ({"length_penalty": 10**400}, "length_penalty: expected a finite"),
+        ({"length_penalty": 1e39}, "length_penalty: expected a finite"),
+        ({"length_penalty": -14.0}, "length_penalty: expected a number from -13 to 13 with 8 new tokens, got -14.0"),
+        ({"num_beams": 12}, r"num_beams: expected a whole number in 1 \.\. 11, got 12"),
         ({"diversity_penalty": -1.0}, "diversity_penalty: expected"),
+        ({"diversity_penalty": 1e39}, "diversity_penalty: expected"),
         ({"early_stopping": "soon"}, "early_stopping: expected True, False or 'never', got 'soon'"),
     ],
 )

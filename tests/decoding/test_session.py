@@ -72,6 +72,13 @@ def test_what_does_not_fit_leaves_the_session_valid():
     assert new.shape == (2, 59)
 
 
+def test_a_session_that_was_continued_is_refused_in_one_line():
+    session = start("static")
+    session.generate(PARAMS, CONFIG, 4)
+    with pytest.raises(lj.CacheError, match="expected one that owns its buffers, got one that was donated"):
+        session.generate(PARAMS, CONFIG, 4)
+
+
 def test_refused_files(tmp_path):
     path = tmp_path / "s.safetensors"
     session = start()

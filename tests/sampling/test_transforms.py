@@ -280,6 +280,7 @@ class TestSettings:
             ({"logit_bias": {3: math.inf}}, "logit_bias"),
             ({"logit_bias": {-1: 1.0}}, "logit_bias"),
             ({"logit_bias": {3: 1e300}}, "logit_bias"),
+            ({"logit_bias": {3: True}}, "logit_bias"),
             ({"forced_tokens": [-2]}, "forced_tokens"),
             ({"dry_base": 2.0}, "dry_base: expected together with dry_multiplier"),
             ({"xtc_threshold": 0.2}, "xtc_threshold: expected together with xtc_probability"),

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import tiny
 
 import llorch_jax as lj
 from llorch_jax.errors import BatchFileError
@@ -51,6 +52,13 @@ def test_each_prompt_gets_what_it_gets_alone(model, source, tmp_path):
         own = {name: value for name, value in given.items() if name not in ("prompt", "id")}
         alone = lj.generate(model, given["prompt"], **{**SETTINGS, **own})
         assert (line["text"], line["token_ids"]) == (alone.text, alone.token_ids)
+
+
+def test_ids_of_a_logit_bias_are_texts_as_json_has_them(tmp_path):
+    source, target = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "Once", "logit_bias": {"65": 1000}}')
+    generate_file(tiny.random_model(), source, target, max_new_tokens=3, logit_bias={66: 500})
+    assert json.loads(target.read_text("utf-8"))["token_ids"] == [65] * 3
 
 
 def test_a_run_stopped_anywhere_resumes_to_the_same_file(model, source, tmp_path, monkeypatch):
@@ -144,6 +152,10 @@ def test_results_of_other_weights_are_refused_and_left(model, source, tmp_path):
         ('{"prompt": "A", "cache": "static:8"}', r"line 2: prompt and max_new_tokens: .* within the context of 8"),
         ('{"prompt": "A", "sampler": "greedy"}', r"line 2: sampler: expected an object"),
         ('{"prompt": "A", "top_p": 2}', r"line 2: top_p: expected"),
+        ('{"prompt": "A", "logit_bias": {"07": 1}}', r"line 2: logit_bias: expected ids as keys, got '07'"),
+        ('{"prompt": "A", "logit_bias": {"7": "x"}}', r"line 2: logit_bias: expected a number for the id 7, got 'x'"),
+        ('{"prompt": "A", "num_beams": 4096, "max_new_tokens": 9, "length_penalty": -99}', r"line 2: length_penalty: "),
+        ('{"prompt": "A", "penalty_alpha": 1' + "0" * 400 + "}", r"line 2: penalty_alpha: expected a finite number"),
         ('{"prompt": "A", "top_q": 2}', r"line 2: top_q: got an unknown option; did you mean top_"),
         ('{"prompt": "A", "seed": "x"}', r"line 2: seed: expected a whole number, got 'x'"),
     ],

@@ -97,6 +97,20 @@ def test_nothing_withheld_is_lost_where_the_model_ends():
         assert say(chat, "o", 20) == shown
 
 
+def test_a_reply_under_way_has_the_conversation_for_itself(tmp_path):
+    chat = Chat(tiny.random_model(), RAW)
+    under_way, late = chat.reply("Once", 6), chat.reply("A", 2)
+    text = next(under_way)
+    others = [chat.undo, chat.new, chat.fork, chat.regenerate, lambda: chat.reply("A"), lambda: next(late)]
+    for other in [*others, lambda: chat.save(tmp_path / "chat"), lambda: chat.load(tmp_path / "chat")]:
+        with pytest.raises(ChatError, match="expected the reply before to be read to its end or closed"):
+            other()
+    chat.save(tmp_path / "text", with_cache=False)  # as after a fault in the middle of a reply
+    assert text + "".join(under_way) == say(Chat(chat.model, RAW), "Once", 6)
+    chat.undo()
+    assert say(chat, "Once", 6).startswith(text)
+
+
 def test_options_that_a_conversation_cannot_use_are_refused(model):
     for options, message in (
         ({"num_beams": 2}, "num_beams: expected none with chat"),

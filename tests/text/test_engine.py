@@ -54,6 +54,11 @@ def test_a_result_is_that_of_generate(model, engine, options):
         assert [[id for id, _ in top] for top in got.top_logprobs] == [[id for id, _ in t] for t in wanted.top_logprobs]
 
 
+def test_bytes_are_no_prompt(engine):
+    with pytest.raises(lj.OptionError, match="prompt: expected a text or a list of token ids, got a bytes"):
+        engine.submit(b"the cat")
+
+
 @pytest.mark.parametrize("sample", [1, 2**31 - 1])
 def test_a_sample_of_any_number_is_drawn_at_once(model, engine, sample):
     got = engine.submit(PROMPT, max_new_tokens=9, temperature=0.9, seed=3, sample=sample).result(60)
@@ -176,6 +181,8 @@ def test_a_prefix_hit_is_counted(engine):
         ({"logit_bias": {999: 1.0}}, lj.SamplerError, "logit_bias: expected ids in 0"),
         ({"priority": 1.5}, lj.OptionError, "priority: expected a whole number"),
         ({"deadline": 0}, lj.OptionError, "deadline: expected seconds above 0"),
+        ({"deadline": 10**400}, lj.OptionError, "deadline: expected seconds above 0"),
+        ({"deadline": True}, lj.OptionError, "deadline: expected seconds above 0"),
         ({"cache_salt": 3}, lj.OptionError, "cache_salt: expected a text"),
         ({"sample": -1}, lj.OptionError, "sample: expected a whole number"),
         ({"tempreature": 1}, lj.OptionError, "did you mean temperature"),

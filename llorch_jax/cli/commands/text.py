@@ -19,6 +19,7 @@ OverflowOption = Annotated[
         panel="Length and ending",
     ),
 ]
+_BATCH_SIZE = 8
 
 
 @with_settings(
@@ -82,7 +83,7 @@ def generate_command(
     ] = None,
     batch_size: Annotated[
         int, option("--batch-size", metavar="N", help="Prompts per batch, 1 or more.", panel="Prompts from a file")
-    ] = 8,
+    ] = _BATCH_SIZE,
     overwrite: Annotated[
         bool, option("--overwrite", help="Replace the output file.", panel="Prompts from a file")
     ] = False,
@@ -120,6 +121,10 @@ def generate_command(
         raise typer.BadParameter("--speculative, --draft: expected one of them, got both")
     if file is not None and (speculative or draft):
         raise typer.BadParameter("--file: expected neither --speculative nor --draft with it")
+    if file is None and (overwrite or batch_size != _BATCH_SIZE):
+        raise typer.BadParameter("--batch-size, --overwrite: expected --file with them")
+    if file is not None and (as_json or timings):
+        raise typer.BadParameter("--file: expected neither --json nor --timings with it")
     if ray is None and (actors is not None or cpus != 1):
         raise typer.BadParameter("--actors, --cpus: expected --ray with them")
     if ray is not None and file is None:
