@@ -6,11 +6,13 @@
 namespace llorch {
 namespace {
 
-#if defined(LLORCH_X86)
+#if defined(LLORCH_AVX2) || defined(LLORCH_AVX512)
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
+#endif
 
+#if defined(LLORCH_AVX512)
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
@@ -24,9 +26,13 @@ const Kernels* find() {
   const auto fits = [&](const Kernels& kernels) {
     return wanted == nullptr || std::strcmp(wanted, kernels.name) == 0;
   };
-#if defined(LLORCH_X86)
+#if defined(LLORCH_AVX2) || defined(LLORCH_AVX512)
   __builtin_cpu_init();
+#endif
+#if defined(LLORCH_AVX512)
   if (fits(kAvx512) && has_avx512()) return &kAvx512;
+#endif
+#if defined(LLORCH_AVX2)
   if (fits(kAvx2) && has_avx2()) return &kAvx2;
 #endif
   return fits(kPortable) ? &kPortable : nullptr;

@@ -188,12 +188,10 @@ struct Kernels {
   const ManyKernels* many;
 };
 
-#if defined(LLORCH_X86)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 extern const ManyKernels kAvx2Many;
 extern const ManyKernels kAvx512Many;
-#endif
 extern const Kernels kPortable;
 extern const ManyKernels kPortableMany;
 

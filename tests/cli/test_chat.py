@@ -12,6 +12,7 @@ import pytest
 import tiny
 
 import llorch_jax as lj
+from llorch_jax.cli import app
 from llorch_jax.text.chat import RAW, Chat
 
 PROMPT = r"\n> "
@@ -82,15 +83,12 @@ def test_commands(folder, tmp_path):
     assert "Two\nlines" in text_of(folder, tmp_path / "lines")
 
 
-def test_another_reply(folder):
-    with chat(folder, "--temperature", "1.5") as terminal:
-        terminal.until(PROMPT)
-        terminal.send("Once\n")
-        first = terminal.until(PROMPT).partition("\n")[2]
-        terminal.send("/regenerate\n")
-        assert terminal.until(PROMPT).partition("\n")[2] != first
-        terminal.send("/quit\n")
-        assert terminal.finish()[0] == 0
+def test_another_reply(talking):
+    replies = []
+    for _ in range(2):
+        talking.send("/regenerate\n")
+        replies.append(talking.until(PROMPT).partition("\n")[2])
+    assert replies[0] != replies[1]
 
 
 @pytest.mark.parametrize(
@@ -115,8 +113,8 @@ def test_no_name_ends_the_chat(folder, talking, line, message):
 
 @pytest.fixture(scope="module")
 def talking(folder):
-    """A chat that has had a turn, for all lines that go wrong."""
-    with chat(folder) as terminal:
+    """A chat that has had a turn, for another reply to it and all lines that go wrong."""
+    with chat(folder, "--temperature", "1.5") as terminal:
         terminal.until(PROMPT)
         terminal.send("Once\n")
         terminal.until(PROMPT)
@@ -223,13 +221,23 @@ def test_a_kill_loses_nothing_of_a_session_but_the_turn_under_way(folder, tmp_pa
     assert text_of(folder, tmp_path / "talk").startswith("Once")
 
 
-@pytest.mark.parametrize("name", ["/dev/null/talk", "no/such/folder/talk", "/dev/full", "x" * 300])
-def test_a_session_that_cannot_be_written_is_refused_at_the_start(folder, name):
-    with chat(folder, "--session", name) as terminal:
+REFUSED = r"error: .*(cannot be|regular file)"
+
+
+def test_a_session_that_cannot_be_written_is_refused_before_the_first_prompt(folder):
+    with chat(folder, "--session", "/dev/full") as terminal:
         code, seen = terminal.finish()
     assert code == 1
-    assert re.search(r"error: .*(cannot be|regular file)", seen)
+    assert re.search(REFUSED, seen)
     assert "> " not in seen
+
+
+@pytest.mark.parametrize("name", ["/dev/null/talk", "no/such/folder/talk", "x" * 300])
+def test_other_names_of_sessions_that_cannot_be_written_are_refused_at_the_start(folder, name, capfd):
+    assert app.run(["chat", "--raw", "-m", str(folder), "--session", name]) == 1
+    out, err = capfd.readouterr()
+    assert re.search(REFUSED, err)
+    assert "> " not in out
 
 
 def test_a_session_that_cannot_be_written_any_more_is_kept_elsewhere(folder, tmp_path, state):

@@ -89,7 +89,7 @@ def test_a_chat_on_a_mesh_says_what_it_says_on_one_device(model, tmp_path):
 
 def test_a_server_on_a_mesh_answers_as_on_one_device(model):
     expected = lj.generate(lj.load(model[1]), "a fox", max_new_tokens=12, temperature=0.9, seed=3).text
-    options = ["--mesh", "data=1,model=2", "--port", "0", "--slots", "2", "--no-warm-up"]
+    options = ["--mesh", "data=1,model=2", "--port", "0", "--slots", "1", "--no-warm-up"]
     with start(model[1], *options, command="serve") as server:
         place = server.stdout.readline().split()[-1]
         body = {"prompt": "a fox", "max_tokens": 12, "temperature": 0.9, "seed": 3, "n": 2}

@@ -7,7 +7,7 @@ from cache_cases import make_config
 from cores import Answer, alone, make_core, request, run
 from hypothesis import given
 from hypothesis import strategies as st
-from profiles import examples
+from profiles import examples, whole
 from tiny import random_params
 
 import llorch_jax as lj
@@ -93,8 +93,11 @@ def params():
 
 @pytest.fixture(scope="module")
 def core(params):
-    """Pages for two of the longest requests, and a bit: they run out."""
-    return make_core(params, CONFIG, slots=3, num_pages=18)
+    """Pages for two of the longest requests, and a bit: they run out.
+
+    In `make test` of the size that test_core.py has, whose compiled programs serve here.
+    """
+    return make_core(params, CONFIG, slots=whole(3, quick=2), num_pages=18)
 
 
 def submit(core, prompt, new, **more):
@@ -200,9 +203,9 @@ def test_a_cancelled_request_with_a_guide_frees_its_pages_at_once(core):
     assert isinstance(answer.error, EngineError)
 
 
-def test_after_warming_up_nothing_is_compiled():
-    config = make_config(layers=1, heads=2, head_dim=8)
-    core = make_core(random_params(config), config, slots=2, num_pages=32)
+def test_after_warming_up_nothing_is_compiled(params):
+    jax.clear_caches()  # programs of other tests
+    core = make_core(params, CONFIG, slots=2, num_pages=18)
 
     def compiles(warm_up, guides):
         warm_up()

@@ -32,7 +32,7 @@ def engine(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    found = random_model(n_layer=1)
+    found = random_model()
     model = lj.Model(found.config, found.params, found.tokenizer, "tiny", folder)
     with lj.Engine(model, slots=2, page_size=8) as engine:
         yield engine

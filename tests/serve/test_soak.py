@@ -20,6 +20,7 @@ from llorch_jax.serve.app import Settings
 from llorch_jax.text.constrained.matching import can_constrain
 
 REQUESTS = whole(5_000, quick=150)
+SLOTS, PAGES = whole(3, quick=2), whole(14, quick=10)  # programs for another number of slots take seconds to compile
 THREADS = 6
 BEGINNING = "the cat sat on the mat"
 OPTIONS = (
@@ -131,7 +132,7 @@ def test_random_requests_get_their_own_texts_and_leave_nothing_behind():
         texts = lj.generate(model, [*prompts], max_new_tokens=[*news], seed=[*seeds], **options)
         wanted |= {number: out.text for number, out in zip(jobs, texts, strict=True)}
     assert len(wanted) == len(JOBS)
-    with lj.Engine(model, slots=3, page_size=8, num_pages=14, max_waiting=5) as engine:
+    with lj.Engine(model, slots=SLOTS, page_size=8, num_pages=PAGES, max_waiting=5) as engine:
         engine.warm_up()
         running = Running(engine, Settings("tiny"))
         try:
