@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import suite
+from benchmarks.agreement import tell_agreement
 from benchmarks.check import read_run, regressions
-from benchmarks.compare import peer_option, precisions, tell_agreement
+from benchmarks.compare import peer_option, precisions
 from benchmarks.measure import write_json
 from benchmarks.profile_cache import tell_parts, tell_signals
 from benchmarks.report import write_report

@@ -6,7 +6,8 @@
 
 PYTHON is the interpreter of an environment that has the peer; docs/benchmarks.md says how to make one. A case is
 BATCHxPROMPT+NEW. In each round every contender in turn generates one token (the prefill) and then NEW tokens; a step is
-the difference divided by NEW - 1. First the greedy tokens are compared: the exit code is 1 if a float32 peer disagrees.
+the difference divided by NEW - 1. First the greedy tokens are compared: the exit code is 1 if a float32 peer
+disagrees by more than its rounding.
 The ratio is the time of llorch_jax, with weights of the same precision, divided by the peer's. Without w8a8, whoever
 rounds activations to 8 bits is compared with our int8.
 """
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import llorch_jax as lj
+from benchmarks.agreement import judged, leading, rounding, tell_agreement
 from benchmarks.decoder import random_tokens
 from benchmarks.limits import Limits
 from benchmarks.measure import Sample, interleaved, machine, random_model
@@ -81,7 +83,7 @@ def measure(
         rows: list[Report] = []
         for case in cases:
             tokens = random_tokens(config, *case[:2]).tolist()
-            lines = list(_agreement(contenders, case, tokens))
+            lines = list(_agreement(contenders, case, tokens, functools.partial(judged, params, config, tokens)))
             able = {line["contender"] for line in lines if "error" not in line}
             taking_part = {name: each for name, each in contenders.items() if name in able}
             values = interleaved(_tasks(taking_part, case, tokens), rounds)
@@ -127,8 +129,10 @@ def _label(case: Case) -> str:
     return f"{case[0]}x{case[1]}+{case[2]}"
 
 
-def _agreement(contenders: dict[str, Contender], case: Case, tokens: list[list[int]]) -> Iterator[Report]:
-    """How many of each contender's first tokens equal ours; or the error of one that cannot run the case."""
+def _agreement(
+    contenders: dict[str, Contender], case: Case, tokens: list[list[int]], judge: Callable[..., Report]
+) -> Iterator[Report]:
+    """How far each contender's tokens are ours, judged in float32; or the error of one that cannot run the case."""
     expected = contenders[OURS].run(tokens, case[2])[0]
     for name, each in contenders.items():
         line: Report = {"case": _label(case), "contender": name, "exact": each.precision == "float32"}
@@ -137,13 +141,7 @@ def _agreement(contenders: dict[str, Contender], case: Case, tokens: list[list[i
         except PeerError as error:
             yield line | {"error": str(error)}
             continue
-        yield line | leading(expected, got)
-
-
-def leading(expected: list[list[int]], got: list[list[int]]) -> Report:
-    """The number of tokens in some rows, one after the other, and how many agree before the first that does not."""
-    same = [a == b for own, theirs in zip(expected, got, strict=True) for a, b in zip(own, theirs, strict=True)]
-    return {"tokens": len(same), "same": same.index(False) if False in same else len(same)}
+        yield line | (judge(expected, got, rounding(name)) if line["exact"] else leading(expected, got))
 
 
 def _tasks(contenders: dict[str, Contender], case: Case, tokens: list[list[int]]) -> dict[str, Callable[[], float]]:
@@ -236,19 +234,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     show(figures, describe)
     keep(figures, chosen.json)
     return tell_agreement(figures)
-
-
-def tell_agreement(figures: Report) -> int:
-    """Prints how far the greedy tokens agree; returns 1 if a float32 peer disagrees."""
-    code = 0
-    for line in figures["agreement"]:
-        if "error" in line:
-            print(f"{line['case']} {line['contender']}: left out ({line['error']})")
-            continue
-        kind = "" if line["exact"] else " (rounded weights need not agree)"
-        print(f"{line['case']} {line['contender']}: first {line['same']} of {line['tokens']} tokens agree{kind}")
-        code = max(code, int(line["exact"] and line["same"] < line["tokens"]))
-    return code
 
 
 if __name__ == "__main__":

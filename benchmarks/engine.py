@@ -25,8 +25,9 @@ import jax
 import numpy as np
 
 import llorch_jax as lj
+from benchmarks.agreement import tell_agreement
 from benchmarks.arrivals import Arrival, Times, summary, trace
-from benchmarks.compare import peer_option, tell_agreement
+from benchmarks.compare import peer_option
 from benchmarks.engine_peer import SERVERS, Peers, run_servers
 from benchmarks.measure import Sample, random_model
 from benchmarks.reports import Report, keep, parser, plain, report

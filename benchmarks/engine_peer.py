@@ -15,8 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import llorch_jax as lj
+from benchmarks.agreement import judged, rounding
 from benchmarks.arrivals import Arrival, Times
-from benchmarks.compare import leading, write_checkpoint
+from benchmarks.compare import write_checkpoint
 from benchmarks.measure import machine
 from benchmarks.peer_process import FOLDER, Peer, PeerError
 from benchmarks.reports import Report
@@ -123,8 +124,10 @@ def run_servers(
                 server.start(directory, Path(folder), slots, config.n_positions, unified)
                 server.run(arrivals[:1])  # reads the weights
                 runs[name] = [server.run(arrivals) for _ in range(rounds)]
-            same = leading([each.ids for each in expected], [each.ids for each in runs[name][0]])
-            about["agreement"].append({"case": "trace", "contender": name, "exact": True} | same)
+            prompts = [each.prompt for each in arrivals]
+            ours, theirs = ([each.ids for each in run] for run in (expected, runs[name][0]))
+            found = judged(params, config, prompts, ours, theirs, rounding(peer), banned=config.vocab_size - 1)
+            about["agreement"].append({"case": "trace", "contender": name, "exact": True} | found)
             about["versions"] |= server.versions
             about["builds"][name] = server.build
     return runs, about

@@ -28,6 +28,7 @@ from benchmarks import (
 )
 from benchmarks import report as html_report
 from benchmarks.__main__ import main as run_suite
+from benchmarks.agreement import tell_agreement
 from benchmarks.decoder import Decoder
 from benchmarks.limits import kv_bytes, prefill_flops, step_bytes
 from benchmarks.measure import Sample, interleaved, random_model
@@ -169,20 +170,22 @@ def test_peers_that_agree_are_timed_and_others_named(reports, capsys):
     lines = {(line["case"], line["contender"]): line for line in reports["compare"]["agreement"]}
     assert lines["1x16+8", "fake right"]["same"] == 8
     assert lines["1x16+8", "fake right"]["exact"]
+    assert lines["1x16+8", "fake right"]["equal"] == lines["1x16+8", "fake right"]["rows"] == 1
     assert lines["1x16+8", "fake wrong"]["same"] < 8
     assert "four tokens" in lines["1x16+4", "fake right"]["error"]
     assert reports["compare"]["versions"].keys() == {"pip"}
     timed = {(line["case"], line["contender"]) for line in reports["compare"]["rows"]}
     assert timed == {key for key, line in lines.items() if "error" not in line}
-    assert compare.tell_agreement(reports["compare"]) == 0
+    assert tell_agreement(reports["compare"]) == 0
     assert "left out (fake: NotImplementedError: four tokens)" in capsys.readouterr().out
 
 
-def test_a_float32_peer_with_other_tokens_is_a_failure(reports):
+def test_a_float32_peer_with_other_tokens_is_a_failure(reports, capsys):
     figures = copy.deepcopy(reports["compare"])
     line = next(line for line in figures["agreement"] if line["contender"] == "fake right")
-    line["same"] = 3
-    assert compare.tell_agreement(figures) == 1
+    line.update(same=3, equal=0, wrong="row 0, token 3: expected a logit at most 2e-05 below the best one, got 0.1")
+    assert tell_agreement(figures) == 1
+    assert "0 of 1 rows agree; row 0, token 3: expected a logit" in capsys.readouterr().out
 
 
 def test_a_peer_that_ends_is_reported(tmp_path):

@@ -2,11 +2,14 @@
 
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 from profiles import THOROUGH
 
 import llorch_jax as lj
 from benchmarks import arrivals, engine, engine_peer
+from benchmarks.agreement import judged, tell_agreement
 from benchmarks.measure import random_model
 from benchmarks.peer_process import PeerError
 
@@ -84,7 +87,71 @@ def test_a_peers_server_runs_the_same_trace(tmp_path):
     assert [line["same"] for line in about["agreement"]] == [5, 5]
     context = random_model("tiny")[0].n_positions
     assert about["builds"]["fake, one cache"] == f"config.json, 2 slots, {context} tokens, True"
-    assert engine.tell_agreement(about) == 1
+    assert tell_agreement(about) == 1
+    assert about["agreement"][0]["wrong"].startswith("our row 1, token 2: expected a logit at most 2e-05 below")
+
+
+def greedy(config, params, tokens, new, banned=None):
+    """Greedy tokens by `forward`, of which one id is never chosen."""
+    out = []
+    for _ in range(new):
+        logits = lj.forward(params, config, [[*tokens, *out, *[0] * (new - len(out))]])[0, len(tokens) + len(out) - 1]
+        logits = logits if banned is None else logits.at[banned].set(-jnp.inf)
+        out.append(int(logits.argmax()))
+    return out
+
+
+def verdict(line, capsys):
+    code = tell_agreement({"agreement": [{"case": "trace", "contender": "peer", "exact": True} | line]})
+    return code, capsys.readouterr().out.strip()
+
+
+@pytest.fixture(scope="module")
+def texts():
+    """The tiny model, two prompts and the greedy tokens after them."""
+    config, params = random_model("tiny")
+    prompts = [[5, 6, 7], [8, 9]]
+    return config, params, prompts, [greedy(config, params, prompt, 6) for prompt in prompts]
+
+
+def test_near_ties_of_two_logits_are_accepted_and_others_are_not(texts, capsys):
+    config, params, prompts, ours = texts
+    logits = lj.forward(params, config, [prompts[1] + ours[1][:2]])[0, -1]
+    values, ids = jax.lax.top_k(logits, 2)
+    gap = float(values[0] - values[1])
+    start = [*ours[1][:2], int(ids[1])]
+    theirs = [ours[0], start + greedy(config, params, prompts[1] + start, 3)]
+    accepted = judged(params, config, prompts, ours, theirs, 1.01 * gap)
+    assert (accepted["equal"], accepted["rows"], accepted["same"], accepted["wrong"]) == (1, 2, 8, None)
+    assert accepted["gap"] == pytest.approx(gap)
+    code, said = verdict(accepted, capsys)
+    assert code == 0
+    assert said.startswith(
+        f"trace peer: 1 of 2 rows agree; the others differ by near ties, logits at most {gap:.2g} below"
+    )
+    code, said = verdict(judged(params, config, prompts, ours, theirs, 0.99 * gap), capsys)
+    assert code == 1
+    assert "row 1, token 2: expected a logit at most" in said
+    worse = [ours[0], [*start, *[int(logits.argmin())] * 3]]  # a near tie first, and then something else
+    assert judged(params, config, prompts, ours, worse, 1.01 * gap)["wrong"].startswith("row 1, token 3: expected")
+
+
+def test_a_token_that_a_peer_bans_is_accepted_in_our_text_only(texts, capsys):
+    config, params, prompts, ours = texts
+    banned = ours[1][0]
+    theirs = [ours[0], greedy(config, params, prompts[1], 6, banned)]
+    found = judged(params, config, prompts, ours, theirs, 1e-4, banned)
+    assert (found["wrong"], found["banned"]) == (None, True)
+    code, said = verdict(found, capsys)
+    assert code == 0
+    assert said.endswith("(without the end-of-text token, which it bans)")
+    assert judged(params, config, prompts, ours, theirs, 1e-4)["wrong"].startswith("row 1, token 0: expected")
+
+
+def test_a_peer_that_is_right_where_we_are_not_is_a_failure(texts):
+    config, params, prompts, ours = texts
+    other = [[*ours[0][:3], ours[0][3] + 1, *ours[0][4:]], ours[1]]
+    assert judged(params, config, prompts, other, ours, 1e-4)["wrong"].startswith("our row 0, token 3: expected")
 
 
 def test_a_server_that_gives_fewer_tokens_is_an_error(tmp_path):
