@@ -20,7 +20,6 @@ from llorch_jax.errors import MeshError
 from llorch_jax.kernels.library import available
 from llorch_jax.params import Params
 
-TOP_LOGPROBS = 20  # number of alternatives that a step records if any of its requests asks for some
 _FEWEST_PAGES = 8  # columns of the narrowest table for which a program is compiled
 
 
@@ -95,12 +94,14 @@ class Device:
             prompt=np.int32(len(request.tokens)),
             remaining=np.int32(request.max_new_tokens - sequence.new),
         )
-        return self._results([sequence], self._enter(logits, entrant, self._allowed([sequence], 1)))
+        wanted = _wanted([sequence])
+        return _results(self._enter(logits, entrant, self._allowed([sequence], 1), wanted), wanted)
 
     def decode(self, sequences: list[Sequence]) -> Any:
         """The next token of some requests: token, logprob, alternatives, each with a leading axis."""
         rows = self._rows(sequences)
-        return self._results(sequences, self._decode(rows, self._tables(sequences, len(rows))))
+        wanted = _wanted(sequences)
+        return _results(self._decode(rows, self._tables(sequences, len(rows)), wanted), wanted)
 
     def feed(self, sequences: list[Sequence]) -> jax.Array:
         """Logits [A, V] after the newest token of some requests; `draw` then gives what `decode` would."""
@@ -110,7 +111,8 @@ class Device:
     def draw(self, sequences: list[Sequence], logits: jax.Array) -> Any:
         """The next token of the requests that the logits of `feed` are for, as their guides allow."""
         rows = self._rows(sequences)
-        return self._results(sequences, self._draw(logits, rows, self._allowed(sequences, len(rows))))
+        wanted = _wanted(sequences)
+        return _results(self._draw(logits, rows, self._allowed(sequences, len(rows)), wanted), wanted)
 
     def take_pages(self, pages: list[int]) -> Iterator[tuple[slice, copies.Contents]]:
         """Copies of pages, made before any step that is dispatched later: which of the pages, and their contents."""
@@ -157,17 +159,16 @@ class Device:
         history = np.zeros(self._slots.history.tokens.shape[1], np.int32)
         nobody, one = np.int32(self._limits.slots), np.int32(1)
         entrant = programs.Entrant(nobody, history, one, one, np.int32(0))
-        self._enter(logits, entrant, self._allowed([], 1))
+        self._enter(logits, entrant, self._allowed([], 1), wanted=False)
         for size in sorted({min(power_of_two(n), self._limits.slots) for n in range(1, self._limits.slots + 1)}):
             rows = np.full(size, nobody)
             for columns in sorted({self._width(count) for count in range(1, self._columns + 1)}):
                 tables = np.full((size, columns), -1, np.int32)
-                chosen = self._decode(rows, tables)
+                self._decode(rows, tables, wanted=False)
                 if guided:
                     logits = self._feed(rows, tables)
-            self._alternatives(chosen)
             if guided:
-                self._draw(logits, rows, self._allowed([], size))
+                self._draw(logits, rows, self._allowed([], size), wanted=False)
         if self._offloads:
             for size in sorted({power_of_two(n) for n in range(1, min(self.cache.num_pages, copies.MOST) + 1)}):
                 ((_, contents),) = self.take_pages([0] * size)
@@ -180,31 +181,26 @@ class Device:
         logits, self._slots = programs.prefill(*chunk)
         return logits
 
-    def _enter(self, logits: jax.Array, entrant: programs.Entrant, allowed: programs.Allowed) -> programs.Chosen:
-        settings = self._settings.on_device()
-        chosen, self._slots = programs.enter(self._slots, settings, logits, entrant, allowed, mesh=self._mesh)
+    def _enter(
+        self, logits: jax.Array, entrant: programs.Entrant, allowed: programs.Allowed, wanted: bool
+    ) -> programs.Chosen:
+        choice = self._settings.on_device(), logits, entrant, allowed, np.bool_(wanted)
+        chosen, self._slots = programs.enter(self._slots, *choice, mesh=self._mesh)
         return chosen
 
     def _feed(self, rows: np.ndarray, tables: np.ndarray) -> jax.Array:
         logits, self._slots = programs.feed(self._params, self._config, self._slots, rows, tables)
         return logits
 
-    def _draw(self, logits: jax.Array, rows: np.ndarray, allowed: programs.Allowed) -> programs.Chosen:
-        settings = self._settings.on_device()
-        chosen, self._slots = programs.draw(self._slots, settings, logits, rows, allowed, mesh=self._mesh)
+    def _draw(self, logits: jax.Array, rows: np.ndarray, allowed: programs.Allowed, wanted: bool) -> programs.Chosen:
+        choice = self._settings.on_device(), logits, rows, allowed, np.bool_(wanted)
+        chosen, self._slots = programs.draw(self._slots, *choice, mesh=self._mesh)
         return chosen
 
-    def _decode(self, rows: np.ndarray, tables: np.ndarray) -> programs.Chosen:
-        settings = self._settings.on_device()
-        chosen, self._slots = programs.decode(self._params, self._config, self._slots, settings, rows, tables)
+    def _decode(self, rows: np.ndarray, tables: np.ndarray, wanted: bool) -> programs.Chosen:
+        step = self._settings.on_device(), rows, tables, np.bool_(wanted)
+        chosen, self._slots = programs.decode(self._params, self._config, self._slots, *step)
         return chosen
-
-    def _results(self, sequences: list[Sequence], chosen: programs.Chosen) -> Any:
-        wanted = any(sequence.request.top_logprobs for sequence in sequences)
-        return chosen.token, chosen.logprob, self._alternatives(chosen) if wanted else None
-
-    def _alternatives(self, chosen: programs.Chosen) -> Any:
-        return programs.alternatives(chosen.logits, count=min(TOP_LOGPROBS, self._config.vocab_size))
 
     def _chunk_size(self, count: int) -> int:
         """The number of columns used to compute `count` tokens; a power of two, so that few programs are compiled."""
@@ -246,6 +242,15 @@ class Device:
         return min(self._columns, max(power_of_two(pages), _FEWEST_PAGES))
 
 
+def _wanted(sequences: list[Sequence]) -> bool:
+    """Whether some requests ask for alternatives."""
+    return any(sequence.request.top_logprobs for sequence in sequences)
+
+
+def _results(chosen: programs.Chosen, wanted: bool) -> Any:
+    return chosen.token, chosen.logprob, chosen.top if wanted else None
+
+
 def compile_count() -> int:
     """How many variants of the engine's programs have been compiled in this process."""
     compiled: list[Any] = [
@@ -254,7 +259,6 @@ def compile_count() -> int:
         programs.decode,
         programs.feed,
         programs.draw,
-        programs.alternatives,
         copies.take,
         copies.put,
     ]

@@ -24,6 +24,8 @@ from llorch_jax.params import Params
 from llorch_jax.sampling import History, Sampling
 from llorch_jax.sampling.masking import Masked
 
+TOP_LOGPROBS = 20  # number of alternatives that a step records if any of its requests asks for some
+
 
 @struct.dataclass
 class Slots:
@@ -117,12 +119,12 @@ class Chosen(NamedTuple):
     Attributes:
         token: int32 [A].
         logprob: float32 [A], under the model; NaN where no token could be chosen.
-        logits: float32 [A, V], from which the tokens were chosen.
+        top: the `TOP_LOGPROBS` most likely ids, or all ids of a smaller vocabulary; zeros if they were not wanted.
     """
 
     token: jax.Array
     logprob: jax.Array
-    logits: jax.Array
+    top: Alternatives
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="slots")
@@ -162,10 +164,14 @@ def enter(
     logits: jax.Array,
     entrant: Entrant,
     allowed: Allowed,
+    wanted: Any,
     *,
     mesh: Mesh | None = None,
 ) -> tuple[Chosen, Slots]:
-    """The first token of a request, which now gets a slot, given the logits [1, V] after its prompt."""
+    """The first token of a request, which now gets a slot, given the logits [1, V] after its prompt.
+
+    Like those below, it records the alternatives if `wanted`, a bool.
+    """
     row = jnp.asarray(entrant.slot)[None]
     length = jnp.asarray(entrant.length)[None]
     before = DecodeState(
@@ -178,12 +184,12 @@ def enter(
     )
     state = choose(settings.rows(row, allowed), logits, before, length)
     slots = slots.replace(cache=_with_lengths(slots.cache, row, length))  # type: ignore[attr-defined]
-    return Chosen(state.token, state.logprob, logits), pinned(mesh, _put(slots, row, state))
+    return _chosen(state, logits, wanted), pinned(mesh, _put(slots, row, state))
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="slots")
 def decode(
-    params: Params, config: GPT2Config, slots: Slots, settings: Settings, rows: Any, tables: Any
+    params: Params, config: GPT2Config, slots: Slots, settings: Settings, rows: Any, tables: Any, wanted: Any
 ) -> tuple[Chosen, Slots]:
     """The next token of some slots: `feed` and `draw` in one program, for slots without guides.
 
@@ -194,9 +200,10 @@ def decode(
         settings: the settings of all slots.
         rows: int32 [A], distinct slot numbers, padded with B, which stands for no slot.
         tables: int32 [A, N], their pages.
+        wanted: bool, whether to record the alternatives.
     """
     logits, slots = _feed(params, config, slots, rows, tables)
-    chosen, slots = _draw(slots, settings, logits, rows, None)
+    chosen, slots = _draw(slots, settings, logits, rows, None, wanted)
     return chosen, pinned(params.mesh, slots)
 
 
@@ -212,18 +219,18 @@ def feed(params: Params, config: GPT2Config, slots: Slots, rows: Any, tables: An
 
 @partial(jax.jit, static_argnames="mesh", donate_argnames="slots")
 def draw(
-    slots: Slots, settings: Settings, logits: jax.Array, rows: Any, allowed: Allowed, *, mesh: Mesh | None = None
+    slots: Slots,
+    settings: Settings,
+    logits: jax.Array,
+    rows: Any,
+    allowed: Allowed,
+    wanted: Any,
+    *,
+    mesh: Mesh | None = None,
 ) -> tuple[Chosen, Slots]:
     """The next token of some slots, given the logits [A, V] of `feed` for the same rows."""
-    chosen, slots = _draw(slots, settings, logits, rows, allowed)
+    chosen, slots = _draw(slots, settings, logits, rows, allowed, wanted)
     return chosen, pinned(mesh, slots)
-
-
-@partial(jax.jit, static_argnames="count")
-def alternatives(logits: jax.Array, *, count: int) -> Alternatives:
-    """The `count` most likely tokens given logits [A, V]; a separate program, since few requests ask for them."""
-    values, ids = jax.lax.top_k(logits, count)
-    return Alternatives(ids.astype(jnp.int32), values - logsumexp(logits)[:, None])
 
 
 def _rows_of(cache: PagedCache, lengths: jax.Array, tables: Any) -> PagedCache:
@@ -243,12 +250,30 @@ def _feed(params: Params, config: GPT2Config, slots: Slots, rows: Any, tables: A
 
 
 def _draw(
-    slots: Slots, settings: Settings, logits: jax.Array, rows: Any, allowed: Allowed | None
+    slots: Slots, settings: Settings, logits: jax.Array, rows: Any, allowed: Allowed | None, wanted: Any
 ) -> tuple[Chosen, Slots]:
     """The next token of some slots whose newest one is in the cache."""
     there = _there(slots, rows)
     state = choose(settings.rows(there, allowed), logits, _state_of(slots, rows), slots.cache.lengths[there])
-    return Chosen(state.token, state.logprob, logits), _put(slots, rows, state)
+    return _chosen(state, logits, wanted), _put(slots, rows, state)
+
+
+def _chosen(state: DecodeState, logits: jax.Array, wanted: Any) -> Chosen:
+    """The new tokens, with the alternatives given logits [A, V] if they are wanted.
+
+    The logits themselves are not returned: copying them takes longer than all else that is done for a greedy token.
+    """
+    count = min(TOP_LOGPROBS, logits.shape[1])
+
+    def most_likely() -> Alternatives:
+        values, ids = jax.lax.top_k(logits, count)
+        return Alternatives(ids.astype(jnp.int32), values - logsumexp(logits)[:, None])
+
+    def nothing() -> Alternatives:
+        shape = (logits.shape[0], count)
+        return Alternatives(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
+
+    return Chosen(state.token, state.logprob, jax.lax.cond(wanted, most_likely, nothing))
 
 
 def _there(slots: Slots, rows: Any) -> jax.Array:

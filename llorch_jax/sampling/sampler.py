@@ -175,12 +175,20 @@ class Sampling:
         self, logits: jax.Array, keys: jax.Array, history: History | None, eos_ids: jax.Array, state: None
     ) -> tuple[jax.Array, None]:
         """Token ids int32 [B]; see `Sampler.sample`."""
-        logits = self.penalised(logits, history, eos_ids)
         if not self.guarded:
-            return self._truncated(logits, lambda values, ids: self._chosen(values, ids, keys)), None
+            penalised = self.penalised(logits, history, eos_ids)
+            return self._truncated(penalised, lambda values, ids: self._chosen(values, ids, keys)), None
         # Truncation never cuts off the most likely token, except by these two.
         simple = jnp.all(self._cold & ~self._on("typical_p") & ~self._on("xtc_probability"))
-        return jax.lax.cond(simple, lambda: _known(logits, most_likely(logits)), lambda: self._any(logits, keys)), None
+
+        best = most_likely(logits)  # in every case: finding the normalizer of the same logits finds it as well
+
+        def all_steps() -> jax.Array:
+            changed = self.penalised(logits, history, eos_ids)
+            return jax.lax.cond(simple, lambda: _known(changed, most_likely(changed)), lambda: self._any(changed, keys))
+
+        # Decided first, as logits that a condition hands on unchanged are copied.
+        return jax.lax.cond(simple & ~self._any_penalty, lambda: _known(logits, best), all_steps), None
 
     def penalised(self, logits: jax.Array, history: History | None, eos_ids: jax.Array) -> jax.Array:
         """Logits [B, V] after the transforms that come before the temperature."""
@@ -197,8 +205,12 @@ class Sampling:
 
         if not self.guarded or not names:
             return apply(logits)
-        on = jnp.any(jnp.stack([jnp.any(self._on(name)) for name in names]))
-        return jax.lax.cond(on, apply, lambda logits: logits, logits)
+        return jax.lax.cond(self._any_penalty, apply, lambda logits: logits, logits)
+
+    @property
+    def _any_penalty(self) -> jax.Array:
+        """bool [], whether a transform of `penalised` is on in some row."""
+        return jnp.any(jnp.stack([jnp.zeros((), bool), *(jnp.any(self._on(name)) for name in PENALTIES)]))
 
     def _on(self, name: str) -> jax.Array:
         """bool [1 or B], the rows in which a setting is on."""

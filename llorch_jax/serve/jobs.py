@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from llorch_jax.engine.device import TOP_LOGPROBS
+from llorch_jax.engine.slots import TOP_LOGPROBS
 from llorch_jax.errors import EngineFullError, LlorchError
 from llorch_jax.serve.bodies import MOST_SAMPLES, BadRequest, Fields, refusal
 from llorch_jax.serve.templates import ChatTemplate, check_messages

@@ -13,9 +13,10 @@ from llorch_jax.cache.paged.cache import PAGE_SIZE
 from llorch_jax.checks import check_context
 from llorch_jax.decoding.scoring import scores_by_chunks
 from llorch_jax.engine.core import Core
-from llorch_jax.engine.device import TOP_LOGPROBS, Plot
+from llorch_jax.engine.device import Plot
 from llorch_jax.engine.scheduler import Limits
 from llorch_jax.engine.sequences import Request
+from llorch_jax.engine.slots import TOP_LOGPROBS
 from llorch_jax.engine.worker import Worker
 from llorch_jax.errors import EngineError, OptionError
 from llorch_jax.loading.checkpoint import Model
