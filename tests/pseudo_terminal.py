@@ -11,10 +11,10 @@ from pathlib import Path
 
 import jax
 
-# Makes the terminal that of the process, and undoes what shells do to background jobs, among which tests may run.
+# Makes the terminal that of the process, and undoes what shells and nohup do to jobs, among which tests may run.
 _TAKE_TERMINAL = (
     "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
-    "signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    "[signal.signal(each, signal.SIG_DFL) for each in (signal.SIGINT, signal.SIGHUP)]; os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 )
 
 
