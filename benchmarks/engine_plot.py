@@ -30,7 +30,7 @@ def plot(figures: Report, path: Path) -> None:
     bars = axes[2].bar(list(places.values()), [prefix[name] for name in places], 0.6, color="tab:gray")
     axes[2].bar_label(bars, fmt="{:,.1f}", padding=2)
     axes[2].margins(y=0.12)
-    axes[2].set(title=f"first token after a prefix of {prefix['tokens']} tokens", xlabel="the prefix is", ylabel="ms")
+    axes[2].set(title=f"first token after {prefix['tokens']} tokens", xlabel="the prefix is", ylabel="ms")
     setting = figures["setting"]
     figure.suptitle(
         f"{setting['preset']}: {setting['requests']} requests, {setting['rate']:g} per second, {setting['slots']} slots"
