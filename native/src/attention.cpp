@@ -2,8 +2,7 @@
 #include "arguments.h"
 #include "dispatch.h"
 
-namespace llorch {
-namespace {
+namespace llorch::attention {
 
 constexpr size_t kBytesPerThread = 96 * 1024;  // of keys and values; fewer are read before another thread has started
 const Arguments kCall("llorch_attention");
@@ -216,11 +215,10 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer quer
   return ffi::Error::Success();
 }
 
-}  // namespace
-}  // namespace llorch
+}  // namespace llorch::attention
 
 #pragma GCC visibility push(default)
-XLA_FFI_DEFINE_HANDLER_SYMBOL(llorch_attention, llorch::attention,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(llorch_attention, llorch::attention::attention,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::AnyBuffer>()

@@ -2,8 +2,7 @@
 #include "arguments.h"
 #include "dispatch.h"
 
-namespace llorch {
-namespace {
+namespace llorch::logits {
 
 constexpr size_t kBytesPerThread = 256 * 1024;  // less than this is done sooner than another thread wakes up
 const Arguments kCall("llorch_summarize");
@@ -38,11 +37,10 @@ ffi::Error summarize(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::An
   return ffi::Error::Success();
 }
 
-}  // namespace
-}  // namespace llorch
+}  // namespace llorch::logits
 
 #pragma GCC visibility push(default)
-XLA_FFI_DEFINE_HANDLER_SYMBOL(llorch_summarize, llorch::summarize,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(llorch_summarize, llorch::logits::summarize,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::AnyBuffer>()

@@ -2,8 +2,7 @@
 #include "arguments.h"
 #include "dispatch.h"
 
-namespace llorch {
-namespace {
+namespace llorch::norms {
 
 constexpr size_t kBytesPerThread = 128 * 1024;  // less than this is done sooner than another thread wakes up
 const Arguments kCall("llorch_layer_norm");
@@ -42,11 +41,10 @@ ffi::Error layer_norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer wei
   return ffi::Error::Success();
 }
 
-}  // namespace
-}  // namespace llorch
+}  // namespace llorch::norms
 
 #pragma GCC visibility push(default)
-XLA_FFI_DEFINE_HANDLER_SYMBOL(llorch_layer_norm, llorch::layer_norm,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(llorch_layer_norm, llorch::norms::layer_norm,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::AnyBuffer>()

@@ -2,8 +2,7 @@
 #include "arguments.h"
 #include "dispatch.h"
 
-namespace llorch {
-namespace {
+namespace llorch::products {
 
 constexpr size_t kBlockBytes = 192 * 1024;  // of weights per block of rows, roughly
 constexpr size_t kGemmBlock = 48;          // rows per block with many columns: whole tiles of any instruction set
@@ -140,11 +139,10 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer weights, ffi::AnyBuffer s
   return ffi::Error::Success();
 }
 
-}  // namespace
-}  // namespace llorch
+}  // namespace llorch::products
 
 #pragma GCC visibility push(default)
-XLA_FFI_DEFINE_HANDLER_SYMBOL(llorch_matmul, llorch::matmul,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(llorch_matmul, llorch::products::matmul,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::AnyBuffer>()

@@ -3,8 +3,7 @@
 
 #include "arguments.h"
 
-namespace llorch {
-namespace {
+namespace llorch::writes {
 
 constexpr size_t kBytesPerThread = 256 * 1024;
 const Arguments kCall("llorch_write");
@@ -68,11 +67,10 @@ ffi::Error write(ffi::ThreadPool pool, ffi::AnyBuffer array, ffi::AnyBuffer toke
   return ffi::Error::Success();
 }
 
-}  // namespace
-}  // namespace llorch
+}  // namespace llorch::writes
 
 #pragma GCC visibility push(default)
-XLA_FFI_DEFINE_HANDLER_SYMBOL(llorch_write, llorch::write,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(llorch_write, llorch::writes::write,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::AnyBuffer>()
