@@ -14,7 +14,8 @@ import jax
 # Makes the terminal that of the process, and undoes what shells and nohup do to jobs, among which tests may run.
 _TAKE_TERMINAL = (
     "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
-    "[signal.signal(each, signal.SIG_DFL) for each in (signal.SIGINT, signal.SIGHUP)]; os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    "signal.signal(signal.SIGINT, signal.SIG_DFL); signal.signal(signal.SIGHUP, signal.SIG_DFL);"
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 )
 
 
