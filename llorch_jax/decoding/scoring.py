@@ -5,15 +5,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llorch_jax.buckets import bucket
 from llorch_jax.cache.placement import new_cache
 from llorch_jax.cache.static import StaticCache
 from llorch_jax.config import GPT2Config
+from llorch_jax.decoding.steps import Alternatives, alternatives, logprobs_of
 from llorch_jax.errors import NonFiniteError
-from llorch_jax.kernels.logits import logsumexp
 from llorch_jax.model import run
 from llorch_jax.params import Params
 
@@ -84,7 +83,8 @@ def scores_by_chunks(
         start = min(done, capacity - size)
         part, stop = padded[start : start + size + 1], min(done + size, count)
         found, cache = _score_chunk(params, config, cache, np.array([start], np.int32), part, top)
-        scores = Scores(*(np.asarray(array)[done - start : stop - start] for array in found))
+        logprobs, top_ids, top_logprobs = jax.tree.leaves(found)
+        scores = Scores(*(np.asarray(each)[done - start : stop - start] for each in (logprobs, top_ids, top_logprobs)))
         check_finite(scores.logprobs)
         yield scores
 
@@ -98,19 +98,17 @@ def check_finite(logprobs: Any) -> None:
 @partial(jax.jit, static_argnames="config")
 def _logprobs(params: Params, config: GPT2Config, inputs: jax.Array, targets: jax.Array) -> jax.Array:
     """Log-probability of each target [B, T] after the inputs [B, T] up to its place."""
-    logits = run(params, config, inputs, None).logits
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
+    return logprobs_of(run(params, config, inputs, None).logits, targets)
 
 
 @partial(jax.jit, static_argnames=("config", "top"), donate_argnames="cache")
 def _score_chunk(
     params: Params, config: GPT2Config, cache: StaticCache, start: jax.Array, part: jax.Array, top: int
-) -> tuple[tuple[jax.Array, ...], StaticCache]:
-    """`Scores` of the tokens part[1:] after the first `start` [1] tokens of a cache, which then has part[:-1] too."""
+) -> tuple[tuple[jax.Array, Alternatives], StaticCache]:
+    """Log-probabilities of the tokens part[1:], and alternatives, after the first `start` [1] tokens of a cache.
+
+    The cache then has part[:-1] too.
+    """
     out = run(params, config, part[None, :-1], cache.replace(lengths=start))
     logits = out.logits[0]
-    total = logsumexp(logits)[:, None]
-    values, ids = jax.lax.top_k(logits, top)
-    chosen = jnp.take_along_axis(logits, part[1:, None], axis=-1)
-    return ((chosen - total)[:, 0], ids.astype(jnp.int32), values - total), out.cache
+    return (logprobs_of(logits, part[1:]), alternatives(logits, top)), out.cache

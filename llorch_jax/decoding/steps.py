@@ -140,13 +140,8 @@ def choose(decoding: DecodingParams, logits: jax.Array, before: DecodeState, pos
     done = before.done
     going = 1 - done.astype(jnp.int32)
     token = jnp.where(done, decoding.filler if before.token is None else before.token, token)
-    total = logsumexp(logits)
-    logprob = jnp.take_along_axis(logits, jnp.maximum(token, 0)[:, None], axis=1)[:, 0] - total
+    logprob = logprobs_of(logits, jnp.maximum(token, 0))
     logprob = jnp.where(done, 0.0, jnp.where(token < 0, jnp.nan, logprob))
-    top = None
-    if decoding.top_logprobs:
-        values, ids = jax.lax.top_k(logits, decoding.top_logprobs)
-        top = Alternatives(ids.astype(jnp.int32), values - total[:, None])
     return DecodeState(
         token=token,
         logprob=logprob,
@@ -155,8 +150,19 @@ def choose(decoding: DecodingParams, logits: jax.Array, before: DecodeState, pos
         cache=before.cache,
         history=None if before.history is None else before.history.append(token, going),
         sampler_state=sampler_state,
-        top=top,
+        top=alternatives(logits, decoding.top_logprobs) if decoding.top_logprobs else None,
     )
+
+
+def logprobs_of(logits: jax.Array, ids: jax.Array) -> jax.Array:
+    """The natural log-probabilities float32 [...] of ids [...], given logits float32 [..., V]."""
+    return jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0] - logsumexp(logits)
+
+
+def alternatives(logits: jax.Array, count: int) -> Alternatives:
+    """The `count` most likely ids, the most likely first, given logits float32 [B, V]."""
+    values, ids = jax.lax.top_k(logits, count)
+    return Alternatives(ids.astype(jnp.int32), values - logsumexp(logits)[:, None])
 
 
 def next_state(params: Params, config: GPT2Config, decoding: DecodingParams, state: DecodeState) -> DecodeState:

@@ -17,8 +17,7 @@ from llorch_jax.cache.paged import PagedCache
 from llorch_jax.cache.placement import pinned
 from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.params import DecodingParams
-from llorch_jax.decoding.steps import Alternatives, DecodeState, choose
-from llorch_jax.kernels.logits import logsumexp
+from llorch_jax.decoding.steps import Alternatives, DecodeState, alternatives, choose
 from llorch_jax.model import output_logits, run
 from llorch_jax.params import Params
 from llorch_jax.sampling import History, Sampling
@@ -265,15 +264,11 @@ def _chosen(state: DecodeState, logits: jax.Array, wanted: Any) -> Chosen:
     """
     count = min(TOP_LOGPROBS, logits.shape[1])
 
-    def most_likely() -> Alternatives:
-        values, ids = jax.lax.top_k(logits, count)
-        return Alternatives(ids.astype(jnp.int32), values - logsumexp(logits)[:, None])
-
     def nothing() -> Alternatives:
         shape = (logits.shape[0], count)
         return Alternatives(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
 
-    return Chosen(state.token, state.logprob, jax.lax.cond(wanted, most_likely, nothing))
+    return Chosen(state.token, state.logprob, jax.lax.cond(wanted, lambda: alternatives(logits, count), nothing))
 
 
 def _there(slots: Slots, rows: Any) -> jax.Array:

@@ -18,6 +18,7 @@ from llorch_jax.config import GPT2Config
 from llorch_jax.decoding.loop import prefill
 from llorch_jax.decoding.overflow import padded
 from llorch_jax.decoding.scoring import check_finite
+from llorch_jax.decoding.steps import logprobs_of
 from llorch_jax.errors import TokenError
 from llorch_jax.loading.checkpoint import Model
 from llorch_jax.model import run
@@ -249,7 +250,6 @@ def _continue(
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each target [R, T], and whether it is the most likely token, after the rows `parents` [R]."""
     logits = run(params, config, inputs, cache.select(parents)).logits
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     rows = only_allowed(logits.reshape(-1, logits.shape[-1]), allowed)
     likeliest = jnp.argmax(rows, axis=-1).reshape(targets.shape)
-    return chosen - jax.nn.logsumexp(logits, axis=-1), likeliest == targets
+    return logprobs_of(logits, targets), likeliest == targets

@@ -33,11 +33,13 @@ class Places:
 
     def __init__(self, tokenizer: Tokenizer, echo: Echo) -> None:
         self._decoder = tokenizer.stream()
-        self._next = len(echo.text) if echo.scores is None else 0
+        self._next = len(echo.text)
+        if echo.scores is not None:  # of which some may come before the text, as a begin-of-text token does
+            self._next -= len(tokenizer.decode(echo.scores.token_ids))
 
     def take(self, id: int) -> int:
         """Where the text's next token begins."""
-        place = self._next
+        place = max(self._next, 0)
         self._next += len(self._decoder.push(id))
         return place
 

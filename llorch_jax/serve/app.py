@@ -5,7 +5,7 @@ import dataclasses
 import hmac
 import json
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from llorch_jax.serve.metrics import Collector, exposition
 from llorch_jax.serve.page import PAGE
 from llorch_jax.serve.templates import ChatTemplate
 from llorch_jax.text.engine import Engine, check_ids
+from llorch_jax.text.handles import Handle
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 _METRICS = "text/plain; version=0.0.4; charset=utf-8"
@@ -186,10 +187,10 @@ class _Server:
         answer = Format(self._tokenizer, self._settings.name, chat=chat, logprobs=job.logprobs)
         handles = await run_in_threadpool(job.start, self._engine)
         if job.stream:
-            events = streams.stream(answer, handles, partial(self._echoes, job), job)
+            events = streams.stream(answer, handles, partial(self._echoes, job, handles), job)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         try:
-            found = await streams.unless_gone(request, streams.both(partial(self._echoes, job), handles))
+            found = await streams.unless_gone(request, streams.both(partial(self._echoes, job, handles), handles))
         except LlorchError as error:
             raise BadRequest(str(error), status=streams.status_of(error)) from None
         finally:
@@ -199,16 +200,23 @@ class _Server:
         echoes, results = found
         return JSONResponse(answer.whole(results, echoes, usage_of(handles, job.samples, silent=job.silent)))
 
-    async def _echoes(self, job: jobs.Job) -> list[Echo]:
-        """What each text of a job begins with. If nobody waits for it any longer, the rest is not computed."""
+    async def _echoes(self, job: jobs.Job, handles: Sequence[Handle]) -> list[Echo]:
+        """What each text of a job begins with. Once the client is gone, or a text has failed, no more is computed."""
         texts = [text for text in job.echoes for _ in range(job.samples)]
         if not job.scored:
             return [Echo(text, None, job.silent) for text in texts]
         gone = threading.Event()
+
+        def wanted() -> bool:
+            return not gone.is_set() and not any(handle.failed for handle in handles)
+
         try:
-            scores = await asyncio.to_thread(job.scores, self._engine, lambda: not gone.is_set())
+            scores = await asyncio.to_thread(job.scores, self._engine, wanted)
         finally:
             gone.set()
+        for handle in handles:
+            if handle.failed:
+                await handle.wait()  # raises its error
         return [Echo(text, each, job.silent) for text, each in zip(texts, scores, strict=True)]
 
 

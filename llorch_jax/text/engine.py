@@ -1,6 +1,7 @@
 """An engine for many users: requests come and go at any time, and share one model, one cache and every step."""
 
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -98,6 +99,7 @@ class Engine:
         max_waiting = whole("max_waiting", max_waiting, EngineError)
         self.model = model
         self._chunk = limits.chunk
+        self._scoring = threading.Lock()  # so that no more than one chunk comes between two steps
         self._worker = Worker(lambda: Core(model.params, config, plot, known), max_waiting)
 
     def __enter__(self) -> Self:
@@ -210,7 +212,11 @@ class Engine:
         check_context(model.config, np.int32(len(ids)), -1)
         found = PromptLogprobs(ids, [None], [None])
         chunks = scores_by_chunks(model.params, model.config, ids, most if top else 0, self._chunk)
-        while wanted() and (scores := self.inspect(lambda _: next(chunks, None))) is not None:
+        while wanted():
+            with self._scoring:
+                scores = self.inspect(lambda _: next(chunks, None))
+            if scores is None:
+                break
             found.logprobs.extend(scores.logprobs.tolist())
             pairs = zip(scores.top_ids[:, :top].tolist(), scores.top_logprobs[:, :top].tolist(), strict=True)
             found.top_logprobs.extend(list(zip(*pair, strict=True)) for pair in pairs)

@@ -45,6 +45,11 @@ class Handle:
         return self._result is not None or self._error is not None
 
     @property
+    def failed(self) -> bool:
+        """Whether the request has ended without a result."""
+        return self._error is not None
+
+    @property
     def count(self) -> int:
         """Number of new tokens so far."""
         return len(self._pieces)

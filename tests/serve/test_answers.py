@@ -1,12 +1,14 @@
 """Answers to odd combinations of fields: they are the same whole and streamed, and of the prompt that was given."""
 
 import asyncio
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 from servers import post
-from tiny import END_OF_TEXT, random_model, reciting_model
+from tiny import END_OF_TEXT, byte_tokenizer, random_model, reciting_model
+from tokenizers import processors
 
 import llorch_jax as lj
 from llorch_jax.serve.app import Settings, make_app
@@ -125,3 +127,27 @@ def test_a_limit_of_no_tokens_gives_the_echo_alone(random_app, limit):
     without = json.dumps({**fields, "echo": False}).encode()
     status, answer = asyncio.run(post(app, "/v1/completions", without))
     assert (status, json.loads(answer)["error"]["param"]) == (400, limit)
+
+
+def test_a_token_that_the_tokenizer_puts_before_a_prompt_is_shown_where_the_text_begins():
+    """As with `add_bos_token`: it is no part of the text."""
+    tokenizer, end = byte_tokenizer(), "<|endoftext|>"
+    backend = tokenizer._backend
+    backend.post_processor = processors.TemplateProcessing(single=f"{end} $A", special_tokens=[(end, END_OF_TEXT)])
+    with lj.Engine(dataclasses.replace(random_model(), tokenizer=tokenizer), slots=1, page_size=8) as engine:
+        app = make_app(engine, Settings("tiny"))
+        (choice,) = complete(app, prompt="abc", echo=True, logprobs=0, max_tokens=1)["choices"]
+    found = choice["logprobs"]
+    assert found["tokens"][:4] == ["<|endoftext|>", "a", "b", "c"]
+    assert found["text_offset"] == [0, 0, 1, 2, 3]
+    assert found["token_logprobs"][0] is None
+    assert found["token_logprobs"][1] < 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_scoring_ends_with_the_deadline_of_the_texts(random_app, stream):
+    _, app = random_app
+    fields = {"prompt": ["some text"] * 30, "echo": True, "logprobs": 1, "deadline": 1e-4, "stream": stream}
+    status, answer = asyncio.run(post(app, "/v1/completions", json.dumps(fields).encode()))
+    assert status == (200 if stream else 504)
+    assert b"deadline: expected an answer before the deadline" in answer

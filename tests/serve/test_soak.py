@@ -84,8 +84,8 @@ class Clients:
             return self.leave(json.dumps({**body, "max_tokens": 40, "stream": dice.random() < 0.5}).encode(), dice)
         if kind < 0.3:
             status, _ = self.post(json.dumps({**body, "deadline": 0.0005}).encode())
-            assert status in (200, 504), status
-            return self.count("late")
+            assert status in (200, 429, 504), status
+            return self.count("busy" if status == 429 else "late")
         body["stream"] = kind < 0.65
         status, text = self.post(json.dumps(body).encode())
         if status == 429:
